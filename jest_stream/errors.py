@@ -1,0 +1,107 @@
+"""Every error that a user can meet, named.
+
+A message says what was wrong, what was found, why it matters and what to do. `ConfigError` is for
+what the user passed; the others are about the data, the models or a checkpoint. All survive
+pickling with their attributes, since many are raised in worker processes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class JESTError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(JESTError, ValueError):
+    """An argument that cannot work, named as the user wrote it."""
+
+
+class ShardError(JESTError):
+    """A shard that cannot be read to its end.
+
+    Attributes:
+      shard: path of the shard.
+      offset: byte offset where reading failed.
+    """
+
+    def __init__(self, message: str, *, shard: str, offset: int = 0) -> None:
+        super().__init__(message)
+        self.shard = shard
+        self.offset = offset
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+class ShardTruncatedError(ShardError):
+    """A shard that ends before its end-of-archive marker: a shorter shard is never accepted."""
+
+
+class ShardUnavailableError(ShardError):
+    """A shard that cannot be opened.
+
+    Attributes:
+      attempts: how often it was tried.
+    """
+
+    def __init__(self, message: str, *, shard: str, offset: int = 0, attempts: int = 1) -> None:
+        super().__init__(message, shard=shard, offset=offset)
+        self.attempts = attempts
+
+
+class UnsafeDataError(JESTError):
+    """Data that could run code, reach outside the allow-list or exhaust memory."""
+
+
+class BadExampleError(JESTError):
+    """One example that cannot be used; `on_bad_example="skip"` counts it and goes on.
+
+    Attributes:
+      key: the example's key.
+      shard: where it was read, empty if unknown.
+      reason: a short name under which skipped examples are counted.
+    """
+
+    def __init__(self, message: str, *, key: str, shard: str = "", reason: str) -> None:
+        super().__init__(message)
+        self.key = key
+        self.shard = shard
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+class UnsafeExampleError(BadExampleError, UnsafeDataError):
+    """One example that is unsafe to decode, such as an image of a billion pixels."""
+
+
+class BadExampleLimitError(JESTError):
+    """More bad examples than `on_bad_example="skip"` was meant for."""
+
+
+class NonFiniteError(JESTError, ValueError):
+    """Embeddings or scores that hold NaN or infinity: a choice among them would mean nothing."""
+
+
+class ResumeMismatchError(JESTError):
+    """A checkpoint that was taken under other settings than it is loaded into."""
+
+
+class WorkerDiedError(JESTError):
+    """A worker process that ended without saying why."""
+
+
+class StalledError(JESTError):
+    """A worker process that is alive but has given nothing for too long."""
+
+
+def _rebuild(
+    kind: type[JESTError], args: tuple[Any, ...], attributes: dict[str, Any]
+) -> JESTError:
+    """Unpickles an error whose constructor takes keywords."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
