@@ -1,0 +1,158 @@
+"""What training and scoring cost in FLOPs: measured once per model, then multiplied.
+
+A multiply-add counts as 2. Counted are matrix products and convolutions, attention included, as
+the mathematics has it: a fused kernel that computes something twice is not charged for it.
+Norms, softmax and other elementwise work count nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from jest_stream.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
+
+
+def forward_flops(function: Callable[..., object], *args: object) -> int:
+    """Returns the FLOPs of one call `function(*args)`, without gradients.
+
+    Divide by the rows in `args` for FLOPs per example. Parameters and random state are as
+    before afterwards; a module in train mode would update its running statistics, so count in
+    eval mode. Work that the function does in other threads is not seen.
+    """
+    with _counter() as counter, torch.no_grad():
+        function(*args)
+    return counter.get_total_flops()
+
+
+def training_flops(module: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
+    """Returns the FLOPs of one forward and backward pass, without the optimizer's.
+
+    Args:
+      module: what is trained. A copy in train mode does the work, so that gradients and running
+        statistics of `module` stay.
+      loss: computes the scalar to differentiate, given that copy.
+    """
+    with _counter() as counter, torch.enable_grad():
+        torch.autograd.backward(loss(copy.deepcopy(module).train()))
+    return counter.get_total_flops()
+
+
+@contextmanager
+def _counter() -> Iterator[FlopCounterMode]:
+    """Counts what the block does, makes torch do it visibly, and puts everything back.
+
+    Without this `nn.TransformerEncoder` and `nn.MultiheadAttention` count 0 in eval mode (their
+    fast path is one operator), fused attention counts by the kernel that the device happens to
+    have (nothing for some, five products backwards instead of four for others), and nothing can
+    be trained where the caller is in inference_mode.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode  # takes half a second to import
+
+    has_fast_path = torch.backends.mha.get_fastpath_enabled()
+    has_cuda_state = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = [torch.cuda.current_device()] if has_cuda_state else []
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (
+            warnings.catch_warnings(),
+            torch.inference_mode(False),
+            torch.random.fork_rng(devices=devices),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
+            # The counter hooks all modules for the while; compiled ones remark on it.
+            warnings.filterwarnings("ignore", message=".*global hooks on modules")
+            yield counter
+    finally:
+        torch.backends.mha.set_fastpath_enabled(has_fast_path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFlops:
+    """FLOPs of one training step, by what they were spent on."""
+
+    training: float
+    """The user's step on the sub-batch; all that a uniform step costs."""
+    learner_scoring: float
+    """The learner copy's pass over the super-batch."""
+    reference_scoring: float
+    """The reference's pass over the super-batch; 0 if its embeddings are cached."""
+    selection: float
+    """Pair logits of the chosen with all candidates, both models."""
+
+    @property
+    def total(self) -> float:
+        """Everything together."""
+        return self.training + self.learner_scoring + self.reference_scoring + self.selection
+
+    @property
+    def ratio(self) -> float:
+        """Cost of the step over that of a uniform step of equal batch size."""
+        return self.total / self.training
+
+
+def step_flops(
+    *,
+    super_batch_size: int,
+    batch_size: int,
+    training: float,
+    learner_forward: float = 0.0,
+    reference_forward: float = 0.0,
+    dimensions: tuple[int, ...] = (),
+) -> StepFlops:
+    """Returns what one step costs, given what one example costs.
+
+    Args:
+      super_batch_size: examples scored per step.
+      batch_size: examples trained per step.
+      training: FLOPs of a training step per example.
+      learner_forward: FLOPs per example scored by the learner copy; 0 for scores without it.
+      reference_forward: FLOPs per example scored by the reference; 0 if cached.
+      dimensions: embedding dimension of each model that scores, for the pair logits.
+    """
+    return StepFlops(
+        training=batch_size * training,
+        learner_scoring=super_batch_size * learner_forward,
+        reference_scoring=super_batch_size * reference_forward,
+        # Each chosen example meets all candidates twice, as image and as text: two products of
+        # 2 D FLOPs per pair and model.
+        selection=4.0 * super_batch_size * batch_size * sum(dimensions),
+    )
+
+
+def cost_ratio(
+    filter_ratio: float,
+    *,
+    score: float = 1.0,
+    reference: float = 1.0,
+    training: float = 1.0,
+    reuse: float = 0.0,
+) -> float:
+    """Returns the cost of a JEST step over that of a uniform step of equal batch size.
+
+    A rule of thumb in which training costs 3 forward passes and selection itself nothing; it is
+    also the iteration speed-up at which JEST breaks even.
+
+    Args:
+      filter_ratio: fraction discarded, in [0, 1).
+      score: cost of the learner's scoring pass, in full forward passes; 0.28 at patch 32
+        instead of 16 in Flexi-JEST, 0 for easy_reference.
+      reference: cost of the reference's pass likewise; 0 if cached.
+      training: cost of the training step over a plain one; 0.64 for half of it at patch 32.
+      reuse: 1 if the scoring pass of the chosen serves training too, as in the paper.
+    """
+    if not 0 <= filter_ratio < 1:
+        raise ConfigError(f"filter_ratio must be in [0, 1), got {filter_ratio}")
+    return ((score + reference) / (1 - filter_ratio) + 3 * training - reuse) / 3

@@ -1,0 +1,114 @@
+"""What the stream did so far: counters, last values and times, as one flat dict for any logger.
+
+Fed by the training thread. Tensors are kept as they come and read only by `as_dict`, so that no
+step waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from jest_stream.errors import ResumeMismatchError
+from jest_stream.types import Selection
+
+_COUNTERS = (
+    "steps",  # sub-batches handed out
+    "samples_read",  # usable examples of the source
+    "samples_scored",
+    "samples_trained",  # handed out
+    "epoch_tail",  # read but too few for a batch at the end of a pass
+    "super_batch_duplicates",  # keys that came again within one super-batch
+)
+_STAGES = ("data", "scoring", "selecting", "yielding")
+_VERSION = 1
+
+
+class Metrics:
+    """Counters, last values and times of one dataset."""
+
+    def __init__(self) -> None:
+        """Starts at zero."""
+        self._counts = dict.fromkeys(_COUNTERS, 0)
+        self._skipped: dict[str, int] = {}
+        self._seconds = dict.fromkeys(_STAGES, 0.0)
+        self._stage: str | None = None  # the stage whose time is running,
+        self._since = 0.0  # and since when
+        self._selection: Selection | None = None
+        self._staleness: int | None = None
+
+    def count(self, name: str, amount: int = 1) -> None:
+        """Adds to a counter: steps, samples_read, samples_scored, samples_trained, ..."""
+        self._counts[name] += amount
+
+    def count_skipped(self, reason: str, amount: int = 1) -> None:
+        """Adds examples that were left out, under the reason's name."""
+        self._skipped[reason] = self._skipped.get(reason, 0) + amount
+
+    def observe(self, selection: Selection, *, staleness: int | None = None) -> None:
+        """Replaces the last values by those of the sub-batch handed out now.
+
+        Args:
+          selection: how it was chosen. Its tensors are kept, not read.
+          staleness: steps between the weights it was scored with and this step; None without
+            a learner.
+        """
+        self._selection = selection
+        self._staleness = staleness
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the wall time of the block to a stage: data, scoring, selecting or yielding.
+
+        Stages nest: the inner one's time is not counted in the outer one, so that they add up.
+        On CUDA this is the host's time; work that was only enqueued is not in it.
+        """
+        outer = self._stage
+        self._switch_to(stage)
+        try:
+            yield
+        finally:
+            self._switch_to(outer)
+
+    def as_dict(self) -> dict[str, float | int]:
+        """Returns everything, flat; the same keys each time but for new reasons of skipping.
+
+        Last values are NaN where there is none (before the first batch, or for uniform
+        selection). Times are seconds since this object was made; the counters go on after a
+        resume. Reads tensors, so on CUDA this waits for the scoring of the last batch.
+        """
+        nan = math.nan
+        last = self._selection
+        return {
+            **self._counts,
+            "samples_skipped": sum(self._skipped.values()),
+            **{f"skipped/{reason}": count for reason, count in sorted(self._skipped.items())},
+            "staleness": nan if self._staleness is None else self._staleness,
+            "effective_support": float(last.effective_support.mean()) if last else nan,
+            "selected_score": float(last.selected_score) if last else nan,
+            "candidate_score": float(last.candidate_score) if last else nan,
+            **{f"{stage}_s": seconds for stage, seconds in self._seconds.items()},
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the counters. Times and last values belong to a process and are not saved."""
+        return {"version": _VERSION, "counts": dict(self._counts), "skipped": dict(self._skipped)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on counting from `state`."""
+        if state["version"] != _VERSION:
+            raise ResumeMismatchError(
+                f"the metrics in the checkpoint have version {state['version']}, this release "
+                f"reads version {_VERSION}. Resume with the release that wrote it."
+            )
+        self._counts = {name: state["counts"][name] for name in _COUNTERS}
+        self._skipped = dict(state["skipped"])
+
+    def _switch_to(self, stage: str | None) -> None:
+        now = time.perf_counter()
+        if self._stage is not None:
+            self._seconds[self._stage] += now - self._since
+        self._stage, self._since = stage, now

@@ -1,0 +1,25 @@
+"""How much is to be learned from each pair: two-tower models in, `Embeddings` out.
+
+`encoders` sees every library's models in one way, `learner` keeps the copy of the module being
+trained, `reference` holds the frozen one.
+"""
+
+from jest_stream.scoring.encoders import (
+    TwoTower,
+    embed_in_micro_batches,
+    has_bias,
+    two_tower,
+    unwrap,
+)
+from jest_stream.scoring.learner import LearnerCopy
+from jest_stream.scoring.reference import ReferenceModel
+
+__all__ = [
+    "LearnerCopy",
+    "ReferenceModel",
+    "TwoTower",
+    "embed_in_micro_batches",
+    "has_bias",
+    "two_tower",
+    "unwrap",
+]

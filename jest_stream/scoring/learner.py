@@ -1,0 +1,203 @@
+"""The learner copy: the weights that score, a known number of steps behind the ones that train.
+
+The module being trained goes in; the copy embeds super-batches and is refreshed by step count,
+never by the clock. Copying is enqueued by the thread that calls `refresh`, on its current stream:
+call it from the training thread between two optimizer steps, so that no copy is ever torn. The
+learner itself is only read.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jest_stream.errors import ConfigError, ResumeMismatchError
+from jest_stream.scoring.encoders import Input, embed_in_micro_batches, two_tower
+from jest_stream.types import Embeddings
+
+_VERSION = 1
+
+
+class LearnerCopy:
+    """A frozen copy of the learner, in eval mode, with its buffers, scale and bias.
+
+    Forward hooks are part of what a module computes, so the copy has them too and they see
+    scoring passes. Moving or converting the learner later is fine; a learner that gains, loses
+    or resizes parameters is refused at the next refresh.
+
+    Attributes:
+      tower: the copy, as a `TwoTower`.
+      step: the step whose weights it holds.
+    """
+
+    def __init__(
+        self,
+        learner: nn.Module,
+        *,
+        refresh_every: int,
+        device: torch.device | str | None = None,
+        step: int = 0,
+    ) -> None:
+        """Copies the weights that `learner` has now.
+
+        Args:
+          learner: the module being trained, wrapped or not. Not modified.
+          refresh_every: steps between refreshes; 1 keeps the copy equal at every step.
+          device: where the copy lives. None: where the learner is.
+          step: what the present weights are called.
+
+        Raises:
+          ConfigError: if the learner is no two-tower module or cannot be copied.
+        """
+        if refresh_every < 1:
+            raise ConfigError(f"refresh_every must be at least 1 step, got {refresh_every}")
+        tower = two_tower(learner)
+        self._learner = tower.module
+        self._refresh_every = refresh_every
+        self.tower = two_tower(_frozen_copy(self._learner, device))
+        self.step = step
+
+    def embed(
+        self,
+        image: Input,
+        text: Input,
+        *,
+        micro_batch_size: int | None = None,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> Embeddings:
+        """Returns the embeddings of B pairs under the weights of step `self.step`."""
+        return embed_in_micro_batches(
+            self.tower,
+            image,
+            text,
+            micro_batch_size=micro_batch_size,
+            autocast_dtype=autocast_dtype,
+        )
+
+    def refresh(self, step: int, *, force: bool = False) -> bool:
+        """Copies the learner's weights if they are due; returns whether it did.
+
+        Args:
+          step: sub-batches handed out so far, which names the learner's present weights. Due
+            when it is a multiple of `refresh_every`.
+          force: copy them anyway.
+
+        Raises:
+          ConfigError: if the learner's parameters or buffers have other names or shapes than
+            when the copy was made. The copy stays as it was.
+        """
+        if step % self._refresh_every and not force:
+            return False
+        source, target = _named_tensors(self._learner), _named_tensors(self.tower.module)
+        if difference := _difference(expected=target, found=source):
+            raise ConfigError(
+                f"the learner is not the module that was copied for scoring: {difference}. The "
+                f"copy is made at the first batch, so change the learner's layers before it, or "
+                f"make a new dataset after it."
+            )
+        _overwrite(target, source)
+        self.step = step
+        return True
+
+    def staleness(self, step: int) -> int:
+        """Returns how many steps the copy is behind at `step`."""
+        return step - self.step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the step and the weights, on the CPU and independent of the copy."""
+        tensors = {
+            name: tensor.detach().to("cpu", copy=True)
+            for name, tensor in _named_tensors(self.tower.module).items()
+        }
+        return {"version": _VERSION, "step": self.step, "tensors": tensors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what `state_dict` returned.
+
+        Raises:
+          ResumeMismatchError: if the state is of another module or version.
+        """
+        if state["version"] != _VERSION:
+            raise ResumeMismatchError(
+                f"the learner copy in the checkpoint has version {state['version']}, this release "
+                f"reads version {_VERSION}. Resume with the release that wrote it, or without "
+                f"the learner copy."
+            )
+        target = _named_tensors(self.tower.module)
+        if difference := _difference(expected=target, found=state["tensors"]):
+            raise ResumeMismatchError(
+                f"the learner copy in the checkpoint is of another module than the learner: "
+                f"{difference}. Pass the learner that the checkpoint was taken with."
+            )
+        _overwrite(target, state["tensors"])
+        self.step = state["step"]
+
+    def __repr__(self) -> str:
+        return (
+            f"<LearnerCopy of {type(self._learner).__name__}, weights of step {self.step}, "
+            f"refreshed every {self._refresh_every} on {self.tower.device}>"
+        )
+
+
+def _frozen_copy(learner: nn.Module, device: torch.device | str | None) -> nn.Module:
+    """Returns a copy of `learner` in eval mode that takes no gradients."""
+    for name, tensor in _named_tensors(learner).items():
+        if torch.nn.parameter.is_lazy(tensor) or tensor.is_meta:
+            raise ConfigError(
+                f"{name} of the learner has no values yet (a lazy module before its first "
+                f"forward, or the meta device), so there is nothing to score with. Run one "
+                f"forward pass, or load the weights, before the first batch."
+            )
+        if hasattr(tensor, "full_tensor"):
+            raise ConfigError(
+                f"{name} of the learner is sharded (fully_shard), and a sharded learner cannot be "
+                f"copied for scoring. Use DistributedDataParallel, or score with a small proxy "
+                f"model that each rank holds in full."
+            )
+    try:
+        # Tensors made under inference_mode would refuse every later refresh.
+        with torch.inference_mode(False), torch.no_grad():
+            frozen = copy.deepcopy(learner).to(device=device)
+    except Exception as error:
+        raise ConfigError(
+            f"the learner, a {type(learner).__name__}, cannot be copied for scoring: {error}. "
+            f"Often a module has kept a tensor of its last forward (detach it, or clear it before "
+            f"the first batch), uses the old torch.nn.utils.weight_norm (use "
+            f"torch.nn.utils.parametrizations), or has hooks that hold files or locks."
+        ) from error
+    return frozen.eval().requires_grad_(False)
+
+
+def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Returns every parameter and buffer once, tied ones under their first name.
+
+    Layers that were compiled in place after the copy was made keep their names.
+    """
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in named}
+
+
+def _difference(*, expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
+    """Returns in words how `found` differs in names or shapes; empty if it does not."""
+    parts = []
+    for label, names in (
+        ("it lacks", [name for name in expected if name not in found]),
+        ("it has also", [name for name in found if name not in expected]),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{label} {', '.join(names[:3])}{more}")
+    for name, tensor in expected.items():
+        if name in found and found[name].shape != tensor.shape:
+            parts.append(f"{name} was {list(tensor.shape)}, is {list(found[name].shape)}")
+            break
+    return "; ".join(parts)
+
+
+def _overwrite(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
+    """Copies values over, across devices and precisions; few kernels however many tensors."""
+    with torch.no_grad():
+        torch._foreach_copy_(list(target.values()), [source[name] for name in target])

@@ -1,0 +1,145 @@
+"""Counters add up, last values are read late, times do not overlap.
+
+Run: pytest tests/reporting/test_metrics.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+
+import pytest
+import torch
+
+from jest_stream.errors import ResumeMismatchError
+from jest_stream.reporting import Metrics
+from jest_stream.types import Selection
+
+
+def selection_of(score: float) -> Selection:
+    return Selection(
+        indices=torch.tensor([1, 0]),
+        effective_support=torch.tensor([3.0, 5.0]),
+        selected_score=torch.tensor(score),
+        candidate_score=torch.tensor(0.5),
+        is_finite=torch.tensor(True),
+    )
+
+
+def test_a_short_run_as_a_flat_dict():
+    metrics = Metrics()
+    for step in range(3):
+        metrics.count("samples_read", 10)
+        metrics.count("samples_scored", 10)
+        metrics.count("samples_trained", 2)
+        metrics.count("steps")
+        metrics.observe(selection_of(step), staleness=step)
+    metrics.count_skipped("missing_text", 4)
+    metrics.count_skipped("bad_image")
+    metrics.count_skipped("missing_text")
+    got = metrics.as_dict()
+    times = {name: got.pop(name) for name in ("data_s", "scoring_s", "selecting_s", "yielding_s")}
+    assert got == {
+        "steps": 3,
+        "samples_read": 30,
+        "samples_scored": 30,
+        "samples_trained": 6,
+        "samples_skipped": 6,
+        "skipped/bad_image": 1,
+        "skipped/missing_text": 5,
+        "epoch_tail": 0,
+        "super_batch_duplicates": 0,
+        "staleness": 2,
+        "effective_support": 4.0,  # mean over the chunks of the last sub-batch
+        "selected_score": 2.0,
+        "candidate_score": 0.5,
+    }
+    assert set(times.values()) == {0.0}
+
+
+def test_the_keys_are_there_before_the_first_batch():
+    before = Metrics().as_dict()
+    metrics = Metrics()
+    metrics.observe(selection_of(1.0))
+    assert set(before) == set(metrics.as_dict())
+    assert all(math.isnan(before[name]) for name in ("staleness", "selected_score"))
+    assert all(type(value) in (int, float) for value in metrics.as_dict().values())
+
+
+def test_tensors_are_read_only_when_asked_for():
+    metrics = Metrics()
+    score = torch.tensor(1.0)
+    selection = selection_of(0.0)
+    metrics.observe(
+        Selection(
+            indices=selection.indices,
+            effective_support=selection.effective_support,
+            selected_score=score,
+            candidate_score=selection.candidate_score,
+            is_finite=selection.is_finite,
+        )
+    )
+    score.fill_(7.0)  # as a kernel that was only enqueued would
+    assert metrics.as_dict()["selected_score"] == 7.0
+
+
+def test_nested_stages_add_up_to_the_time_that_passed():
+    metrics = Metrics()
+    start = time.perf_counter()
+    with metrics.timed("scoring"):
+        spin(0.02)
+        with metrics.timed("data"):
+            spin(0.05)
+        spin(0.02)
+    total = time.perf_counter() - start
+    got = metrics.as_dict()
+    assert got["data_s"] >= 0.05
+    assert got["scoring_s"] >= 0.04
+    # Were the inner time counted twice, the sum would exceed the total by 0.05.
+    assert got["data_s"] + got["scoring_s"] == pytest.approx(total, abs=0.01)
+
+
+def test_a_stage_that_fails_is_timed_and_ended():
+    metrics = Metrics()
+    with pytest.raises(KeyError), metrics.timed("selecting"):
+        raise KeyError
+    spent = metrics.as_dict()["selecting_s"]
+    spin(0.01)
+    assert 0 < metrics.as_dict()["selecting_s"] == spent
+
+
+def test_counters_go_on_after_a_resume():
+    metrics = Metrics()
+    metrics.count("steps", 5)
+    metrics.count_skipped("bad_image", 2)
+    state = metrics.state_dict()
+    metrics.count("steps")  # what was saved does not change
+    state = json.loads(json.dumps(state))
+    resumed = Metrics()
+    resumed.load_state_dict(state)
+    resumed.count("steps")
+    resumed.count_skipped("bad_image")
+    assert resumed.as_dict()["steps"] == 6
+    assert resumed.as_dict()["skipped/bad_image"] == 3
+    assert state["counts"]["steps"] == 5
+
+
+def test_a_state_of_another_version_is_refused():
+    state = {**Metrics().state_dict(), "version": 0}
+    with pytest.raises(ResumeMismatchError, match="have version 0, this release reads version 1"):
+        Metrics().load_state_dict(state)
+
+
+def test_an_unknown_counter_or_stage_is_an_error():
+    metrics = Metrics()
+    with pytest.raises(KeyError, match="sample_red"):
+        metrics.count("sample_red")
+    with pytest.raises(KeyError, match="sleeping"), metrics.timed("sleeping"):
+        pass
+
+
+def spin(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
