@@ -1,0 +1,37 @@
+"""jest_stream: joint example selection (JEST) inside the training loop.
+
+shards -> lanes -> super-batch -> score views -> embeddings -> selected -> batch
+
+sources     read shards lane by lane, here or in worker processes
+superbatch  cuts the stream into super-batches of exactly B candidates
+views       makes the small view that is scored, and the one that is trained on
+scoring     embeds candidates with the learner copy and the frozen reference
+selection   draws the sub-batch, chunk by chunk, each conditioned on those before
+dataset     hands it to the training loop, and remembers where it was
+"""
+
+from jest_stream.config import SelectionConfig
+from jest_stream.dataset import JESTDataset
+from jest_stream.selection import (
+    gumbel_top_k,
+    select_independently,
+    select_jointly,
+    select_uniformly,
+)
+from jest_stream.sources import IterableSource, TarSource, open_source
+from jest_stream.types import Embeddings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Embeddings",
+    "IterableSource",
+    "JESTDataset",
+    "SelectionConfig",
+    "TarSource",
+    "gumbel_top_k",
+    "open_source",
+    "select_independently",
+    "select_jointly",
+    "select_uniformly",
+]

@@ -1,0 +1,192 @@
+"""A super-batch in, the chosen rows out: embeds the score views and runs the selection rule.
+
+Owns the learner copy and the reference. Runs in the training thread, without gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from jest_stream.config import SelectionConfig
+from jest_stream.errors import ConfigError
+from jest_stream.reporting.metrics import Metrics
+from jest_stream.scoring.encoders import Input, has_bias, two_tower
+from jest_stream.scoring.learner import LearnerCopy
+from jest_stream.scoring.reference import ReferenceModel
+from jest_stream.selection import independent_selection, joint_selection, needs, uniform_selection
+from jest_stream.types import Embeddings, Selection
+from jest_stream.views import Columns, view_of
+
+
+class Models:
+    """The modules that a selection rule needs, checked; those it does not need are None."""
+
+    def __init__(
+        self, config: SelectionConfig, learner: nn.Module | None, reference: nn.Module | None
+    ) -> None:
+        """Raises `ConfigError` if a needed module is missing or cannot embed."""
+        needs_learner, needs_reference = (False, False)
+        if config.method != "uniform":
+            needs_learner, needs_reference = needs(config.score)
+        self.learner = _checked(learner, "learner", config) if needs_learner else None
+        self.reference = _checked(reference, "reference", config) if needs_reference else None
+        self.loss = config.loss
+        model = self.learner if self.learner is not None else self.reference
+        if model is not None and config.loss == "auto":
+            self.loss = "sigmoid" if has_bias(model) else "softmax"
+        self.home = next((m for m in (learner, reference) if isinstance(m, nn.Module)), None)
+        """The module on whose device batches are wanted."""
+
+
+class Selector:
+    """Chooses sub-batches by the rule of a `SelectionConfig`."""
+
+    def __init__(
+        self,
+        config: SelectionConfig,
+        models: Models,
+        *,
+        refresh_every: int,
+        device: torch.device,
+        metrics: Metrics,
+    ) -> None:
+        self._config = config
+        self._models = models
+        self._refresh_every = refresh_every
+        self._device = device
+        self._metrics = metrics
+        self._copy: LearnerCopy | None = None
+        self._reference: ReferenceModel | None = None
+        self._restored: dict[str, Any] | None = None  # a checkpoint's copy, until ours is made
+
+    @property
+    def weights_step(self) -> int | None:
+        """The step whose learner weights the copy holds; None without a copy."""
+        return None if self._copy is None else self._copy.step
+
+    def refresh(self, step: int, *, force: bool = False) -> None:
+        """Copies the learner's weights if `step` is one of the promised steps, or if forced.
+
+        The first call makes the copy: the learner may have been moved or wrapped until then.
+        """
+        if self._models.learner is None:
+            return
+        if self._copy is None:
+            self._copy = LearnerCopy(
+                self._models.learner,
+                refresh_every=self._refresh_every,
+                device=self._device,
+                step=step,
+            )
+            if self._restored is not None:
+                self._copy.load_state_dict(self._restored)
+                self._restored = None
+        if force or self._copy.step != step:
+            self._copy.refresh(step, force=force)
+
+    def choose(
+        self, columns: Columns, *, size: int, batch_size: int, key: int, step: int
+    ) -> Selection:
+        """Returns which of the `size` candidates make the sub-batch of `step`.
+
+        Args:
+          columns: score views of the candidates, on the scoring device.
+          key: names the run's noise; with `step` and an example's position it names a draw.
+        """
+        config = self._config
+        if config.method == "uniform":
+            return uniform_selection(
+                size, batch_size=batch_size, key=key, step=step, device=self._device
+            )
+        with self._metrics.timed("scoring"):
+            learner, reference = self._embed(columns)
+        self._metrics.count("samples_scored", size)
+        with self._metrics.timed("selecting"):
+            if config.method == "independent":
+                return independent_selection(
+                    learner,
+                    reference,
+                    batch_size=batch_size,
+                    score=config.score,
+                    loss=self._models.loss,
+                    gain=config.gain,
+                    key=key,
+                    step=step,
+                )
+            return joint_selection(
+                learner,
+                reference,
+                batch_size=batch_size,
+                num_chunks=min(config.num_chunks, batch_size),
+                score=config.score,
+                loss=self._models.loss,
+                gain=config.gain,
+                key=key,
+                step=step,
+            )
+
+    def copy_state(self) -> dict[str, Any] | None:
+        """Returns the learner copy's weights for a checkpoint, None if there is no copy."""
+        return self._restored if self._copy is None else self._copy.state_dict()
+
+    def load_copy_state(self, state: dict[str, Any] | None) -> None:
+        """Takes the weights of a checkpoint; None has the copy made anew."""
+        self._restored = state
+        self._copy = None
+
+    def close(self) -> None:
+        """Lets go of the copy."""
+        self._copy = self._reference = None
+
+    def _embed(self, columns: Columns) -> tuple[Embeddings | None, Embeddings | None]:
+        image, text = _scorable(columns, "image"), _scorable(columns, "text")
+        precision = (self._config.micro_batch_size, self._config.autocast_dtype)
+        learner = reference = None
+        if self._copy is not None:
+            learner = self._copy.embed(
+                image, text, micro_batch_size=precision[0], autocast_dtype=precision[1]
+            )
+        if self._models.reference is not None:
+            if self._reference is None:
+                self._reference = ReferenceModel(
+                    self._models.reference, device=self._device, learner=self._models.learner
+                )
+            reference = self._reference.embed(
+                _own(columns, "reference_image", image),
+                _own(columns, "reference_text", text),
+                micro_batch_size=precision[0],
+                autocast_dtype=precision[1],
+            )
+        return learner, reference
+
+
+def _checked(module: nn.Module | None, role: str, config: SelectionConfig) -> nn.Module:
+    if module is not None:
+        two_tower(module, role=role)
+        return module
+    score = f"score={config.score!r}" if isinstance(config.score, str) else "a score of your own"
+    other = "hard_learner" if role == "reference" else "easy_reference"
+    raise ConfigError(
+        f"{role}=None, but {score} compares pairs by a {role} model: pass one as {role}=. "
+        f"SelectionConfig(score={other!r}) needs none, SelectionConfig(method='uniform') "
+        f"needs no model at all."
+    )
+
+
+def _scorable(columns: Columns, name: str) -> Input:
+    view = view_of(columns, name)
+    if isinstance(view, list):
+        raise ConfigError(
+            f"{name} of example {columns['key'][0]!r} is a {type(view[0]).__name__}, but scoring "
+            f"takes tensors. Pass tokenizer=, a function that turns the text into one."
+        )
+    return view
+
+
+def _own(columns: Columns, name: str, shared: Input) -> Input:
+    """The reference's own view, or else the one it shares with the learner."""
+    has_own = any(key == name or key.startswith(name + "/") for key in columns)
+    return _scorable(columns, name) if has_own else shared

@@ -1,0 +1,160 @@
+"""Examples in, super-batches out: a window over the lanes, with the position where it starts.
+
+Blocks arrive lane by lane; the window deals them out round robin, one example of each lane in
+turn, so that the order of examples does not depend on block sizes or worker processes. It runs in
+the training process. What it holds beyond the current super-batch is at most one block per lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from jest_stream.sources.workers import Block, BlockReader
+from jest_stream.types import Cursor
+from jest_stream.views import Columns
+
+
+class Position(NamedTuple):
+    """Where in the stream a super-batch starts."""
+
+    cursors: dict[int, Cursor]
+    """Per lane, what it reads next."""
+    next_lane: int
+    """Whose turn it is: an index into the sorted lanes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperBatch:
+    """Candidates that are scored together."""
+
+    columns: Columns
+    """One entry per candidate, in global order."""
+    size: int
+    """How many candidates there are."""
+    start: Position
+    """Where reading it again would start."""
+    skipped: dict[str, int]
+    """Bad examples left out on the way, by reason."""
+    num_bytes: int
+    """Encoded bytes of the blocks opened on the way."""
+
+
+class Window:
+    """Cuts the stream into super-batches. Owns what was read and not yet dealt out."""
+
+    def __init__(self, reader: BlockReader, start: Position) -> None:
+        self._reader = reader
+        self._lanes = sorted(start.cursors)
+        self._cursors = dict(start.cursors)
+        self._next_lane = start.next_lane
+        self._blocks: dict[int, tuple[Block, int]] = {}  # lane -> block, examples taken of it
+        self._waiting: dict[int, list[Block]] = {lane: [] for lane in self._lanes}
+        self._ended: set[int] = set()
+        self._skipped: dict[str, int] = {}  # since the super-batch at hand was begun
+        self._num_bytes = 0
+
+    @property
+    def position(self) -> Position:
+        """Where the next super-batch starts."""
+        return Position(dict(self._cursors), self._next_lane)
+
+    def take(self, size: int, *, device: torch.device) -> SuperBatch:
+        """Returns the next `size` examples, on `device`; fewer where the stream ends."""
+        start = self.position
+        self._skipped, self._num_bytes = {}, 0
+        picks: list[tuple[Block, int]] = []
+        while len(picks) < size:
+            lane = self._lanes[self._next_lane]
+            if self._fill(lane):
+                picks.append(self._next_of(lane))
+            elif len(self._ended) == len(self._lanes):
+                break
+            self._next_lane = (self._next_lane + 1) % len(self._lanes)
+        return SuperBatch(
+            columns={k: moved(v, device) for k, v in _gather_blocks(picks).items()},
+            size=len(picks),
+            start=start,
+            skipped=self._skipped,
+            num_bytes=self._num_bytes,
+        )
+
+    def _next_of(self, lane: int) -> tuple[Block, int]:
+        block, taken = self._blocks[lane]
+        self._count_skipped(block, taken)
+        self._blocks[lane] = (block, taken + 1)
+        self._cursors[lane] = block.cursors[taken]
+        return block, taken
+
+    def _count_skipped(self, block: Block, before: int) -> None:
+        for position, reason in block.skipped:
+            if position == before:
+                self._skipped[reason] = self._skipped.get(reason, 0) + 1
+
+    def _fill(self, lane: int) -> bool:
+        """Makes sure that the lane has an example to give; False if it has ended."""
+        while lane not in self._ended:
+            if lane in self._blocks:
+                block, taken = self._blocks[lane]
+                if taken < block.num_examples:
+                    return True
+                self._count_skipped(block, taken)
+                del self._blocks[lane]
+                if block.is_end:
+                    self._ended.add(lane)
+            elif self._waiting[lane]:
+                block = self._waiting[lane].pop(0)
+                self._num_bytes += block.num_bytes
+                self._blocks[lane] = (block, 0)
+            else:
+                next_block = self._reader.read()
+                if next_block is None:
+                    self._ended.update(self._lanes)
+                else:
+                    self._waiting[next_block.lane].append(next_block)
+        return False
+
+
+def moved(column: Any, device: torch.device) -> Any:
+    """Returns a tensor on `device`; anything else as it is."""
+    return column.to(device, non_blocking=True) if isinstance(column, Tensor) else column
+
+
+def take_rows(columns: Columns, indices: Tensor) -> Columns:
+    """Returns the rows `indices`, on the device where each column lies."""
+    chosen: list[int] | None = None
+    taken: Columns = {}
+    for name, column in columns.items():
+        if isinstance(column, Tensor):
+            taken[name] = column.index_select(0, indices.to(column.device))
+        else:
+            chosen = indices.tolist() if chosen is None else chosen
+            taken[name] = [column[i] for i in chosen]
+    return taken
+
+
+def _gather_blocks(picks: Sequence[tuple[Block, int]]) -> Columns:
+    """Returns the picked rows as columns, in the order of the picks; each tensor is copied once."""
+    rows_of: dict[int, tuple[Mapping[str, Any], list[int], list[int]]] = {}
+    for row, (block, taken) in enumerate(picks):
+        _, sources, targets = rows_of.setdefault(id(block), (block.items, [], []))
+        sources.append(taken)
+        targets.append(row)
+    columns: Columns = {}
+    for name, first in picks[0][0].items.items() if picks else ():
+        if isinstance(first, Tensor):
+            out = first.new_empty((len(picks), *first.shape[1:]))
+            for items, sources, targets in rows_of.values():
+                out[torch.tensor(targets)] = items[name][torch.tensor(sources)]
+            columns[name] = out
+        else:
+            column: list[Any] = [None] * len(picks)
+            for items, sources, targets in rows_of.values():
+                for source, target in zip(sources, targets, strict=True):
+                    column[target] = items[name][source]
+            columns[name] = column
+    return columns

@@ -1,0 +1,176 @@
+"""What is made of an example: the score view of every candidate, the train view of the chosen.
+
+`ScoreView` turns one example into a row, `collate` stacks rows into columns; both run where the
+examples are read, in worker processes if there are any. `TrainView` makes the random view of the
+few that were chosen, from the encoded bytes, in the training process.
+
+A row or column is a flat dict. `image` and `text` may each be one tensor or a mapping of tensors
+(as processors of transformers return): a mapping's entries are named `image/pixel_values`, ….
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jest_stream.errors import BadExampleError, ConfigError
+from jest_stream.randomness import isolated_rng
+from jest_stream.sources.decode import Decoded
+from jest_stream.types import Example
+
+Row = dict[str, Any]
+Columns = dict[str, Any]
+"""Each value holds one entry per example: a tensor `[n, …]`, or a list."""
+View = Tensor | dict[str, Tensor] | list[Any]
+Transform = Callable[[Any], Any]
+Key = str | Callable[[Mapping[str, Any]], Any]
+"""Alternatives such as `"jpg;png"`, the first present member counts; or a function of the example,
+which sees decoded members."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreView:
+    """Makes the deterministic view that candidates are scored on, one row per example."""
+
+    keys: tuple[Key, Key]
+    """Where an example's image and text are."""
+    learner: tuple[Transform | None, Transform | None]
+    """Transform and tokenizer. None: the values are tensors already."""
+    reference: tuple[Transform | None, Transform | None]
+    """The reference's own. None: it sees what the learner sees."""
+    keep_image: bool
+    """Whether the undecoded image travels along, for a train view made later."""
+
+    def __call__(self, example: Example) -> Row:
+        """Returns the row of one example.
+
+        Raises:
+          BadExampleError: for a missing or unreadable member.
+          ConfigError: for a value that no transform was given for.
+        """
+        decoded = Decoded(example)
+        image = _find(decoded, self.keys[0], "image_key", "missing_image")
+        text = _find(decoded, self.keys[1], "text_key", "missing_text")
+        row: Row = {"key": example["__key__"], "shard": example.get("__shard__", "")}
+        _add(row, "image", image if self.learner[0] is None else self.learner[0](image))
+        _add(row, "text", text if self.learner[1] is None else self.learner[1](text))
+        if self.reference[0] is not None:
+            _add(row, "reference_image", self.reference[0](image))
+        if self.reference[1] is not None:
+            _add(row, "reference_text", self.reference[1](text))
+        if self.keep_image:
+            row["raw_image"] = _raw(example, self.keys[0], image)
+        return row
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainView:
+    """Makes the random view that is trained on, for the chosen examples only."""
+
+    transform: Transform
+    seed: int
+
+    def __call__(self, raw_images: list[Any], *, step: int) -> View:
+        """Returns the stacked views; the same ones for the same `seed` and `step`."""
+        rows = []
+        with isolated_rng("train_view", self.seed, step):
+            for name, value in raw_images:
+                row: Row = {"key": f"of step {step}"}
+                _add(row, "image", self.transform(Decoded({name: value})[name]))
+                rows.append(row)
+        return view_of(collate(rows), "image")
+
+
+def collate(rows: list[Row]) -> Columns:
+    """Returns the rows as columns: one tensor per field, so that a process hands over few.
+
+    Raises:
+      ConfigError: for tensors of different shapes.
+    """
+    return {name: _stack(name, [row[name] for row in rows], rows) for name in rows[0]}
+
+
+def view_of(columns: Columns, name: str) -> View:
+    """Returns the column `name`, or the mapping made of the columns `name/…`."""
+    if name in columns:
+        column: View = columns[name]
+        return column
+    prefix = name + "/"
+    return {key[len(prefix) :]: columns[key] for key in columns if key.startswith(prefix)}
+
+
+def put_view(columns: Columns, name: str, view: View) -> None:
+    """Replaces the view `name` of the columns; the inverse of `view_of`."""
+    for key in [key for key in columns if key == name or key.startswith(name + "/")]:
+        del columns[key]
+    if isinstance(view, dict):
+        columns.update({f"{name}/{key}": value for key, value in view.items()})
+    else:
+        columns[name] = view
+
+
+def _stack(name: str, values: list[Any], rows: list[Row]) -> Any:
+    if not isinstance(values[0], Tensor):
+        return values
+    for value, row in zip(values, rows, strict=True):
+        if value.shape != values[0].shape or value.dtype != values[0].dtype:
+            raise ConfigError(
+                f"{name} must have one shape and dtype for all examples, to be stacked; got "
+                f"{list(values[0].shape)} {values[0].dtype} for {rows[0]['key']!r} and "
+                f"{list(value.shape)} {value.dtype} for {row['key']!r}. Let the transform resize "
+                f"and crop, and the tokenizer pad to a fixed length."
+            )
+    return torch.stack(values)
+
+
+def _find(decoded: Decoded, key: Key, argument: str, reason: str) -> Any:
+    if callable(key):
+        return key(decoded)
+    for name in key.split(";"):
+        if name in decoded:
+            return decoded[name]
+    raise BadExampleError(
+        f"example {decoded['__key__']!r} has no member for {argument}={key!r}, only "
+        f"{sorted(name for name in decoded if not name.startswith('__'))}. Name the member it "
+        f'should be, or pass on_bad_example="skip" to leave such examples out and count them.',
+        key=str(decoded["__key__"]),
+        shard=str(decoded.get("__shard__", "")),
+        reason=reason,
+    )
+
+
+def _raw(example: Example, key: Key, image: Any) -> tuple[str, Any]:
+    """The image as it was read, with the member's name that tells its decoder."""
+    if callable(key):
+        return "image", image
+    name = next(name for name in key.split(";") if name in example)
+    return name, example[name]
+
+
+def _add(row: Row, name: str, view: Any) -> None:
+    """Puts a view into the row, without the batch dimension of one that processors add."""
+    is_text = name.endswith("text")
+    single_dim = 1 if is_text else 3
+    if isinstance(view, Mapping):
+        for key, value in view.items():
+            row[f"{name}/{key}"] = _unbatched(torch.as_tensor(value), single_dim)
+    elif isinstance(view, Tensor | np.ndarray):
+        row[name] = _unbatched(torch.as_tensor(view), single_dim)
+    elif is_text and isinstance(view, str):
+        row[name] = view
+    else:
+        what, argument = ("text", "tokenizer") if is_text else ("image", "transform")
+        raise ConfigError(
+            f"{name} of example {row['key']!r} is a {type(view).__name__}, but scoring takes "
+            f"tensors (or mappings of tensors). Pass {argument}=, a function that turns the "
+            f"{what} into one."
+        )
+
+
+def _unbatched(tensor: Tensor, single_dim: int) -> Tensor:
+    return tensor[0] if tensor.dim() == single_dim + 1 and len(tensor) == 1 else tensor

@@ -1,0 +1,128 @@
+"""The paper's algorithm written down plainly, with `[B, B]` matrices and loops: the oracle.
+
+Nothing here is fast or careful with memory. Everything is float64 unless asked otherwise. Noise is
+passed in, so that choices can be compared one by one with those of `jest_stream.selection`.
+
+B: super-batch size, b: batch size, C: number of chunks. `noise` is `[C, B]`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from jest_stream.types import Embeddings
+
+
+def logits(embeddings: Embeddings, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Returns `logit_scale * image @ text.T + logit_bias`: `[B, B]`."""
+    image, text = embeddings.image.to(dtype), embeddings.text.to(dtype)
+    return image @ text.T * float(embeddings.logit_scale) + float(embeddings.logit_bias)
+
+
+def sigmoid_pair_losses(embeddings: Embeddings, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Returns the sigmoid loss of every pair (Eq. 2): `[B, B]`, in nats."""
+    x = logits(embeddings, dtype)
+    matches = torch.eye(len(x), dtype=torch.bool)
+    return softplus(torch.where(matches, -x, x))
+
+
+def score_matrix(
+    learner: Embeddings | None,
+    reference: Embeddings | None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Returns learner loss minus reference loss, a missing one being 0: `[B, B]`."""
+    scores = torch.zeros((), dtype=dtype)
+    if learner is not None:
+        scores = scores + sigmoid_pair_losses(learner, dtype)
+    if reference is not None:
+        scores = scores - sigmoid_pair_losses(reference, dtype)
+    return scores
+
+
+def paper_listing(
+    scores: Tensor, *, batch_size: int, num_chunks: int, noise: Tensor, gain: float = 1.0
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns the chosen indices and, for each chunk, the scores it was drawn by.
+
+    Algorithm 1, line by line: one-hot masks, masked sums over the whole matrix for every chunk.
+    Repaired where the print cannot run (drawing without replacement by Gumbel-top-k, -inf instead
+    of subtracting a large number, chunk sizes that add up).
+    """
+    num_images = len(scores)
+    logits_ii = scores.diagonal()
+    chunk_sizes = [batch_size // num_chunks] * num_chunks
+    for extra in range(batch_size % num_chunks):
+        chunk_sizes[extra] += 1
+    inds = torch.empty(0, dtype=torch.int64)
+    drawn_by = []
+    for k, n_draws in enumerate(chunk_sizes):
+        is_sampled = torch.eye(num_images, dtype=scores.dtype)[inds].sum(0)
+        logits_ij = (scores * is_sampled.view(num_images, 1)).sum(0)
+        logits_ji = (scores * is_sampled.view(1, num_images)).sum(1)
+        marginal = (logits_ii + logits_ij + logits_ji).masked_fill(is_sampled > 0, -math.inf)
+        drawn_by.append(marginal)
+        new_inds = (gain * marginal + noise[k]).topk(n_draws).indices
+        inds = torch.cat((inds, new_inds))
+    return inds, drawn_by
+
+
+def softmax_logits(embeddings: Embeddings) -> list[list[float]]:
+    """Returns the logits without their bias, which cancels in a softmax: `[B][B]`."""
+    x: list[list[float]] = logits(replace(embeddings, logit_bias=0.0)).tolist()
+    return x
+
+
+def softmax_streaming_score(
+    learner: Embeddings | None, reference: Embeddings | None, chosen: list[int]
+) -> list[float]:
+    """Returns each candidate's softmax loss against the chosen alone, learner minus reference."""
+    total = [0.0] * len((learner or reference).image)
+    for embeddings, sign in ((learner, 1), (reference, -1)):
+        if embeddings is None:
+            continue
+        x = softmax_logits(embeddings)
+        for k in range(len(total)):
+            loss = -x[k][k]
+            if chosen:
+                over_texts = _log_sum_exp([x[k][j] for j in chosen])
+                over_images = _log_sum_exp([x[j][k] for j in chosen])
+                loss += (over_texts + over_images) / 2
+            total[k] += sign * loss
+    return total
+
+
+def softmax_batch_loss(embeddings: Embeddings, batch: list[int]) -> float:
+    """Returns the softmax loss of a batch, summed over its examples (Eq. 1), in nats."""
+    x = softmax_logits(embeddings)
+    loss = 0.0
+    for i in batch:
+        over_texts = _log_sum_exp([x[i][j] for j in batch])
+        over_images = _log_sum_exp([x[j][i] for j in batch])
+        loss += (over_texts + over_images) / 2 - x[i][i]
+    return loss
+
+
+def softmax_exact_marginal(
+    learner: Embeddings | None, reference: Embeddings | None, chosen: list[int]
+) -> list[float]:
+    """Returns what each candidate adds to the batch's loss: the difference of two batch losses."""
+    total = [0.0] * len((learner or reference).image)
+    for embeddings, sign in ((learner, 1), (reference, -1)):
+        if embeddings is None:
+            continue
+        before = softmax_batch_loss(embeddings, chosen)
+        for k in range(len(total)):
+            if k not in chosen:
+                total[k] += sign * (softmax_batch_loss(embeddings, [*chosen, k]) - before)
+    return total
+
+
+def _log_sum_exp(values: list[float]) -> float:
+    peak = max(values)
+    return peak + math.log(sum(math.exp(value - peak) for value in values))

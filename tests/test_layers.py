@@ -1,0 +1,139 @@
+"""The rooms keep their places: imports go downward, and what may happen in one room only does.
+
+pytest tests/test_layers.py
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "jest_stream"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Each row may import the rows above it, and its own room if it is a folder. Folders of one row
+# never import each other.
+LAYERS = [
+    {"errors", "types", "randomness"},
+    {"config", "storage"},
+    {"sources", "scoring", "selection", "reporting"},
+    {"views"},
+    {"superbatch", "selector"},
+    {"pipeline"},
+    {"dataset"},
+    {"__init__"},
+    {"demo"},
+    {"cli"},
+]
+
+# What only the named modules or rooms may mention.
+ONLY_IN = {
+    "multiprocessing": {"sources/workers.py"},
+    "subprocess": set(),
+    "threading": set(),
+    "DataLoader": {"sources/workers.py", "demo"},
+    "torch.distributed": {"dataset.py"},
+    "torch.cuda": {"dataset.py"},
+    "webdataset": {"sources"},
+    "datasets": {"sources"},
+    "open_clip": {"scoring/encoders.py"},
+    "transformers": {"scoring/encoders.py"},
+    "pickle": set(),
+    "torch.multinomial": set(),
+    "torch.save": set(),
+    "torch.load": set(),
+    "open": {"storage.py", "demo"},
+}
+
+
+def layer_of(module: str) -> int:
+    """The row of `jest_stream.sources.tar`, or of `sources/tar.py`."""
+    room = module.removeprefix("jest_stream.").split(".")[0]
+    return next(i for i, row in enumerate(LAYERS) if room in row)
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def imports_of(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            module = node.module or ""
+            found.update(f"{module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def dotted(node: ast.AST) -> str:
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and dotted(node.value):
+        return f"{dotted(node.value)}.{node.attr}"
+    return ""
+
+
+def mentions_of(tree: ast.AST) -> set[str]:
+    names = {dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Name | ast.Attribute)}
+    return names | imports_of(tree)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_go_downward(path: Path) -> None:
+    mine = room_of(path)
+    for name in imports_of(ast.parse(path.read_text())):
+        if not name.startswith("jest_stream."):
+            continue
+        theirs = name.split(".")[1]
+        if theirs == mine and (PACKAGE / mine).is_dir():
+            continue
+        assert layer_of(f"jest_stream.{theirs}") < layer_of(f"jest_stream.{mine}"), (
+            f"{name_of(path)} imports {name}, which is not below it"
+        )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_what_belongs_to_one_room_stays_there(path: Path) -> None:
+    mentioned = mentions_of(ast.parse(path.read_text()))
+    for word, rooms in ONLY_IN.items():
+        if {name_of(path), room_of(path)} & rooms:
+            continue
+        guilty = [
+            name
+            for name in mentioned
+            if name == word or name.startswith(word + ".") or name.endswith("." + word)
+        ]
+        guilty = [name for name in guilty if not (word == "open" and "." in name)]
+        assert not guilty, f"{name_of(path)} mentions {guilty}; only {rooms or 'nobody'} may"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_files_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 400, f"{name_of(path)} has more than 400 lines"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            size = (node.end_lineno or node.lineno) - node.lineno + 1
+            where = f"{name_of(path)}:{node.lineno} {node.name}"
+            assert size <= 60, f"{where} has {size} lines, more than 60"
+            assert node.args.kwarg is None, f"{where} takes **{node.args.kwarg.arg}"
+            is_public = not node.name.startswith("_")
+            assert not is_public or ast.get_docstring(node), f"{where} has no docstring"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_every_module_says_what_it_is_for(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text())), f"{name_of(path)} has no docstring"
+
+
+def test_the_layers_name_every_module_and_no_other() -> None:
+    assert {room_of(path) for path in MODULES} == set().union(*LAYERS)

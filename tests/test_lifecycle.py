@@ -1,0 +1,217 @@
+"""Whatever ends a loop, no thread, process or file is left, and nothing hangs.
+
+pytest tests/test_lifecycle.py
+"""
+
+from __future__ import annotations
+
+import gc
+import signal
+import subprocess
+import sys
+import threading
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from torch.utils.data import DataLoader
+
+from jest_stream import JESTDataset, SelectionConfig
+from jest_stream.errors import ShardTruncatedError
+from models import TinyTwoTower, to_tensor, tokenize
+from shards import write_shards
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("shards")
+    return write_shards(folder, num_shards=4, examples_per_shard=16)
+
+
+def jest(shards: Any, **options: Any) -> JESTDataset:
+    defaults: dict[str, Any] = {
+        "learner": TinyTwoTower(seed=1),
+        "reference": TinyTwoTower(seed=2),
+        "transform": to_tensor,
+        "tokenizer": tokenize,
+        "batch_size": 4,
+        "super_batch_size": 8,
+        "as_dict": True,
+    }
+    return JESTDataset(shards, **{**defaults, **options})
+
+
+def alive() -> tuple[int, int, int]:
+    """Child processes, threads, open shard files."""
+    process = psutil.Process()
+    children = [c for c in process.children() if c.status() != psutil.STATUS_ZOMBIE]
+    files = [file for file in process.open_files() if file.path.endswith(".tar")]
+    return len(children), threading.active_count(), len(files)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_break_leaves_nothing_and_loses_nothing(shards: list[str], num_workers: int) -> None:
+    expected = [batch["key"] for batch in islice(jest(shards), 5)]
+    before = alive()
+    dataset = jest(shards, num_workers=num_workers)
+    seen = []
+    for batch in dataset:
+        seen.append(batch["key"])
+        if len(seen) == 2:
+            assert alive() != before
+            break
+    assert alive() == before
+    seen += [batch["key"] for batch in islice(dataset, 3)]
+    assert seen == expected
+    assert alive() == before
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_exception_in_the_loop_leaves_nothing(shards: list[str], num_workers: int) -> None:
+    before = alive()
+    dataset = jest(shards, num_workers=num_workers)
+    with pytest.raises(ZeroDivisionError):
+        for _ in DataLoader(dataset, batch_size=None):
+            raise ZeroDivisionError
+    assert alive() == before
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_close_leaves_nothing_and_may_be_called_twice(shards: list[str], num_workers: int) -> None:
+    before = alive()
+    dataset = jest(shards, num_workers=num_workers)
+    iterator = iter(dataset)
+    next(iterator)
+    dataset.close()
+    assert alive() == before
+    dataset.close()
+    assert "closed" in repr(dataset)
+    with pytest.raises(RuntimeError, match="this JESTDataset is closed"):
+        next(iterator)
+
+
+def test_with_closes_and_so_does_dropping_the_last_name(shards: list[str]) -> None:
+    before = alive()
+    with jest(shards, num_workers=2, steps_per_epoch=2) as dataset:
+        assert len(list(dataset)) == 2
+        assert alive() != before  # workers wait for the next epoch
+    assert alive() == before
+    dataset = jest(shards, num_workers=2, steps_per_epoch=2)
+    assert len(list(dataset)) == 2
+    del dataset
+    gc.collect()
+    assert alive() == before
+
+
+def test_a_newer_iterator_takes_over_and_the_older_says_so(shards: list[str]) -> None:
+    expected = [batch["key"] for batch in islice(jest(shards), 3)]
+    dataset = jest(shards)
+    older = iter(dataset)
+    seen = [next(older)["key"]]
+    newer = iter(dataset)
+    with pytest.raises(RuntimeError, match=r"a newer iter\(dataset\) has taken over"):
+        next(older)
+    older.close()
+    seen += [batch["key"] for batch in islice(newer, 2)]
+    assert seen == expected
+
+
+def test_an_ended_iterator_stays_ended(shards: list[str]) -> None:
+    for options in ({"repeat": False}, {"steps_per_epoch": 3}):
+        iterator = iter(jest(shards, **options))
+        assert len(list(iterator)) > 0
+        assert next(iterator, None) is None
+        assert next(iterator, None) is None
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_an_error_comes_after_the_batches_before_it_and_leaves_nothing(
+    tmp_path: Path, num_workers: int, lookahead: int
+) -> None:
+    paths = write_shards(tmp_path, num_shards=2, examples_per_shard=16)
+    expected = [batch["key"] for batch in islice(jest(paths), 2)]
+    for path in paths:  # cut behind 13 of 16 examples, at a member boundary
+        data = Path(path).read_bytes()
+        cut = data.index(b"13.jpg" if path == paths[0] else b"29.jpg")
+        Path(path).write_bytes(data[: cut - cut % 512])
+    before = alive()
+    iterator = iter(jest(paths, num_workers=num_workers, lookahead=lookahead))
+    assert [next(iterator)["key"] for _ in range(2)] == expected
+    next(iterator)
+    for _ in range(2):
+        with pytest.raises(ShardTruncatedError) as caught:
+            next(iterator)
+        assert caught.value.shard in paths
+    del caught
+    assert alive() == before
+
+
+def test_an_error_in_user_code_keeps_its_type_and_stops_at_its_place(shards: list[str]) -> None:
+    def picky(text: str) -> Any:
+        if "circle" in text:
+            raise LookupError(f"no circles: {text}")
+        return tokenize(text)
+
+    for num_workers in (0, 2):
+        with pytest.raises(LookupError, match="no circles"):
+            list(islice(jest(shards, tokenizer=picky, num_workers=num_workers), 9))
+
+
+PROGRAM = """
+import os, signal, sys, torch
+sys.path.insert(0, {tests!r})
+from models import TinyTwoTower, to_tensor, tokenize
+from jest_stream import JESTDataset
+dataset = JESTDataset({shards!r}, learner=TinyTwoTower(1), reference=TinyTwoTower(2), num_workers=2,
+                      transform=to_tensor, tokenizer=tokenize, batch_size=4, super_batch_size=8)
+iterator = iter(dataset)
+next(iterator)
+import psutil
+print(*[child.pid for child in psutil.Process().children()], flush=True)
+{ending}
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"),
+    [
+        ("", 0),
+        ("sys.exit(3)", 3),
+        ("raise KeyError", 1),
+        ("os.kill(os.getpid(), signal.SIGINT); next(iterator)", -signal.SIGINT),
+        ("os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
+        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+    ],
+    ids=["end", "exit", "error", "SIGINT", "SIGTERM", "SIGKILL"],
+)
+def test_no_worker_survives_the_interpreter(shards: list[str], ending: str, status: int) -> None:
+    program = PROGRAM.format(tests=str(Path(__file__).parent), shards=shards, ending=ending)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == status, done.stderr
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
+    workers = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    _, survivors = psutil.wait_procs(workers, timeout=10)
+    assert not [w for w in survivors if w.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_iterating_in_a_worker_of_a_data_loader_says_what_to_do(shards: list[str]) -> None:
+    loader = DataLoader(jest(shards), batch_size=None, num_workers=1)
+    with pytest.raises(RuntimeError, match=r"num_workers=0\), and JESTDataset\(num_workers=1\)"):
+        next(iter(loader))
+
+
+def test_files_and_threads_stay_the_same_over_many_epochs(shards: list[str]) -> None:
+    dataset = jest(
+        shards, repeat=False, selection=SelectionConfig(method="uniform"), super_batch_size=8
+    )
+    list(dataset)
+    before = alive()
+    for _ in range(30):
+        list(dataset)
+    assert alive() == before
