@@ -1,4 +1,4 @@
-"""The settings, frozen and checked once. Ratios that the user gives become integers here.
+"""The settings, frozen and checked once.
 
 `SelectionConfig` says how sub-batches are chosen and is public; `StreamConfig` is the rest of what
 `JESTDataset` was given.
@@ -42,6 +42,10 @@ class SelectionConfig:
     """Factor on the scores before sampling. Larger is greedier."""
     loss: Loss = "auto"
     """Family of the pair losses. `auto`: sigmoid when the model has a bias, softmax otherwise."""
+    start_step: int = 0
+    """First step whose batch is selected; those before are uniform and score nothing."""
+    stop_step: int | None = None
+    """First step whose batch is uniform again. None: selection never stops."""
     micro_batch_size: int = 256
     """Examples per forward pass when scoring: memory against launches."""
     autocast_dtype: torch.dtype | None = None
@@ -52,8 +56,15 @@ class SelectionConfig:
         _require_one_of("selection.loss", self.loss, ("auto", "sigmoid", "softmax"))
         if not callable(self.score):
             _require_one_of("selection.score", self.score, _SCORES, "or a function of two tiles")
-        _require_at_least("selection.num_chunks", self.num_chunks, 1)
-        _require_at_least("selection.micro_batch_size", self.micro_batch_size, 1)
+        require_at_least("selection.num_chunks", self.num_chunks, 1)
+        require_at_least("selection.start_step", self.start_step, 0)
+        if self.stop_step is not None and self.stop_step <= self.start_step:
+            raise ConfigError(
+                f"selection.stop_step={self.stop_step} is not after "
+                f"start_step={self.start_step}, so nothing would ever be selected. Use "
+                f"method='uniform' for that."
+            )
+        require_at_least("selection.micro_batch_size", self.micro_batch_size, 1)
         if self.autocast_dtype not in (None, torch.bfloat16, torch.float16):
             raise ConfigError(
                 f"selection.autocast_dtype must be torch.bfloat16, torch.float16 or None, got "
@@ -68,14 +79,8 @@ class SelectionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """What `JESTDataset` was asked to do, with sizes as integers that nothing computes again."""
+    """The rest of what `JESTDataset` was asked to do; its docstring explains the fields."""
 
-    batch_size: int
-    super_batch_size: int
-    """Candidates per step; `batch_size` of them where nothing is chosen."""
-    stream_size: int
-    """What the lanes divide: the super-batch that was asked for, also where uniform selection reads
-    less per step. So the baseline reads the stream of the run that it is compared with."""
     refresh_every: int
     lookahead: int
     steps_per_epoch: int | None
@@ -87,17 +92,17 @@ class StreamConfig:
     timeout_s: float
 
     def __post_init__(self) -> None:
-        _require_at_least("refresh_every", self.refresh_every, 1)
-        _require_at_least("lookahead", self.lookahead, 0)
-        _require_at_least("num_workers", self.num_workers, 0)
-        _require_at_least("seed", self.seed, 0)
+        require_at_least("refresh_every", self.refresh_every, 1)
+        require_at_least("lookahead", self.lookahead, 0)
+        require_at_least("num_workers", self.num_workers, 0)
+        require_at_least("seed", self.seed, 0)
         _require_one_of("on_bad_example", self.on_bad_example, ("raise", "skip"))
         if self.lanes is not None:
-            _require_at_least("lanes", self.lanes, 1)
+            require_at_least("lanes", self.lanes, 1)
         if not self.timeout_s > 0:
             raise ConfigError(f"timeout_s must be above 0 seconds, got {self.timeout_s}")
         if self.steps_per_epoch is not None:
-            _require_at_least("steps_per_epoch", self.steps_per_epoch, 1)
+            require_at_least("steps_per_epoch", self.steps_per_epoch, 1)
             if not self.repeat:
                 raise ConfigError(
                     f"steps_per_epoch={self.steps_per_epoch} promises that many batches, "
@@ -105,33 +110,8 @@ class StreamConfig:
                 )
 
 
-def resolve_super_batch_size(
-    batch_size: int, filter_ratio: float, super_batch_size: int | None
-) -> int:
-    """Returns how many candidates a sub-batch is chosen from; `super_batch_size` has precedence.
-
-    Raises:
-      ConfigError: unless 0 <= filter_ratio < 1 and the super-batch holds a batch.
-    """
-    _require_at_least("batch_size", batch_size, 1)
-    if not 0 <= filter_ratio < 1:
-        raise ConfigError(
-            f"filter_ratio must be in [0, 1), got {filter_ratio}: it is the share of each "
-            f"super-batch that is discarded. The paper uses 0.5, 0.8 and 0.9."
-        )
-    if super_batch_size is None:
-        # Rounded, and only here: int(256 / (1 - 0.95)) is 5119 in floating point.
-        return round(batch_size / (1 - filter_ratio))
-    _require_at_least("super_batch_size", super_batch_size, 1)
-    if super_batch_size < batch_size:
-        raise ConfigError(
-            f"super_batch_size={super_batch_size} is below batch_size={batch_size}: a sub-batch is "
-            f"chosen from a super-batch. Pass at least {batch_size}, or filter_ratio instead."
-        )
-    return super_batch_size
-
-
-def _require_at_least(name: str, value: object, least: int) -> None:
+def require_at_least(name: str, value: object, least: int) -> None:
+    """Raises `ConfigError` unless `value` is an integer of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
 

@@ -18,11 +18,11 @@ from jest_stream.config import (
     OnBadExample,
     SelectionConfig,
     StreamConfig,
-    resolve_super_batch_size,
 )
 from jest_stream.pipeline import Layout, Pipeline
 from jest_stream.reporting.metrics import Metrics
 from jest_stream.selector import Models, Selector
+from jest_stream.sizes import FilterRatio, resolve_sizes
 from jest_stream.sources import open_source
 from jest_stream.sources.lanes import num_lanes
 from jest_stream.views import Key, ScoreView, TrainView, Transform, view_of
@@ -53,7 +53,8 @@ class JESTDataset(IterableDataset[Any]):
         decoded example.
       text_key: likewise for the text.
       batch_size: examples per batch on this rank.
-      filter_ratio: share of each super-batch that is discarded, in [0, 1).
+      filter_ratio: share of each super-batch that is discarded, in [0, 1); or a dict of such by
+        the step from which they hold.
       super_batch_size: candidates per batch on this rank; overrides `filter_ratio`.
       selection: how sub-batches are chosen.
       refresh_every: steps between copies of the learner's weights.
@@ -87,7 +88,7 @@ class JESTDataset(IterableDataset[Any]):
         image_key: Key = "jpg;jpeg;png;webp;gif;image",
         text_key: Key = "txt;text",
         batch_size: int,
-        filter_ratio: float = 0.8,
+        filter_ratio: FilterRatio = 0.8,
         super_batch_size: int | None = None,
         selection: SelectionConfig | None = None,
         refresh_every: int = 1,
@@ -105,12 +106,8 @@ class JESTDataset(IterableDataset[Any]):
     ) -> None:
         super().__init__()
         self._selection = selection or SelectionConfig()
-        stream_size = resolve_super_batch_size(batch_size, filter_ratio, super_batch_size)
-        reads_all = self._selection.method != "uniform" or super_batch_size is not None
+        self._sizes = resolve_sizes(self._selection, batch_size, filter_ratio, super_batch_size)
         self._config = StreamConfig(
-            batch_size=batch_size,
-            super_batch_size=stream_size if reads_all else batch_size,
-            stream_size=stream_size,
             refresh_every=refresh_every,
             lookahead=lookahead,
             steps_per_epoch=steps_per_epoch,
@@ -210,13 +207,12 @@ class JESTDataset(IterableDataset[Any]):
         self.close()
 
     def __repr__(self) -> str:
-        config = self._config
         rule: str = self._selection.method
         if rule != "uniform":
             score = self._selection.score
             name = score if isinstance(score, str) else getattr(score, "__name__", "own score")
             rule = f"{rule} {name}, {self._models.loss} loss"
-        parts = [rule, f"{config.batch_size} of {config.super_batch_size}"]
+        parts = [rule, str(self._sizes)]
         if self._is_closed:
             parts.append("closed")
         elif self._pipeline is not None:
@@ -234,7 +230,7 @@ class JESTDataset(IterableDataset[Any]):
         rank, world_size = _rank_and_world_size()
         config = self._config
         lanes = num_lanes(
-            self._source.num_shards, config.stream_size * world_size, world_size, config.lanes
+            self._source.num_shards, self._sizes.stream_size * world_size, world_size, config.lanes
         )
         device, scoring_device = self._resolve_devices()
         selector = Selector(
@@ -246,6 +242,7 @@ class JESTDataset(IterableDataset[Any]):
         )
         return Pipeline(
             config,
+            self._sizes,
             source=self._source,
             layout=Layout(num_lanes=lanes, rank=rank, world_size=world_size),
             score_view=self._score_view,

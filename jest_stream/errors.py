@@ -98,9 +98,7 @@ class StalledError(JESTError):
     """A worker process that is alive but has given nothing for too long."""
 
 
-def _rebuild(
-    kind: type[JESTError], args: tuple[Any, ...], attributes: dict[str, Any]
-) -> JESTError:
+def _rebuild(kind: type[JESTError], args: tuple[Any, ...], attributes: dict[str, Any]) -> JESTError:
     """Unpickles an error whose constructor takes keywords."""
     error = kind.__new__(kind, *args)
     error.__dict__.update(attributes)

@@ -19,6 +19,7 @@ from jest_stream.errors import ConfigError, NonFiniteError, ResumeMismatchError
 from jest_stream.randomness import derive_seed
 from jest_stream.reporting.metrics import Metrics
 from jest_stream.selector import Selector
+from jest_stream.sizes import Sizes
 from jest_stream.sources.workers import BlockReader
 from jest_stream.superbatch import Position, SuperBatch, Window, moved, take_rows
 from jest_stream.types import Cursor, Selection, Source
@@ -58,6 +59,7 @@ class Pipeline:
     def __init__(
         self,
         config: StreamConfig,
+        sizes: Sizes,
         *,
         source: Source,
         layout: Layout,
@@ -69,6 +71,7 @@ class Pipeline:
         scoring_device: torch.device,
     ) -> None:
         self._config = config
+        self._sizes = sizes
         self._source = source
         self._layout = layout
         self._score_view = score_view
@@ -174,22 +177,21 @@ class Pipeline:
             raise due
 
     def _score_next(self) -> Scored | None:
-        super_batch = self._read(self._config.super_batch_size)
-        if super_batch.size < self._config.batch_size:
+        step, batch_size = self.step + len(self._in_flight), self._sizes.batch_size
+        super_batch = self._read(self._sizes.at(step))
+        if super_batch.size < batch_size:
             self._tail = super_batch
             self._abandon(super_batch.start)  # a checkpoint taken now finds the same tail
             return None
-        self._selector.refresh(self.step)
-        selection = self._selector.choose(
+        selection, weights_step = self._selector.choose(
             super_batch.columns,
             size=super_batch.size,
-            batch_size=self._config.batch_size,
+            batch_size=batch_size,
             key=self._key,
-            step=self.step + len(self._in_flight),
+            step=step,
+            now=self.step,
         )
-        return Scored(
-            super_batch=super_batch, selection=selection, weights_step=self._selector.weights_step
-        )
+        return Scored(super_batch=super_batch, selection=selection, weights_step=weights_step)
 
     def _restore(self, record: Mapping[str, Any]) -> Scored:
         """Reads a super-batch of a checkpoint again; its choice is known."""
@@ -223,7 +225,7 @@ class Pipeline:
             num_lanes=self._layout.num_lanes,
             seed=config.seed,
             cursors=start.cursors,
-            block_size=max(1, min(_BLOCK_SIZE, config.super_batch_size // len(start.cursors))),
+            block_size=max(1, min(_BLOCK_SIZE, self._sizes.largest // len(start.cursors))),
             prepare=self._score_view,
             collate=collate,
             end_epoch=None if config.repeat else self.epoch + 1,
@@ -284,7 +286,7 @@ class Pipeline:
         assert self._tail is not None
         if self.epoch_step == 0:
             raise ConfigError(
-                f"batch_size={self._config.batch_size}, but a whole pass over the data gives this "
+                f"batch_size={self._sizes.batch_size}, but a whole pass over the data gives this "
                 f"rank {self._tail.size} examples. Use a smaller batch_size, more data, or "
                 f"repeat=True."
             )
@@ -330,8 +332,8 @@ class Pipeline:
             "seed": config.seed,
             "lanes": self._layout.num_lanes,
             "world_size": self._layout.world_size,
-            "batch_size": config.batch_size,
-            "super_batch_size": config.super_batch_size,
+            "batch_size": self._sizes.batch_size,
+            "super_batch_size": [list(change) for change in self._sizes.changes],
             "lookahead": config.lookahead,
             "repeat": config.repeat,
         }

@@ -88,19 +88,31 @@ class Selector:
             self._copy.refresh(step, force=force)
 
     def choose(
-        self, columns: Columns, *, size: int, batch_size: int, key: int, step: int
-    ) -> Selection:
+        self, columns: Columns, *, size: int, batch_size: int, key: int, step: int, now: int
+    ) -> tuple[Selection, int | None]:
         """Returns which of the `size` candidates make the sub-batch of `step`.
 
         Args:
           columns: score views of the candidates, on the scoring device.
           key: names the run's noise; with `step` and an example's position it names a draw.
+          now: the step at hand, whose learner weights are copied if they are due.
+
+        Returns:
+          The choice, and the step of the learner weights behind it; None without a learner.
         """
-        config = self._config
-        if config.method == "uniform":
-            return uniform_selection(
+        if self._config.method == "uniform" or size == batch_size:  # nothing to choose by score
+            uniform = uniform_selection(
                 size, batch_size=batch_size, key=key, step=step, device=self._device
             )
+            return uniform, None
+        self.refresh(now)
+        selection = self._choose_scored(columns, size, batch_size, key, step)
+        return selection, None if self._copy is None else self._copy.step
+
+    def _choose_scored(
+        self, columns: Columns, size: int, batch_size: int, key: int, step: int
+    ) -> Selection:
+        config = self._config
         with self._metrics.timed("scoring"):
             learner, reference = self._embed(columns)
         self._metrics.count("samples_scored", size)

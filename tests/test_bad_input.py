@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from models import TinyTwoTower, to_tensor, tokenize
+from shards import make_example, members, write_shards, write_tar
 from torch import nn
 
 from jest_stream import JESTDataset, SelectionConfig, TarSource
@@ -22,8 +24,6 @@ from jest_stream.errors import (
     ShardUnavailableError,
     UnsafeDataError,
 )
-from models import TinyTwoTower, to_tensor, tokenize
-from shards import make_example, members, write_shards, write_tar
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models import TinyTwoTower, flipped, to_tensor, tokenize
+from shards import draw, write_shards
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -24,8 +26,6 @@ from jest_stream import (
     select_jointly,
 )
 from jest_stream.scoring.encoders import two_tower
-from models import TinyTwoTower, flipped, to_tensor, tokenize
-from shards import draw, write_shards
 
 VIEWS: dict[str, Any] = {"transform": to_tensor, "tokenizer": tokenize}
 UNIFORM = SelectionConfig(method="uniform")

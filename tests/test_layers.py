@@ -16,8 +16,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each row may import the rows above it, and its own room if it is a folder. Folders of one row
 # never import each other.
 LAYERS = [
-    {"errors", "types", "randomness"},
+    {"errors", "randomness"},
+    {"types"},
     {"config", "storage"},
+    {"sizes"},
     {"sources", "scoring", "selection", "reporting"},
     {"views"},
     {"superbatch", "selector"},
@@ -30,12 +32,14 @@ LAYERS = [
 
 # What only the named modules or rooms may mention.
 ONLY_IN = {
-    "multiprocessing": {"sources/workers.py"},
+    "multiprocessing": {"sources/workers.py", "sources/transport.py"},
     "subprocess": set(),
-    "threading": set(),
-    "DataLoader": {"sources/workers.py", "demo"},
+    "threading": {"sources/workers.py", "sources/transport.py"},
     "torch.distributed": {"dataset.py"},
-    "torch.cuda": {"dataset.py"},
+    "torch.cuda.Stream": set(),
+    "torch.cuda.Event": set(),
+    "torch.cuda.stream": set(),
+    "record_stream": set(),
     "webdataset": {"sources"},
     "datasets": {"sources"},
     "open_clip": {"scoring/encoders.py"},
@@ -126,7 +130,7 @@ def test_files_and_functions_stay_small(path: Path) -> None:
             where = f"{name_of(path)}:{node.lineno} {node.name}"
             assert size <= 60, f"{where} has {size} lines, more than 60"
             assert node.args.kwarg is None, f"{where} takes **{node.args.kwarg.arg}"
-            is_public = not node.name.startswith("_")
+            is_public = not node.name.startswith("_") and node.name != "forward"
             assert not is_public or ast.get_docstring(node), f"{where} has no docstring"
 
 

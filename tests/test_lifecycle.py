@@ -16,12 +16,12 @@ from typing import Any
 
 import psutil
 import pytest
+from models import TinyTwoTower, to_tensor, tokenize
+from shards import write_shards
 from torch.utils.data import DataLoader
 
 from jest_stream import JESTDataset, SelectionConfig
 from jest_stream.errors import ShardTruncatedError
-from models import TinyTwoTower, to_tensor, tokenize
-from shards import write_shards
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from shards import write_shards
 
 import jest_stream
 
@@ -75,9 +76,8 @@ def test_every_example_runs(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_every_python_block_of_the_readme_runs(block: str, tmp_path: Path) -> None:
     """Blocks run as they stand, each in a folder with real shards called pairs-*.tar."""
-    from shards import write_shards
-
-    write_shards(tmp_path, num_shards=4, per_shard=32)
+    for path in map(Path, write_shards(tmp_path, num_shards=4, examples_per_shard=32)):
+        path.rename(path.with_name(f"pairs-{path.name}"))
     (tmp_path / "block.py").write_text(block)
     run(sys.executable, "block.py", cwd=tmp_path)
 

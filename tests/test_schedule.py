@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from models import TinyTwoTower, to_tensor, tokenize
+from shards import write_shards
 from torch import Tensor
 
 from jest_stream import JESTDataset, SelectionConfig
-from models import TinyTwoTower, to_tensor, tokenize
-from shards import write_shards
 
 
 @pytest.fixture(scope="module")

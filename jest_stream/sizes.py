@@ -1,0 +1,117 @@
+"""How many candidates each step chooses from: the ratios that users give, made integers once.
+
+B: super-batch size, b: batch size. b never changes within a run; B may, from given steps on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jest_stream.config import SelectionConfig, require_at_least
+from jest_stream.errors import ConfigError
+
+FilterRatio = float | Mapping[int, float]
+"""The share of each super-batch that is discarded; or by first step: `{0: 0.5, 1000: 0.8}`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Sizes of the super-batches of a run. Made by `resolve_sizes`."""
+
+    batch_size: int
+    """b: examples that a step hands out."""
+    changes: tuple[tuple[int, int], ...]
+    """(step, B from this step on), in order, the first at step 0. B = b: all are taken."""
+    stream_size: int
+    """What the lanes divide: the largest super-batch that was asked for, also where uniform
+    selection reads less. So the baseline reads the stream of the run that it is compared with."""
+
+    @property
+    def largest(self) -> int:
+        """The largest super-batch that is read."""
+        return max(size for _, size in self.changes)
+
+    def at(self, step: int) -> int:
+        """Returns how many candidates the sub-batch of `step` is chosen from."""
+        return next(size for first, size in reversed(self.changes) if first <= step)
+
+    def __str__(self) -> str:
+        sizes = ", then ".join(str(size) for _, size in self.changes)
+        return f"{self.batch_size} of {sizes}"
+
+
+def resolve_sizes(
+    selection: SelectionConfig,
+    batch_size: int,
+    filter_ratio: FilterRatio,
+    super_batch_size: int | None,
+) -> Sizes:
+    """Returns the integer sizes of a run; `super_batch_size` has precedence over the ratio.
+
+    `method="uniform"` chooses nothing, so that it reads b per step, unless `super_batch_size` says
+    otherwise. Outside `selection.start_step` to `stop_step` it is likewise b.
+
+    Raises:
+      ConfigError: for a ratio outside [0, 1), or a super-batch smaller than a batch.
+    """
+    require_at_least("batch_size", batch_size, 1)
+    ratios = _checked(filter_ratio if isinstance(filter_ratio, Mapping) else {0: filter_ratio})
+    if super_batch_size is None:
+        wanted = {step: _super_batch_size(batch_size, f) for step, f in ratios.items()}
+    else:
+        wanted = {0: _at_least_a_batch(super_batch_size, batch_size)}
+    stream_size = max(wanted.values())
+    if selection.method == "uniform" and super_batch_size is None:
+        wanted = {0: batch_size}
+    return Sizes(
+        batch_size=batch_size,
+        changes=_between(wanted, selection.start_step, selection.stop_step, batch_size),
+        stream_size=stream_size,
+    )
+
+
+def _super_batch_size(batch_size: int, filter_ratio: float) -> int:
+    # Rounded, and only here: int(256 / (1 - 0.95)) is 5119 in floating point.
+    return round(batch_size / (1 - filter_ratio))
+
+
+def _between(
+    wanted: Mapping[int, int], start: int, stop: int | None, batch_size: int
+) -> tuple[tuple[int, int], ...]:
+    """Cuts the changes down to the steps in which there is selection.
+
+    For example, {0: 20, 50: 40} from 10 to 90 with b = 10 is 10, at 10 20, at 50 40, at 90 10.
+    """
+    at_start = next(size for step, size in sorted(wanted.items(), reverse=True) if step <= start)
+    changes = {0: batch_size, start: at_start}
+    changes |= {s: n for s, n in sorted(wanted.items()) if s > start and (stop is None or s < stop)}
+    if stop is not None:
+        changes[stop] = batch_size
+    return tuple(sorted(changes.items()))
+
+
+def _checked(ratios: Mapping[int, float]) -> Mapping[int, float]:
+    if 0 not in ratios:
+        raise ConfigError(
+            f"filter_ratio must say what holds from step 0 on, got {dict(ratios)}. Write for "
+            f"example {{0: 0.5, 1000: 0.8}}."
+        )
+    for step, ratio in ratios.items():
+        require_at_least("a step of filter_ratio", step, 0)
+        if not 0 <= ratio < 1:
+            raise ConfigError(
+                f"filter_ratio must be in [0, 1), got {ratio}: it is the share of each "
+                f"super-batch that is discarded. The paper uses 0.5, 0.8 and 0.9."
+            )
+    return ratios
+
+
+def _at_least_a_batch(super_batch_size: int, batch_size: int) -> int:
+    require_at_least("super_batch_size", super_batch_size, 1)
+    if super_batch_size < batch_size:
+        raise ConfigError(
+            f"super_batch_size={super_batch_size} is below batch_size={batch_size}: a sub-batch is "
+            f"chosen from a super-batch. Pass at least {batch_size}, or filter_ratio instead."
+        )
+    return super_batch_size
