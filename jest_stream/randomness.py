@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import numpy.random  # lazy in numpy 2: every forked worker would import it anew
 import torch
 
 

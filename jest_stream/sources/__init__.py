@@ -1,0 +1,59 @@
+"""Where examples come from: shards, dealt to lanes, read here or in worker processes.
+
+`open_source` turns what the user passes into a `Source`; `lanes` deals its shards; `workers` reads
+lanes block by block. `decode` makes values of what is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from jest_stream.errors import ConfigError
+from jest_stream.sources.iterable import IterableSource
+from jest_stream.sources.tar import TarSource
+from jest_stream.types import Source
+
+__all__ = ["IterableSource", "TarSource", "open_source"]
+
+
+def open_source(source: Any) -> Source:
+    """Returns the source that `source` stands for.
+
+    Args:
+      source: paths, patterns or `file://` addresses of tar shards, alone or in a list; a `Source`,
+        which is returned as it is; or any iterable of examples or `(image, text)` pairs.
+
+    Raises:
+      ConfigError: for anything else, with what to pass instead.
+      UnsafeDataError: for an address outside the allow-list.
+      ShardUnavailableError: for a shard that does not exist.
+    """
+    if isinstance(source, (str, os.PathLike)) or _is_list_of_paths(source):
+        return TarSource(source)
+    if all(hasattr(source, name) for name in ("num_shards", "fingerprint", "shard_name", "read")):
+        opened: Source = source
+        return opened
+    if isinstance(source, DataLoader):
+        raise ConfigError(
+            "source is a DataLoader, which yields batches: examples could not be chosen one by "
+            "one. Pass its dataset, and num_workers=... to JESTDataset."
+        )
+    if isinstance(source, (bytes, bytearray, Mapping, Tensor, nn.Module)):
+        raise ConfigError(
+            f"source is a {type(source).__name__}, which holds no examples. Pass paths of tar "
+            "shards, or an iterable of dicts or of (image, text) pairs."
+        )
+    return IterableSource(source)
+
+
+def _is_list_of_paths(source: Any) -> bool:
+    if not isinstance(source, (list, tuple)):
+        return False
+    if not source:
+        raise ConfigError("source is empty: pass paths of tar shards, or examples.")
+    return isinstance(source[0], (str, os.PathLike))

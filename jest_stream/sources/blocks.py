@@ -1,0 +1,150 @@
+"""Blocks: examples of one lane that are prepared and handed over together.
+
+In: a lane. Out: blocks of prepared examples with the cursor behind each, bad examples left out and
+named. Runs wherever lanes are read, in the training process or in a worker; user code (`prepare`)
+runs on random state of its own, named by the example, so that neither block sizes nor processes
+change what it draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jest_stream.errors import BadExampleError, BadExampleLimitError
+from jest_stream.randomness import isolated_rng, seed_globally
+from jest_stream.sources.lanes import Lane
+from jest_stream.types import Cursor, Example, Source
+
+_MAX_BAD_IN_A_ROW = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Up to `block_size` examples of one lane, in order."""
+
+    lane: int
+    items: Any
+    """What `collate` made of the examples; None if there are none."""
+    cursors: Sequence[Cursor]
+    """Per example, where its lane goes on behind it."""
+    skipped: Sequence[tuple[int, str]]
+    """Bad examples: how many good ones of this block came before, and why it was left out."""
+    num_bytes: int
+    """Encoded bytes of the examples, as read."""
+    is_end: bool
+    """Whether the lane has ended behind this block."""
+
+    @property
+    def num_examples(self) -> int:
+        """How many examples the block holds."""
+        return len(self.cursors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSettings:
+    """What is the same for all lanes of a reader. Travels to worker processes."""
+
+    source: Source
+    num_lanes: int
+    seed: int
+    block_size: int
+    prepare: Callable[[Example], Any]
+    collate: Callable[[list[Any]], Any]
+    end_epoch: int | None
+    on_bad_example: Literal["raise", "skip"]
+
+
+class LaneBlocks:
+    """Reads one lane block by block. Owns its open shard."""
+
+    def __init__(self, settings: BlockSettings, lane: int, cursor: Cursor) -> None:
+        self._settings = settings
+        self._number = lane
+        self._lane = Lane(
+            settings.source,
+            lane=lane,
+            num_lanes=settings.num_lanes,
+            seed=settings.seed,
+            cursor=cursor,
+            end_epoch=settings.end_epoch,
+        )
+        self._num_bad_in_a_row = 0
+        self._error: Exception | None = None  # waits until the examples before it are handed over
+
+    def read(self) -> Block:
+        """Returns the next block; shorter than the others at the end, or before an error.
+
+        Raises:
+          Exception: what reading or preparing the next example raised, with its own type.
+        """
+        items: list[Any] = []
+        cursors: list[Cursor] = []
+        skipped: list[tuple[int, str]] = []
+        num_bytes, is_end = 0, False
+        with isolated_rng():
+            while self._error is None and len(items) < self._settings.block_size:
+                try:
+                    step = self._next_good(skipped, num_good=len(items))
+                except Exception as error:
+                    self._error = error
+                    break
+                if step is None:
+                    is_end = True
+                    break
+                items.append(step[0])
+                cursors.append(step[1])
+                num_bytes += step[2]
+            if self._error is not None and not items:
+                failure, self._error = self._error, None
+                raise failure
+            collated = self._settings.collate(items) if items else None
+        return Block(
+            lane=self._number,
+            items=collated,
+            cursors=cursors,
+            skipped=skipped,
+            num_bytes=num_bytes,
+            is_end=is_end,
+        )
+
+    def close(self) -> None:
+        """Closes the open shard."""
+        self._lane.close()
+
+    def _next_good(
+        self, skipped: list[tuple[int, str]], *, num_good: int
+    ) -> tuple[Any, Cursor, int] | None:
+        """Returns the next example prepared, its cursor and its bytes; None at the end."""
+        for example, cursor in self._lane:
+            try:
+                if isinstance(example, BadExampleError):
+                    raise example
+                item = self._prepare(example, cursor)
+            except BadExampleError as error:
+                if self._settings.on_bad_example == "raise":
+                    raise
+                skipped.append((num_good, error.reason))
+                self._num_bad_in_a_row += 1
+                if self._num_bad_in_a_row == _MAX_BAD_IN_A_ROW:
+                    raise BadExampleLimitError(
+                        f"{_MAX_BAD_IN_A_ROW} bad examples in a row in lane {self._number}, the "
+                        f"last one because: {error} So many point to a wrong setting or damaged "
+                        'shards; on_bad_example="skip" is for single ones.'
+                    ) from error
+            else:
+                self._num_bad_in_a_row = 0
+                return item, cursor, _num_bytes(example)
+        return None
+
+    def _prepare(self, example: Example, cursor: Cursor) -> Any:
+        seed_globally("prepare", self._settings.seed, self._number, *cursor)
+        try:
+            return self._settings.prepare(example)
+        except StopIteration as error:  # would end the training loop in silence
+            raise RuntimeError("a transform, tokenizer or key raised StopIteration") from error
+
+
+def _num_bytes(example: Mapping[str, Any]) -> int:
+    return sum(len(value) for value in example.values() if isinstance(value, bytes))

@@ -1,0 +1,217 @@
+"""Member to value, by an allow-list: what is read from strangers never runs code.
+
+In: an example as a source yields it. Out: PIL images (RGB, loaded), strings, numbers, parsed json,
+arrays. The limits are checked before memory is taken. Values that are no bytes pass as they are.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jest_stream.errors import BadExampleError, UnsafeDataError, UnsafeExampleError
+from jest_stream.types import Example
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+_REFUSED = frozenset("pyd pkl pickle pth pt ckpt npz joblib dill cloudpickle".split())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The largest values that are decoded; what exceeds one is a bad example."""
+
+    max_pixels: int = 25_000_000
+    """Width times height of an image: 25 million take 75 MB as RGB."""
+    max_text_bytes: int = 1 << 20
+    """Of a caption, or of a json member: what it parses to can take 50 times as much."""
+
+
+DEFAULT_LIMITS = Limits()
+
+
+class MissingMemberError(BadExampleError, KeyError):
+    """An example without the member that was asked for; a `KeyError`, so that `get` works."""
+
+    __str__ = Exception.__str__
+
+
+class Decoded(Mapping[str, Any]):
+    """A view of an example whose members are decoded when they are first asked for.
+
+    What user functions get: `text_key=lambda example: example["json"]["caption"]`.
+    """
+
+    def __init__(self, example: Mapping[str, Any], limits: Limits = DEFAULT_LIMITS) -> None:
+        self._example = example
+        self._limits = limits
+        self._values: Example = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._values:
+            self._values[name] = decode(self._example, name, self._limits)
+        return self._values[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._example  # does not decode
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._example)
+
+    def __len__(self) -> int:
+        return len(self._example)
+
+    def __repr__(self) -> str:
+        return f"<Decoded {_title(self._example)} | {_names(self._example)}>"
+
+
+def decode(example: Mapping[str, Any], name: str, limits: Limits = DEFAULT_LIMITS) -> Any:
+    """Returns the value of a member; its name's last suffix tells how.
+
+    `jpg jpeg png webp gif image` (first frame) become a loaded PIL image, RGB; `txt` and `text` a
+    str; `json` what it holds; `cls` an int; `npy` an array. Bytes of any other name are returned
+    as they are, for the user's own function.
+
+    Raises:
+      BadExampleError: if the member is missing (also a `KeyError`), unreadable, or over a limit
+        (an `UnsafeExampleError`).
+      UnsafeDataError: for kinds that can hold pickles: they are never opened.
+    """
+    if name not in example:
+        raise MissingMemberError(
+            f"{_title(example)} has no member {name!r}, only {_names(example)}. Name a member that "
+            "every example has.",
+            **_place(example),
+            reason="missing_member",
+        )
+    value = example[name]
+    kind = name.rpartition(".")[2].lower()
+    if not isinstance(value, bytes) or name.startswith("__"):
+        return value
+    if kind in _REFUSED:
+        raise UnsafeDataError(
+            f"member {name!r} of {_title(example)} is of a kind that can run code when opened "
+            "(pickle and its like); it never is. Store arrays as npy, text as txt or json."
+        )
+    decoder = _DECODERS.get(kind)
+    if decoder is None:
+        return value
+    try:
+        return decoder(value, limits)
+    except _Unsafe as error:
+        raise UnsafeExampleError(
+            f"member {name!r} of {_title(example)} is left undecoded: it {error}. Remove it, or "
+            "skip bad examples.",
+            **_place(example),
+            reason=f"unsafe_{_group(kind)}",
+        ) from error
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:
+        # Decoders raise nearly anything on broken data: OSError, SyntaxError, struct.error, ...
+        raise BadExampleError(
+            f"member {name!r} of {_title(example)} cannot be decoded as {_group(kind)} "
+            f"({type(error).__name__}: {error}). Repair the data, or skip bad examples.",
+            **_place(example),
+            reason=f"unreadable_{_group(kind)}",
+        ) from error
+
+
+class _Unsafe(Exception):
+    """Why a member must not be decoded."""
+
+
+def _image(data: bytes, limits: Limits) -> Image.Image:
+    from PIL import Image
+
+    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
+    except bombs as error:
+        raise _Unsafe(f"has more than {limits.max_pixels:,} pixels ({error})") from error
+    width, height = image.size
+    if width * height > limits.max_pixels:  # only the header has been read so far
+        raise _Unsafe(
+            f"has {width} x {height} = {width * height:,} pixels, the limit is "
+            f"{limits.max_pixels:,}"
+        )
+    image.load()
+    if image.mode.startswith("I"):  # 16 bits: PIL clips to 255, which leaves a white image
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the way that PIL does not warn about
+    return image.convert("RGB")
+
+
+def _text(data: bytes, limits: Limits) -> str:
+    _check_length(data, limits)
+    return data.decode("utf-8")
+
+
+def _json(data: bytes, limits: Limits) -> Any:
+    _check_length(data, limits)
+    return json.loads(data.decode("utf-8"))
+
+
+def _cls(data: bytes, limits: Limits) -> int:
+    _check_length(data, limits)
+    return int(data.decode("ascii"))
+
+
+def _npy(data: bytes, limits: Limits) -> np.ndarray[Any, np.dtype[Any]]:
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    elif version == (2, 0):
+        shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(stream)
+    else:
+        raise ValueError(f"npy format {version} is not supported")
+    if dtype.hasobject:
+        raise _Unsafe("holds Python objects, which are pickles")
+    count, start = math.prod(shape), stream.tell()
+    if count * dtype.itemsize != len(data) - start:
+        raise ValueError(f"{len(data) - start} bytes do not make {shape} of {dtype}")
+    array: np.ndarray[Any, np.dtype[Any]] = np.frombuffer(data, dtype, count, start).copy()
+    return array.reshape(shape, order="F" if is_fortran else "C")
+
+
+_DECODERS: dict[str, Callable[[bytes, Limits], Any]] = {
+    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "image"), _image),
+    **dict.fromkeys(("txt", "text"), _text),
+    "json": _json,
+    "cls": _cls,
+    "npy": _npy,
+}
+
+
+def _check_length(data: bytes, limits: Limits) -> None:
+    if len(data) > limits.max_text_bytes:
+        raise _Unsafe(f"has {len(data):,} bytes, the limit is {limits.max_text_bytes:,}")
+
+
+def _group(kind: str) -> str:
+    """Returns the decoder's name, as it stands in reasons: `image` for `jpg`."""
+    return _DECODERS[kind].__name__.lstrip("_")
+
+
+def _place(example: Mapping[str, Any]) -> dict[str, str]:
+    return {"key": str(example.get("__key__", "")), "shard": str(example.get("__shard__", ""))}
+
+
+def _title(example: Mapping[str, Any]) -> str:
+    place = _place(example)
+    shard = f" of shard {place['shard']!r}" if place["shard"] else ""
+    return f"example {place['key']!r}{shard}"
+
+
+def _names(example: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(name for name in example if not name.startswith("__"))) or "nothing"

@@ -1,0 +1,118 @@
+"""Any iterable of examples as a source: one shard, one lane, no shuffling of its own.
+
+In: dicts (`__key__` optional) or ready `(image, text)` pairs. Out: examples. Sequences and
+map-style datasets resume by index, everything else by skipping; an iterator that cannot start over
+gives one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jest_stream.errors import BadExampleError, ConfigError
+from jest_stream.types import Example
+
+
+class IterableSource:
+    """Reads examples from an iterable or a map-style dataset, in its own order.
+
+    Args:
+      iterable: a list, a generator, a torch or `datasets` dataset, a webdataset pipeline, ...
+        of dicts or of `(image, text)` pairs. A pair becomes `{"image": ..., "text": ...}`; keys
+        that are missing are made from the position.
+
+    Raises:
+      ConfigError: if it cannot be iterated.
+    """
+
+    def __init__(self, iterable: Any) -> None:
+        self._is_indexed = _is_indexed(iterable)
+        if not self._is_indexed and not isinstance(iterable, Iterable):
+            raise ConfigError(
+                f"source is a {_type_name(iterable)}, which cannot be iterated. Pass paths of tar "
+                "shards, or an iterable of dicts or of (image, text) pairs."
+            )
+        self._iterable = iterable
+        self._num_taken = 0  # of an iterator that cannot start over
+
+    @property
+    def num_shards(self) -> int:
+        """One: an iterable cannot be read in parts."""
+        return 1
+
+    @property
+    def fingerprint(self) -> str:
+        """The type of the iterable: what it holds cannot be told without reading it."""
+        return f"iterable:{_type_name(self._iterable)}"
+
+    def shard_name(self, shard: int) -> str:
+        """Returns the type of the iterable."""
+        return f"<{_type_name(self._iterable)}>"
+
+    def read(
+        self, shard: int, *, offset: int = 0, index: int = 0
+    ) -> Iterator[tuple[Example | BadExampleError, int]]:
+        """Yields the examples behind the first `index`; see `types.Source`.
+
+        Raises:
+          ConfigError: for what is neither dict nor pair, and for an iterator that is exhausted.
+        """
+        del offset
+        for item in self._items(index):
+            yield _example(item, index), 0
+            index += 1
+
+    def _items(self, start: int) -> Iterator[Any]:
+        """Yields what the iterable holds, from position `start` on."""
+        if self._is_indexed:
+            for position in range(start, len(self._iterable)):
+                yield self._iterable[position]
+            return
+        items = iter(self._iterable)
+        is_one_shot = items is self._iterable
+        if is_one_shot and start < self._num_taken:
+            raise ConfigError(
+                f"source is a {_type_name(items)}, which gives its examples once, and "
+                f"{self._num_taken} are gone already; example {start} is asked for again. Pass an "
+                "iterable that can start over (a list, or an object whose __iter__ begins anew), "
+                "or repeat=False for a single pass."
+            )
+        position = self._num_taken if is_one_shot else 0
+        for item in items:
+            position += 1
+            if is_one_shot:
+                self._num_taken = position
+            if position > start:
+                yield item
+
+    def __repr__(self) -> str:
+        return f"<IterableSource {_type_name(self._iterable)}>"
+
+
+def _example(item: Any, index: int) -> Example:
+    """Returns what the iterable gave as an example; never the same dict."""
+    if isinstance(item, Mapping):
+        return {**item, "__key__": str(item.get("__key__", index))}
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        if isinstance(item[1], (tuple, list)) and len(item[1]) > 0 and isinstance(item[1][0], str):
+            raise ConfigError(
+                f"source gives {len(item[1])} texts at once: it looks like batches, but examples "
+                "are chosen one by one. Pass the dataset before batching."
+            )
+        return {"__key__": str(index), "image": item[0], "text": item[1]}
+    size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
+    raise ConfigError(
+        f"source gives a {_type_name(item)}{size} at position {index}, but an example is a dict "
+        'such as {"jpg": bytes, "txt": bytes}, or a pair (image, text). Map it to one of these.'
+    )
+
+
+def _is_indexed(iterable: Any) -> bool:
+    """Whether position i can be read at once: sequences and map-style datasets."""
+    has_index = hasattr(iterable, "__len__") and hasattr(iterable, "__getitem__")
+    return has_index and (isinstance(iterable, Sequence) or not hasattr(iterable, "__iter__"))
+
+
+def _type_name(value: Any) -> str:
+    return type(value).__name__

@@ -1,0 +1,165 @@
+"""Lanes: the fixed logical streams that shards are dealt to, whoever reads them.
+
+The deal depends on the seed and the number of lanes alone, so that any number of ranks and worker
+processes reads the same streams. `num_lanes`, `lane_shards` and `shard_order` are pure; a `Lane`
+remembers its place and owns at most one open shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+
+from jest_stream.errors import BadExampleError, ConfigError, ShardError
+from jest_stream.randomness import permutation
+from jest_stream.types import Cursor, Example, Source
+
+_MAX_LANES = 64  # by default; more interleave more shards, and hold as many files open
+
+
+def num_lanes(
+    num_shards: int,
+    global_super_batch_size: int,
+    world_size: int,
+    requested: int | None = None,
+) -> int:
+    """Returns how many lanes the shards are dealt to.
+
+    By default the largest divisor of the global super-batch up to `min(num_shards, 64)`, or up to
+    `world_size` if that is more, that the world size divides: then every super-batch takes
+    equally many examples of each lane, for any number of ranks that divides the lanes.
+
+    Args:
+      num_shards: shards of the source; each lane needs one.
+      global_super_batch_size: candidates per step over all ranks.
+      world_size: number of ranks.
+      requested: what the user wants instead; checked.
+
+    Raises:
+      ConfigError: if there are too few shards for the ranks, or `requested` does not fit.
+    """
+    if num_shards < world_size:
+        raise ConfigError(
+            f"{world_size} ranks need at least {world_size} shards, one each, got {num_shards}. "
+            "Split the data into more shards, or train on fewer ranks."
+        )
+    fitting = [
+        number
+        for number in range(world_size, num_shards + 1, world_size)
+        if global_super_batch_size % number == 0
+    ]
+    if requested is not None:
+        if requested not in fitting:
+            raise ConfigError(
+                f"lanes={requested} does not fit: it must be at most the {num_shards} shards, a "
+                f"multiple of the {world_size} ranks and a divisor of the global super-batch of "
+                f"{global_super_batch_size} examples. Fitting values: {_some(fitting)}."
+            )
+        return requested
+    if not fitting:
+        raise ConfigError(
+            f"the global super-batch of {global_super_batch_size} examples cannot be shared "
+            f"equally by {world_size} ranks; make it a multiple of {world_size}."
+        )
+    return max([n for n in fitting if n <= _MAX_LANES], default=fitting[0])
+
+
+def lane_shards(num_shards: int, num_lanes: int, lane: int, seed: int) -> list[int]:
+    """Returns the shards that a lane owns: dealt once per run, like shuffled cards."""
+    return permutation(num_shards, "deal", seed)[lane::num_lanes]
+
+
+def shard_order(shards: list[int], lane: int, seed: int, epoch: int) -> list[int]:
+    """Returns a lane's shards in the order of one epoch."""
+    return [shards[i] for i in permutation(len(shards), "lane", seed, lane, epoch)]
+
+
+class Lane(Iterator[tuple[Example | BadExampleError, Cursor]]):
+    """Iterates over one lane from a cursor on, epoch after epoch.
+
+    Each example comes with the cursor behind it; one that cannot be used comes as its error, as in
+    `Source.read`. After an exception the next call reads on at the cursor, where it failed.
+
+    Args:
+      source: where the shards are.
+      lane: which lane this is, of `num_lanes`.
+      seed: of the deal and the orders.
+      cursor: where to go on.
+      end_epoch: the epoch not to begin; None for an endless lane.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        lane: int,
+        num_lanes: int,
+        seed: int,
+        cursor: Cursor,
+        end_epoch: int | None = None,
+    ) -> None:
+        self._source = source
+        self._lane = lane
+        self._seed = seed
+        self._shards = lane_shards(source.num_shards, num_lanes, lane, seed)
+        self._end_epoch = end_epoch
+        self._cursor = cursor
+        self._order = shard_order(self._shards, lane, seed, cursor.epoch)
+        # Whether this epoch has given an example; one begun elsewhere may have.
+        self._has_given = cursor[1:] != (0, 0, 0)
+        self._reading: Iterator[tuple[Example | BadExampleError, int]] | None = None
+
+    @property
+    def cursor(self) -> Cursor:
+        """Where this lane goes on."""
+        return self._cursor
+
+    def __next__(self) -> tuple[Example | BadExampleError, Cursor]:
+        """Returns the next example and the cursor behind it.
+
+        Raises:
+          StopIteration: at `end_epoch`.
+          ShardError: if a whole epoch held no example: the lane would spin for ever.
+        """
+        while self._end_epoch is None or self._cursor.epoch < self._end_epoch:
+            epoch, position, offset, index = self._cursor
+            if position == len(self._order):
+                self._begin(epoch + 1)
+                continue
+            if self._reading is None:
+                self._reading = self._source.read(self._order[position], offset=offset, index=index)
+            try:
+                step = next(self._reading, None)
+            except BaseException:
+                self.close()  # a failed generator looks like one that has ended
+                raise
+            if step is not None:
+                self._cursor = Cursor(epoch, position, step[1], index + 1)
+                self._has_given = True
+                return step[0], self._cursor
+            self._reading = None
+            self._cursor = Cursor(epoch, position + 1, 0, 0)
+        raise StopIteration
+
+    def close(self) -> None:
+        """Closes the open shard."""
+        reading, self._reading = self._reading, None
+        if isinstance(reading, Generator):
+            reading.close()
+
+    def _begin(self, epoch: int) -> None:
+        if not self._has_given:
+            name = self._source.shard_name(self._order[0])
+            raise ShardError(
+                f"lane {self._lane} holds no example in all of its {len(self._order)} shards "
+                f"({name!r}{', ...' if len(self._order) > 1 else ''}): members must be named "
+                "KEY.EXTENSION, such as 0001.jpg and 0001.txt.",
+                shard=name,
+            )
+        self._order = shard_order(self._shards, self._lane, self._seed, epoch)
+        self._cursor = Cursor(epoch, 0, 0, 0)
+        self._has_given = False
+
+
+def _some(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[-8:])) or "none"
+    return f"..., {shown}" if len(numbers) > 8 else shown
