@@ -72,6 +72,54 @@ def paper_listing(
     return inds, drawn_by
 
 
+def draw_within(
+    keys: list[float], members: list[int], *, size: int, least: list[int], most: list[int]
+) -> list[int]:
+    """Returns the `size` candidates with the largest keys that keep to the bounds, in draw order.
+
+    Args:
+      keys: of the candidates; -inf for what cannot be drawn.
+      members: which group each candidate is of.
+      least: how many of each group must be drawn.
+      most: how many of each group may be drawn.
+    """
+    by_key = sorted(range(len(keys)), key=lambda k: -keys[k])
+    counts = [0] * len(least)
+    drawn = []
+    for bounds in (least, most):  # first what must be, then the best of what may be
+        for k in by_key:
+            room = len(drawn) < size and counts[members[k]] < bounds[members[k]]
+            if room and k not in drawn and keys[k] > -math.inf:
+                drawn.append(k)
+                counts[members[k]] += 1
+    return sorted(drawn, key=lambda k: -keys[k])
+
+
+def listing_within(
+    scores: Tensor,
+    members: list[int],
+    *,
+    sizes: list[int],
+    least: list[list[int]],
+    most: list[list[int]],
+    noise: Tensor,
+) -> list[int]:
+    """Returns what the paper's listing chooses if each chunk must keep to cumulative bounds."""
+    chosen: list[int] = []
+    for k, size in enumerate(sizes):
+        counts = [sum(members[j] == group for j in chosen) for group in range(len(least[k]))]
+        marginal = scores.diagonal() + scores[chosen].sum(0) + scores[:, chosen].sum(1)
+        marginal[chosen] = -math.inf
+        chosen += draw_within(
+            (marginal + noise[k]).tolist(),
+            members,
+            size=size,
+            least=[bound - count for bound, count in zip(least[k], counts, strict=True)],
+            most=[bound - count for bound, count in zip(most[k], counts, strict=True)],
+        )
+    return chosen
+
+
 def softmax_logits(embeddings: Embeddings) -> list[list[float]]:
     """Returns the logits without their bias, which cancels in a softmax: `[B][B]`."""
     x: list[list[float]] = logits(replace(embeddings, logit_bias=0.0)).tolist()

@@ -1,0 +1,155 @@
+"""What joint selection is compared with: each example scored alone, and no scoring at all.
+
+Both take the arguments of the joint functions and draw with the same kind of noise. B: super-batch
+size, b: batch size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jest_stream.config import ScoreFunction
+from jest_stream.errors import ConfigError
+from jest_stream.selection.checks import check_candidates, check_sizes
+from jest_stream.selection.conditional import streaming_scores
+from jest_stream.selection.drawing import PLAIN, DrawRule, Urn, draw
+from jest_stream.selection.quotas import Groups
+from jest_stream.selection.sampling import draw_key, gumbel_noise
+from jest_stream.types import Embeddings, Selection
+
+
+def select_independently(
+    learner: Embeddings | None,
+    reference: Embeddings | None,
+    *,
+    batch_size: int,
+    num_chunks: int = 1,
+    score: str | ScoreFunction = "learnability",
+    loss: str = "sigmoid",
+    negatives: str = "none",
+    gain: float = 1.0,
+    effective_support: float | None = None,
+    terms: Tensor | None = None,
+    uniform_fraction: float = 0.0,
+    groups: Groups | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Returns the indices of examples drawn by their own scores: `[b]` int64, in draw order.
+
+    "Independent" has two meanings, and both are offered:
+
+    - `negatives="none"`: the score of an example's own pair. Joint selection with one chunk.
+    - `negatives="super_batch"`: its score given all other candidates, as if the super-batch were
+      trained on: sigmoid, S_kk + sum over j != k of (S_kj + S_jk); softmax, the loss of each
+      example within the super-batch. Costs B^2 D, still without a `[B, B]` matrix.
+
+    Args:
+      num_chunks: accepted so that calls of `select_jointly` fit; without conditioning, the number
+        of draws changes nothing.
+      negatives: which of the two.
+
+    The other arguments and the errors are those of `select_jointly`.
+    """
+    check_sizes(batch_size, batch_size, num_chunks)  # so that a call fits select_jointly too
+    rule = DrawRule(
+        gain=gain,
+        effective_support=effective_support,
+        terms=terms,
+        uniform_fraction=uniform_fraction,
+        groups=groups,
+    )
+    return independent_selection(
+        learner,
+        reference,
+        batch_size=batch_size,
+        score=score,
+        loss=loss,
+        negatives=negatives,
+        rule=rule,
+        key=draw_key(generator),
+        step=0,
+    ).indices
+
+
+@torch.no_grad()
+def independent_selection(
+    learner: Embeddings | None,
+    reference: Embeddings | None,
+    *,
+    batch_size: int,
+    score: str | ScoreFunction = "learnability",
+    loss: str = "sigmoid",
+    negatives: str = "none",
+    rule: DrawRule = PLAIN,
+    key: int,
+    step: int,
+) -> Selection:
+    """Returns what `select_independently` chooses, with what metrics want to know of the draw.
+
+    Args:
+      rule: how examples are drawn by their scores.
+      key: names the noise of the run; with `step` it names that of this draw.
+      step: which sub-batch of the run.
+    """
+    if negatives not in ("none", "super_batch"):
+        raise ConfigError(f"negatives must be 'none' or 'super_batch', got {negatives!r}")
+    candidates = check_candidates(learner, reference, score=score, loss=loss)
+    check_sizes(candidates.num_examples, batch_size)
+    scores = streaming_scores(
+        candidates.learner, candidates.reference, score=candidates.score, loss=loss
+    )
+    if negatives == "super_batch":
+        scores.condition_on_all()
+    return draw(scores, candidates, sizes=[batch_size], rule=rule, key=key, step=step)
+
+
+def select_uniformly(
+    num_examples: int, *, batch_size: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Returns the indices of examples drawn without scoring: `[b]` int64, distinct.
+
+    Args:
+      num_examples: B, how many there are to choose from.
+      batch_size: b, how many to keep.
+      generator: randomness, one number of which is consumed; the indices are on its device. None:
+        fresh entropy from the operating system, indices on the CPU.
+
+    Raises:
+      ConfigError: unless 1 <= batch_size <= num_examples.
+    """
+    device = torch.device("cpu") if generator is None else generator.device
+    selection = uniform_selection(
+        num_examples, batch_size=batch_size, key=draw_key(generator), step=0, device=device
+    )
+    return selection.indices
+
+
+def uniform_selection(
+    num_examples: int,
+    *,
+    batch_size: int,
+    groups: Groups | None = None,
+    key: int,
+    step: int,
+    device: torch.device | None = None,
+) -> Selection:
+    """Returns what `select_uniformly` chooses, as a `Selection` without scores.
+
+    Args:
+      groups: bounds on how many of a group are drawn; uniform within.
+      key: names the noise of the run; with `step` it names that of this draw.
+      step: which sub-batch of the run.
+      device: where the indices are wanted; default the CPU.
+    """
+    check_sizes(num_examples, batch_size)
+    urn = Urn(num_examples, [batch_size], groups, device=device)
+    noise = gumbel_noise(key, step, 0, urn.positions)
+    urn.draw(torch.zeros_like(noise), gain=1.0, noise=noise)
+    no_score = torch.full((), torch.nan, device=device)
+    return urn.selection(
+        effective_support=torch.full((1,), float(num_examples), device=device),
+        selected_score=no_score,
+        candidate_score=no_score,
+        is_finite=torch.ones((), dtype=torch.bool, device=device),
+    )
