@@ -10,9 +10,12 @@ selection   draws the sub-batch, chunk by chunk, each conditioned on those befor
 dataset     hands it to the training loop, and remembers where it was
 """
 
-from jest_stream.config import SelectionConfig
+from jest_stream.config import Quota, SelectionConfig, TargetSimilarity, Term
 from jest_stream.dataset import JESTDataset
+from jest_stream.presets import preset
 from jest_stream.selection import (
+    Groups,
+    WeightedScore,
     gumbel_top_k,
     select_independently,
     select_jointly,
@@ -25,12 +28,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Embeddings",
+    "Groups",
     "IterableSource",
     "JESTDataset",
+    "Quota",
     "SelectionConfig",
     "TarSource",
+    "TargetSimilarity",
+    "Term",
+    "WeightedScore",
     "gumbel_top_k",
     "open_source",
+    "preset",
     "select_independently",
     "select_jointly",
     "select_uniformly",

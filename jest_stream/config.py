@@ -1,12 +1,14 @@
 """The settings, frozen and checked once.
 
-`SelectionConfig` says how sub-batches are chosen and is public; `StreamConfig` is the rest of what
-`JESTDataset` was given.
+`SelectionConfig` says how sub-batches are chosen and is public, with what it is made of: `Term` and
+`TargetSimilarity`, which add to an example's score, and `Quota`, which bounds a group.
+`StreamConfig` is the rest of what `JESTDataset` was given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,8 +22,101 @@ Loss = Literal["auto", "sigmoid", "softmax"]
 OnBadExample = Literal["raise", "skip"]
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 """Score of each pair of a tile, from the learner's and the reference's pair losses."""
+Metadata = str | Callable[[Mapping[str, Any]], Any]
+"""A member of the example or an entry of its `json`; or a function of the decoded example."""
 
 _SCORES = ("learnability", "easy_reference", "hard_learner")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """A number that an example brings along, such as its quality, added to its score."""
+
+    value: Metadata
+    """Where the number is. Finite, or else the example is a bad one."""
+    weight: float = 1.0
+    """Factor on it; the product counts as nats, before the gain."""
+
+    def __post_init__(self) -> None:
+        _require_finite("Term.weight", self.weight)
+        if not isinstance(self.value, str) and not callable(self.value):
+            raise ConfigError(
+                f"Term.value must be a metadata key or a function of the decoded example, got "
+                f"{self.value!r}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TargetSimilarity:
+    """How close an example is, for the reference, to examples of what the model is meant for.
+
+    NormSim of Wang et al., NeurIPS 2024 (https://arxiv.org/abs/2405.19547): the norm of the
+    example's similarities to all targets.
+    """
+
+    targets: Tensor
+    """`[T, D]`, what the reference makes of the targets by the same tower; normalised here."""
+    weight: float = 1.0
+    """Factor on the similarity; the product counts as nats, before the gain."""
+    tower: Literal["image", "text"] = "image"
+    """Which embedding of the example is compared. The paper's is the image's."""
+    norm: float = math.inf
+    """Infinity: the similarity to the nearest target. 2: the root of the sum of their squares."""
+
+    def __post_init__(self) -> None:
+        _require_finite("TargetSimilarity.weight", self.weight)
+        _require_one_of("TargetSimilarity.tower", self.tower, ("image", "text"))
+        if self.norm not in (2, math.inf):
+            raise ConfigError(f"TargetSimilarity.norm must be 2 or infinity, got {self.norm}")
+        targets = self.targets
+        if targets.dim() != 2 or 0 in targets.shape or not targets.is_floating_point():
+            raise ConfigError(
+                f"TargetSimilarity.targets must be [T, D] floating point, one embedding a row, got "
+                f"{list(targets.shape)} {targets.dtype}."
+            )
+        if not targets.isfinite().all() or not targets.any(dim=1).all():
+            raise ConfigError(
+                "TargetSimilarity.targets hold NaN, infinity or a row of zeros, which has no "
+                "direction. Leave such targets out."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quota:
+    """How much of a sub-batch one group of examples must, may or should make up.
+
+    Given to the whole sub-batch in integers: a floor is rounded up, a cap down, a share is kept to
+    the example.
+    """
+
+    floor: float = 0.0
+    """Least share. Met as long as the super-batch holds enough of the group."""
+    cap: float = 1.0
+    """Largest share. Kept as long as there is enough else to fill the sub-batch with."""
+    share: float | None = None
+    """Target share: floor and cap in one."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("floor", self.floor), ("cap", self.cap), ("share", self.share)):
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"Quota.{name} must be a share in [0, 1], got {value}")
+        if self.share is not None and (self.floor, self.cap) != (0, 1):
+            raise ConfigError(
+                f"Quota.share={self.share} is floor and cap in one, got floor={self.floor} and "
+                f"cap={self.cap} besides. Pass the one or the two."
+            )
+        if self.floor > self.cap:
+            raise ConfigError(f"Quota.floor={self.floor} is above cap={self.cap}.")
+
+    @property
+    def least(self) -> float:
+        """The share that the group must make up."""
+        return self.floor if self.share is None else self.share
+
+    @property
+    def most(self) -> float:
+        """The share that the group may make up."""
+        return self.cap if self.share is None else self.share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +128,24 @@ class SelectionConfig:
     baseline that reads the same stream."""
     score: str | ScoreFunction = "learnability"
     """`learnability` (learner loss - reference loss), `easy_reference` (minus reference loss, no
-    learner pass), `hard_learner` (learner loss, no reference), or a function of the two tiles of
-    pair losses."""
+    learner pass), `hard_learner` (learner loss, no reference), a `WeightedScore`, or a function of
+    the two tiles of pair losses."""
+    terms: tuple[Term | TargetSimilarity, ...] = ()
+    """What is added to the score of each example."""
     num_chunks: int = 16
     """Sequential draws, each conditioned on those before; never more than the batch has examples.
     16 is the paper's default, 1 is independent selection."""
     gain: float = 1.0
-    """Factor on the scores before sampling. Larger is greedier."""
+    """Factor on the scores before sampling. Larger is greedier; infinity takes the best."""
+    effective_support: float | None = None
+    """Instead of a gain: among how many candidates each chunk is really chosen, 1 / sum(p^2). The
+    gain that gives it is found for each chunk."""
+    uniform_fraction: float = 0.0
+    """Share of each sub-batch that is drawn uniformly: coverage, and an unbiased control."""
+    group_by: Metadata | tuple[str, ...] | None = None
+    """What tells the group of an example. Of several keys, their values in a tuple."""
+    quotas: Mapping[Hashable, Quota] | None = None
+    """Bounds of the groups, by what `group_by` gives. Groups without one have none."""
     loss: Loss = "auto"
     """Family of the pair losses. `auto`: sigmoid when the model has a bias, softmax otherwise."""
     start_step: int = 0
@@ -70,11 +176,9 @@ class SelectionConfig:
                 f"selection.autocast_dtype must be torch.bfloat16, torch.float16 or None, got "
                 f"{self.autocast_dtype}"
             )
-        if not self.gain > 0:
-            raise ConfigError(
-                f"selection.gain must be above 0, got {self.gain}. Use method='uniform' for a "
-                f"choice that ignores the scores."
-            )
+        require_sampling("selection.", self.gain, self.effective_support, self.uniform_fraction)
+        _require_terms(self.terms)
+        _require_groups(self.group_by, self.quotas)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +218,78 @@ def require_at_least(name: str, value: object, least: int) -> None:
     """Raises `ConfigError` unless `value` is an integer of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def require_sampling(
+    prefix: str, gain: float, effective_support: float | None, uniform_fraction: float
+) -> None:
+    """Raises `ConfigError` unless examples can be drawn like this; `prefix` precedes the names."""
+    if not gain > 0:
+        raise ConfigError(
+            f"{prefix}gain must be above 0, got {gain}: it multiplies the scores before sampling. "
+            f"For a choice that ignores them use method='uniform', or select_uniformly."
+        )
+    if effective_support is not None:
+        if gain != 1:
+            raise ConfigError(
+                f"{prefix}effective_support={effective_support} finds the gain, but gain={gain} is "
+                f"given too. Pass one of the two."
+            )
+        if not 1 <= effective_support < math.inf:
+            raise ConfigError(
+                f"{prefix}effective_support must be a finite number of at least 1, got "
+                f"{effective_support}: 1 is the greediest."
+            )
+    if not 0 <= uniform_fraction < 1:
+        raise ConfigError(
+            f"{prefix}uniform_fraction must be in [0, 1), got {uniform_fraction}. For all of the "
+            f"batch use method='uniform', or select_uniformly."
+        )
+
+
+def require_quotas(quotas: Mapping[Hashable, Quota]) -> None:
+    """Raises `ConfigError` if they are no quotas, or if the floors leave no room for each other."""
+    for group, quota in quotas.items():
+        if not isinstance(quota, Quota):
+            raise ConfigError(f"quotas must be Quota objects, got {quota!r} for group {group!r}.")
+    total = sum(quota.least for quota in quotas.values())
+    if total > 1 + 1e-9:
+        raise ConfigError(
+            f"the floors and shares of the quotas add up to {total:.4g}, more than there is room "
+            f"for: all groups together make up 1. Lower some of them."
+        )
+
+
+def _require_terms(terms: object) -> None:
+    if not isinstance(terms, tuple) or not all(
+        isinstance(term, Term | TargetSimilarity) for term in terms
+    ):
+        raise ConfigError(
+            f"selection.terms must be a tuple of Term and TargetSimilarity, got {terms!r}. One "
+            f"one is written (Term(value='quality'),)."
+        )
+
+
+def _require_groups(group_by: object, quotas: Mapping[Hashable, Quota] | None) -> None:
+    if (group_by is None) != (quotas is None):
+        raise ConfigError(
+            f"selection.group_by and selection.quotas need each other, got group_by={group_by!r} "
+            f"and quotas={quotas!r}."
+        )
+    if quotas is None:
+        return
+    is_keys = isinstance(group_by, tuple) and all(isinstance(key, str) for key in group_by)
+    if not (isinstance(group_by, str) or callable(group_by) or is_keys):
+        raise ConfigError(
+            f"selection.group_by must be a metadata key, a tuple of them or a function of the "
+            f"decoded example, got {group_by!r}"
+        )
+    require_quotas(quotas)
+
+
+def _require_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ConfigError(f"{name} must be finite, got {value}")
 
 
 def _require_one_of(name: str, value: Any, allowed: tuple[str, ...], more: str = "") -> None:

@@ -14,11 +14,7 @@ import torch.distributed
 from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
 
-from jest_stream.config import (
-    OnBadExample,
-    SelectionConfig,
-    StreamConfig,
-)
+from jest_stream.config import OnBadExample, SelectionConfig, StreamConfig, Term
 from jest_stream.pipeline import Layout, Pipeline
 from jest_stream.reporting.metrics import Metrics
 from jest_stream.selector import Models, Selector
@@ -66,13 +62,17 @@ class JESTDataset(IterableDataset[Any]):
       lanes: shards read side by side. Default: up to 64, so that it divides the super-batch.
       device: where batches lie. Default: the learner's device, else the reference's, else the CPU.
       scoring_device: where the copy and the reference run. Default: `device`.
-      as_dict: yield a dict with `image`, `text` and `key`.
+      as_dict: yield a dict with `image`, `text`, `key` and `weight`, which undoes the selection in
+        means over examples (see `Selection.weights`).
       on_bad_example: `"raise"`, or `"skip"` to leave out and count an unreadable example.
       timeout_s: seconds to wait for a worker process.
 
     Raises:
       ConfigError: for arguments that cannot work, with the fix.
     """
+
+    _iterator_token: object = None  # held by the iterator that may draw from the stream
+    _is_closed = False
 
     def __init__(
         self,
@@ -124,15 +124,15 @@ class JESTDataset(IterableDataset[Any]):
             learner=(transform, tokenizer),
             reference=(reference_transform, reference_tokenizer),
             keep_image=train_transform is not None,
+            terms=[term for term in self._selection.terms if isinstance(term, Term)],
+            group_by=self._selection.group_by,
         )
         self._train_view = train_transform and TrainView(transform=train_transform, seed=seed)
         self._models = Models(self._selection, learner, reference)
         self._devices = (device, scoring_device)
         self._as_dict = as_dict
-        self._metrics = Metrics()
+        self._metrics = Metrics(groups=self._selection.quotas or ())
         self._pipeline: Pipeline | None = None  # made at first use: ranks are known by then
-        self._iterator_token = object()  # held by the iterator that may draw from the stream
-        self._is_closed = False
 
     def __iter__(self) -> JESTIterator:
         """Returns an iterator that continues the stream; an older one stops being usable."""
@@ -278,7 +278,8 @@ class JESTDataset(IterableDataset[Any]):
             raise StopIteration
         image, text = view_of(columns, "image"), view_of(columns, "text")
         if self._as_dict:
-            return {"image": image, "text": text, "key": columns["key"]}
+            weight = columns["weight"]
+            return {"image": image, "text": text, "key": columns["key"], "weight": weight}
         return image, text
 
 

@@ -257,6 +257,7 @@ class Pipeline:
             )
         with self._metrics.timed("yielding"):
             batch = take_rows(super_batch.columns, selection.indices)
+            batch["weight"] = selection.weights
             if self._train_view is not None:
                 put_view(batch, "image", self._train_view(batch.pop("raw_image"), step=self.step))
             batch = {name: moved(column, self._device) for name, column in batch.items()}
@@ -272,6 +273,9 @@ class Pipeline:
         metrics.count("samples_trained", len(scored.selection.indices))
         metrics.count("super_batch_duplicates", super_batch.size - len(set(rows)))
         self._count_skipped(super_batch)
+        metrics.count_groups(
+            scored.selection.group_counts.tolist(), scored.selection.quota_excess.tolist()
+        )
         metrics.observe(
             scored.selection,
             staleness=None if scored.weights_step is None else self.step - scored.weights_step,

@@ -8,15 +8,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from jest_stream.config import SelectionConfig
+from jest_stream.config import SelectionConfig, TargetSimilarity
 from jest_stream.errors import ConfigError
 from jest_stream.reporting.metrics import Metrics
 from jest_stream.scoring.encoders import Input, has_bias, two_tower
 from jest_stream.scoring.learner import LearnerCopy
 from jest_stream.scoring.reference import ReferenceModel
-from jest_stream.selection import independent_selection, joint_selection, needs, uniform_selection
+from jest_stream.selection import (
+    DrawRule,
+    Groups,
+    independent_selection,
+    joint_selection,
+    needs,
+    target_similarity,
+    uniform_selection,
+)
 from jest_stream.types import Embeddings, Selection
 from jest_stream.views import Columns, view_of
 
@@ -31,6 +39,14 @@ class Models:
         needs_learner, needs_reference = (False, False)
         if config.method != "uniform":
             needs_learner, needs_reference = needs(config.score)
+            if any(isinstance(term, TargetSimilarity) for term in config.terms):
+                needs_reference = True
+                if reference is None:
+                    raise ConfigError(
+                        "reference=None, but TargetSimilarity compares examples with targets by "
+                        "their reference embeddings: pass the model that embedded the targets as "
+                        "reference=."
+                    )
         self.learner = _checked(learner, "learner", config) if needs_learner else None
         self.reference = _checked(reference, "reference", config) if needs_reference else None
         self.loss = config.loss
@@ -61,6 +77,11 @@ class Selector:
         self._copy: LearnerCopy | None = None
         self._reference: ReferenceModel | None = None
         self._restored: dict[str, Any] | None = None  # a checkpoint's copy, until ours is made
+        self._similarities = [
+            (term, term.targets.to(device))
+            for term in config.terms
+            if isinstance(term, TargetSimilarity)
+        ]
 
     @property
     def weights_step(self) -> int | None:
@@ -102,7 +123,12 @@ class Selector:
         """
         if self._config.method == "uniform" or size == batch_size:  # nothing to choose by score
             uniform = uniform_selection(
-                size, batch_size=batch_size, key=key, step=step, device=self._device
+                size,
+                batch_size=batch_size,
+                groups=self._groups(columns),
+                key=key,
+                step=step,
+                device=self._device,
             )
             return uniform, None
         self.refresh(now)
@@ -117,6 +143,13 @@ class Selector:
             learner, reference = self._embed(columns)
         self._metrics.count("samples_scored", size)
         with self._metrics.timed("selecting"):
+            rule = DrawRule(
+                gain=config.gain,
+                effective_support=config.effective_support,
+                terms=self._terms(columns, reference),
+                uniform_fraction=config.uniform_fraction,
+                groups=self._groups(columns),
+            )
             if config.method == "independent":
                 return independent_selection(
                     learner,
@@ -124,7 +157,7 @@ class Selector:
                     batch_size=batch_size,
                     score=config.score,
                     loss=self._models.loss,
-                    gain=config.gain,
+                    rule=rule,
                     key=key,
                     step=step,
                 )
@@ -135,10 +168,24 @@ class Selector:
                 num_chunks=min(config.num_chunks, batch_size),
                 score=config.score,
                 loss=self._models.loss,
-                gain=config.gain,
+                rule=rule,
                 key=key,
                 step=step,
             )
+
+    def _groups(self, columns: Columns) -> Groups | None:
+        quotas = self._config.quotas
+        return None if quotas is None else Groups(columns["group"], quotas)
+
+    def _terms(self, columns: Columns, reference: Embeddings | None) -> Tensor | None:
+        """Returns the sum of the terms of each candidate: `[B]`; None without any."""
+        total: Tensor | None = columns.get("term")
+        for term, targets in self._similarities:
+            assert reference is not None
+            rows = reference.image if term.tower == "image" else reference.text
+            found = term.weight * target_similarity(rows, targets, norm=term.norm)
+            total = found if total is None else total + found
+        return total
 
     def copy_state(self) -> dict[str, Any] | None:
         """Returns the learner copy's weights for a checkpoint, None if there is no copy."""

@@ -1,14 +1,16 @@
 """How many candidates each step chooses from: the ratios that users give, made integers once.
 
 B: super-batch size, b: batch size. b never changes within a run; B may, from given steps on.
+Quotas of groups become numbers of examples here too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from jest_stream.config import SelectionConfig, require_at_least
+from jest_stream.config import Quota, SelectionConfig, require_at_least
 from jest_stream.errors import ConfigError
 
 FilterRatio = float | Mapping[int, float]
@@ -53,9 +55,11 @@ def resolve_sizes(
     otherwise. Outside `selection.start_step` to `stop_step` it is likewise b.
 
     Raises:
-      ConfigError: for a ratio outside [0, 1), or a super-batch smaller than a batch.
+      ConfigError: for a ratio outside [0, 1), a super-batch smaller than a batch, or more floors
+        than a batch has room for.
     """
     require_at_least("batch_size", batch_size, 1)
+    quota_sizes(list((selection.quotas or {}).values()), batch_size)
     ratios = _checked(filter_ratio if isinstance(filter_ratio, Mapping) else {0: filter_ratio})
     if super_batch_size is None:
         wanted = {step: _super_batch_size(batch_size, f) for step, f in ratios.items()}
@@ -69,6 +73,35 @@ def resolve_sizes(
         changes=_between(wanted, selection.start_step, selection.stop_step, batch_size),
         stream_size=stream_size,
     )
+
+
+def quota_sizes(quotas: Sequence[Quota], batch_size: int) -> tuple[list[int], list[int]]:
+    """Returns the least and the most examples of each group that a batch of b should hold.
+
+    Floors are rounded up, caps down, and a share to either side. Where the floors are too many
+    only because of that, those with the smallest remainders are rounded down: thirds of 100 are
+    34, 33 and 33.
+
+    Raises:
+      ConfigError: if there are more groups with a floor than there is room for.
+    """
+    wanted = [round(quota.least * batch_size, 9) for quota in quotas]  # 0.07 * 100 is above 7
+    allowed = [round(quota.most * batch_size, 9) for quota in quotas]
+    is_share = [quota.share is not None for quota in quotas]
+    least = [math.floor(w) if s else math.ceil(w) for w, s in zip(wanted, is_share, strict=True)]
+    most = [math.ceil(a) if s else math.floor(a) for a, s in zip(allowed, is_share, strict=True)]
+    num_over = sum(least) - batch_size
+    can_shrink = [group for group, size in enumerate(least) if size > max(1, wanted[group])]
+    if num_over > len(can_shrink):
+        raise ConfigError(
+            f"the floors and shares of the quotas need at least {sum(least) - len(can_shrink)} "
+            f"examples, since a group with a floor gets at least one, but batch_size={batch_size} "
+            f"has no room for them. Pass a larger batch_size, or join small groups."
+        )
+    can_shrink.sort(key=lambda group: wanted[group] % 1, reverse=True)
+    for group in can_shrink[len(can_shrink) - max(0, num_over) :]:
+        least[group] -= 1
+    return least, list(map(max, most, least))
 
 
 def _super_batch_size(batch_size: int, filter_ratio: float) -> int:

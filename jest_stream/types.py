@@ -1,6 +1,7 @@
 """The nouns that the rooms hand to each other.
 
-Shapes: B: super-batch size, b: batch size, D: embedding dimension, C: number of chunks.
+Shapes: B: super-batch size, b: batch size, D: embedding dimension, C: number of chunks,
+G: number of groups with a quota.
 """
 
 from __future__ import annotations
@@ -78,11 +79,18 @@ class Selection:
 
     indices: Tensor
     """`[b]` int64, distinct, in draw order."""
+    weights: Tensor
+    """`[b]` float: 1 / probability of having been drawn, scaled to mean 1 within each chunk. Means
+    under them estimate means over all candidates; the greedier the draw, the less so."""
     effective_support: Tensor
     """`[C]` float: 1 / sum(p^2) of each chunk's sampling distribution; 1 is greedy."""
     selected_score: Tensor
     """`[]` float: mean over the chosen of their score when drawn, in nats; NaN for uniform."""
     candidate_score: Tensor
     """`[]` float: mean over all candidates of their own pair's score; NaN for uniform."""
+    group_counts: Tensor
+    """`[G]` int64: how many were chosen of each group that has a quota."""
+    quota_excess: Tensor
+    """`[G]` int64: by how many that is above the group's quota or (negative) below it."""
     is_finite: Tensor
     """`[]` bool: whether every score was finite. Where it is False, `indices` mean nothing."""

@@ -6,11 +6,13 @@ few that were chosen, from the encoded bytes, in the training process.
 
 A row or column is a flat dict. `image` and `text` may each be one tensor or a mapping of tensors
 (as processors of transformers return): a mapping's entries are named `image/pixel_values`, ….
+What selection wants to know of an example's metadata travels along, as `term` and `group`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jest_stream.config import Metadata, Term
 from jest_stream.errors import BadExampleError, ConfigError
 from jest_stream.randomness import isolated_rng
 from jest_stream.sources.decode import Decoded
@@ -45,13 +48,17 @@ class ScoreView:
     """The reference's own. None: it sees what the learner sees."""
     keep_image: bool
     """Whether the undecoded image travels along, for a train view made later."""
+    terms: Sequence[Term] = ()
+    """Numbers of the example's own that count in its score; their weighted sum travels along."""
+    group_by: Metadata | tuple[str, ...] | None = None
+    """What tells the example's group. None: no group travels along."""
 
     def __call__(self, example: Example) -> Row:
         """Returns the row of one example.
 
         Raises:
-          BadExampleError: for a missing or unreadable member.
-          ConfigError: for a value that no transform was given for.
+          BadExampleError: for a missing or unreadable member, or metadata that are.
+          ConfigError: for a value that no transform was given for, or a term that is no number.
         """
         decoded = Decoded(example)
         image = _find(decoded, self.keys[0], "image_key", "missing_image")
@@ -65,6 +72,11 @@ class ScoreView:
             _add(row, "reference_text", self.reference[1](text))
         if self.keep_image:
             row["raw_image"] = _raw(example, self.keys[0], image)
+        if self.terms:
+            total = sum(term.weight * _number(decoded, term) for term in self.terms)
+            row["term"] = torch.tensor(total, dtype=torch.float32)
+        if self.group_by is not None:
+            row["group"] = _group(decoded, self.group_by)
         return row
 
 
@@ -138,6 +150,67 @@ def _find(decoded: Decoded, key: Key, argument: str, reason: str) -> Any:
         f"example {decoded['__key__']!r} has no member for {argument}={key!r}, only "
         f"{sorted(name for name in decoded if not name.startswith('__'))}. Name the member it "
         f'should be, or pass on_bad_example="skip" to leave such examples out and count them.',
+        key=str(decoded["__key__"]),
+        shard=str(decoded.get("__shard__", "")),
+        reason=reason,
+    )
+
+
+def _metadata(decoded: Decoded, key: Metadata, role: str) -> Any:
+    """A member, or else an entry of the `json` member, or what the user's function makes of it."""
+    if callable(key):
+        return key(decoded)
+    if key in decoded:
+        return decoded[key]
+    about = decoded["json"] if "json" in decoded else {}
+    entries = about if isinstance(about, Mapping) else {}
+    if key in entries:
+        return entries[key]
+    known = sorted({name for name in decoded if not name.startswith("__")} | entries.keys())
+    raise _bad(decoded, f"has no {key!r} for {role}, only {known}", f"missing_{role}")
+
+
+def _number(decoded: Decoded, term: Term) -> float:
+    value = _metadata(decoded, term.value, "term")
+    if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) != 1:
+        raise ConfigError(
+            f"Term(value={term.value!r}) must give one number per example, got shape "
+            f"{list(value.shape)} for {decoded['__key__']!r}."
+        )
+    if isinstance(value, Sequence | Mapping) and not isinstance(value, str):
+        raise ConfigError(
+            f"Term(value={term.value!r}) must give one number per example, got a "
+            f"{type(value).__name__} for {decoded['__key__']!r}. Pass a function that makes one "
+            f"number of it."
+        )
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise _bad(
+            decoded, f"has {value!r} for {term.value!r}, no number", "unreadable_term"
+        ) from error
+    if not math.isfinite(number):
+        raise _bad(decoded, f"has {number} for {term.value!r}", "non_finite_term")
+    return number
+
+
+def _group(decoded: Decoded, group_by: Metadata | tuple[str, ...]) -> Hashable:
+    if isinstance(group_by, tuple):
+        return tuple(_group(decoded, key) for key in group_by)
+    value = _metadata(decoded, group_by, "group")
+    if not isinstance(value, Hashable):
+        raise ConfigError(
+            f"group_by={group_by!r} must give a value that can be a key of quotas, got a "
+            f"{type(value).__name__} for {decoded['__key__']!r}. Pass a function that makes one "
+            f"of it."
+        )
+    return value
+
+
+def _bad(decoded: Decoded, what: str, reason: str) -> BadExampleError:
+    return BadExampleError(
+        f"example {decoded['__key__']!r} {what}. Repair the data, pass a function that does "
+        f'without, or on_bad_example="skip" to leave such examples out and count them.',
         key=str(decoded["__key__"]),
         shard=str(decoded.get("__shard__", "")),
         reason=reason,

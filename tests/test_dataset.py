@@ -213,7 +213,7 @@ def test_the_reference_may_have_its_own_view_tokens_and_dimension(shards: list[s
         reference_tokenizer=lambda text: tokenize(text)[:3],
     )
     batch = next(iter(dataset))
-    assert set(batch) == {"image", "text", "key"}
+    assert set(batch) == {"image", "text", "key", "weight"}
     assert batch["image"].shape == (8, 3, 8, 8)
 
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"errors", "randomness"},
     {"types"},
     {"config", "storage"},
-    {"sizes"},
+    {"sizes", "presets"},
     {"sources", "scoring", "selection", "reporting"},
     {"views"},
     {"superbatch", "selector"},

@@ -310,8 +310,11 @@ def test_shards_that_shrank_are_noticed(tmp_path: Path) -> None:
 def selection_of(size: int) -> dict[str, Tensor]:
     return {
         "indices": torch.arange(size),
+        "weights": torch.ones(size),
         "effective_support": torch.ones(1),
         "selected_score": torch.zeros(()),
         "candidate_score": torch.zeros(()),
+        "group_counts": torch.zeros(0, dtype=torch.int64),
+        "quota_excess": torch.zeros(0, dtype=torch.int64),
         "is_finite": torch.tensor(True),
     }

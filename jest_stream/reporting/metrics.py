@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,9 +30,19 @@ _VERSION = 1
 class Metrics:
     """Counters, last values and times of one dataset."""
 
-    def __init__(self) -> None:
-        """Starts at zero."""
+    def __init__(self, groups: Iterable[object] = ()) -> None:
+        """Starts at zero.
+
+        Args:
+          groups: names of the groups that have a quota, in the order of `count_groups`.
+        """
         self._counts = dict.fromkeys(_COUNTERS, 0)
+        self._groups = [str(group) for group in groups]
+        self._group_counts = {
+            f"{name}/{group}": 0
+            for name in ("selected", "quota_shortfall", "quota_overrun")
+            for group in self._groups
+        }
         self._skipped: dict[str, int] = {}
         self._seconds = dict.fromkeys(_STAGES, 0.0)
         self._stage: str | None = None  # the stage whose time is running,
@@ -47,6 +57,13 @@ class Metrics:
     def count_skipped(self, reason: str, amount: int = 1) -> None:
         """Adds examples that were left out, under the reason's name."""
         self._skipped[reason] = self._skipped.get(reason, 0) + amount
+
+    def count_groups(self, counts: list[int], excess: list[int]) -> None:
+        """Adds what was handed out of each group, and by how much that missed its quota."""
+        for group, count, above in zip(self._groups, counts, excess, strict=True):
+            self._group_counts[f"selected/{group}"] += count
+            self._group_counts[f"quota_shortfall/{group}"] += max(0, -above)
+            self._group_counts[f"quota_overrun/{group}"] += max(0, above)
 
     def observe(self, selection: Selection, *, staleness: int | None = None) -> None:
         """Replaces the last values by those of the sub-batch handed out now.
@@ -86,6 +103,7 @@ class Metrics:
             **self._counts,
             "samples_skipped": sum(self._skipped.values()),
             **{f"skipped/{reason}": count for reason, count in sorted(self._skipped.items())},
+            **self._group_counts,
             "staleness": nan if self._staleness is None else self._staleness,
             "effective_support": float(last.effective_support.mean()) if last else nan,
             "selected_score": float(last.selected_score) if last else nan,
@@ -95,7 +113,12 @@ class Metrics:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the counters. Times and last values belong to a process and are not saved."""
-        return {"version": _VERSION, "counts": dict(self._counts), "skipped": dict(self._skipped)}
+        return {
+            "version": _VERSION,
+            "counts": dict(self._counts),
+            "skipped": dict(self._skipped),
+            "groups": dict(self._group_counts),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on counting from `state`."""
@@ -106,6 +129,8 @@ class Metrics:
             )
         self._counts = {name: state["counts"][name] for name in _COUNTERS}
         self._skipped = dict(state["skipped"])
+        saved = state["groups"]  # quotas may change with a resume: what is new starts at 0
+        self._group_counts = {name: saved.get(name, 0) for name in self._group_counts}
 
     def _switch_to(self, stage: str | None) -> None:
         now = time.perf_counter()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,9 +21,12 @@ from jest_stream.types import Selection
 def selection_of(score: float) -> Selection:
     return Selection(
         indices=torch.tensor([1, 0]),
+        weights=torch.ones(2),
         effective_support=torch.tensor([3.0, 5.0]),
         selected_score=torch.tensor(score),
         candidate_score=torch.tensor(0.5),
+        group_counts=torch.zeros(0, dtype=torch.int64),
+        quota_excess=torch.zeros(0, dtype=torch.int64),
         is_finite=torch.tensor(True),
     )
 
@@ -71,15 +75,7 @@ def test_tensors_are_read_only_when_asked_for():
     metrics = Metrics()
     score = torch.tensor(1.0)
     selection = selection_of(0.0)
-    metrics.observe(
-        Selection(
-            indices=selection.indices,
-            effective_support=selection.effective_support,
-            selected_score=score,
-            candidate_score=selection.candidate_score,
-            is_finite=selection.is_finite,
-        )
-    )
+    metrics.observe(replace(selection, selected_score=score))
     score.fill_(7.0)  # as a kernel that was only enqueued would
     assert metrics.as_dict()["selected_score"] == 7.0
 
