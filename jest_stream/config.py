@@ -266,7 +266,7 @@ def _require_terms(terms: object) -> None:
     ):
         raise ConfigError(
             f"selection.terms must be a tuple of Term and TargetSimilarity, got {terms!r}. One "
-            f"one is written (Term(value='quality'),)."
+            f"term is written (Term(value='quality'),)."
         )
 
 

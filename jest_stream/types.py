@@ -87,7 +87,8 @@ class Selection:
     selected_score: Tensor
     """`[]` float: mean over the chosen of their score when drawn, in nats; NaN for uniform."""
     candidate_score: Tensor
-    """`[]` float: mean over all candidates of their own pair's score; NaN for uniform."""
+    """`[]` float: what `selected_score` would have been, had each chunk been drawn uniformly: the
+    mean score of the candidates that were left; NaN for uniform."""
     group_counts: Tensor
     """`[G]` int64: how many were chosen of each group that has a quota."""
     quota_excess: Tensor

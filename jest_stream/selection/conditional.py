@@ -93,7 +93,7 @@ class OwnSigmoidScores:
         for tile in logit_tiles(self.models, chosen, with_bias=True):
             losses.append(negative_losses(tile.logits))
             if len(losses) == 2:  # the learner's and the reference's, of the same pairs
-                self._scores[tile.rows] += score_tile(self._score, *losses).sum(0)
+                self._scores[tile.rows] += score_tile(self._score, *losses).sum(1)
                 losses.clear()
 
     def condition_on_all(self) -> None:
@@ -104,8 +104,8 @@ class OwnSigmoidScores:
 
     def _score_own(self, learner: Tensor, reference: Tensor) -> Tensor:
         """Returns the scores of pairs whose losses are the softplus of these: `[B]`."""
-        losses = softplus(learner)[None], softplus(reference)[None]  # a tile has two dimensions
-        return score_tile(self._score, *losses)[0]
+        losses = softplus(learner)[:, None], softplus(reference)[:, None]  # a tile of one column
+        return score_tile(self._score, *losses)[:, 0]
 
 
 class SoftmaxScores:
@@ -188,7 +188,7 @@ class ExactSoftmaxScores:
             added.zero_()
         for tile in logit_tiles(self.models, self._chosen, with_bias=False):
             # The candidate's text (side 1) stands in the sums of the chosen images (side 0).
-            tile.logits.sub_(within[tile.model][1 - tile.side, tile.columns, None])
+            tile.logits.sub_(within[tile.model][1 - tile.side, tile.columns])
             self._added[tile.model][tile.rows] += negative_loss_sums(tile.logits, tile.scratch)
 
 

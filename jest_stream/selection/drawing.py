@@ -158,12 +158,14 @@ def draw(
         candidates.num_examples, list(filter(None, draws)), rule.groups, device=candidates.device
     )
     terms = 0.0 if rule.terms is None else check_terms(rule.terms, candidates)
-    is_finite, candidate_score = candidates.is_finite, (conditional.scores() + terms).mean()
-    drawn_scores, supports = [], []
+    is_finite, num_left = candidates.is_finite, candidates.num_examples
+    offered, drawn_scores, supports = [], [], []
     for number, (num_uniform, size) in enumerate(plan):
         scores = conditional.scores() + terms
         is_finite = is_finite & scores.isfinite().all()
         left = urn.left(scores)
+        offered.append(left.masked_fill(left.isneginf(), 0.0).sum() * (size / num_left))
+        num_left -= size
         gain: Tensor | float = rule.gain
         if rule.effective_support is not None:
             gain = gain_for_support(rule.effective_support, left)
@@ -179,15 +181,19 @@ def draw(
         drawn_scores.append(scores[chunk])
         if number + 1 < len(sizes):
             conditional.condition_on(take(conditional.models, chunk))
-    if candidates.device.type == "cpu" and not is_finite:
+    _require_finite(is_finite)
+    return urn.selection(
+        effective_support=torch.stack(supports).float(),
+        selected_score=torch.cat(drawn_scores).mean(),
+        candidate_score=torch.stack(offered).sum() / sum(sizes),
+        is_finite=is_finite,
+    )
+
+
+def _require_finite(is_finite: Tensor) -> None:
+    if is_finite.device.type == "cpu" and not is_finite:  # on a GPU the host would have to wait
         raise NonFiniteError(
             "scores hold NaN or infinity though the embeddings do not: a choice among them would "
             "mean nothing. Look for a logit_scale or logit_bias that has diverged, or at your own "
             "score function."
         )
-    return urn.selection(
-        effective_support=torch.stack(supports).float(),
-        selected_score=torch.cat(drawn_scores).mean(),
-        candidate_score=candidate_score,
-        is_finite=is_finite,
-    )

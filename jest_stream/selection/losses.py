@@ -1,10 +1,10 @@
 """Losses of image-text pairs, in tiles that stay in cache: never the `[B, B]` matrix.
 
-A tile holds the logits of a block of chosen examples against a block of candidates, in units of
-ln 2, so that `exp2` (2.5 times as fast as `exp` on a CPU) turns them into odds. Everything is
-computed in float32. Pure functions: no state, no randomness.
+A tile holds the logits of a block of candidates and a block of chosen examples, in units of ln 2,
+so that `exp2` (2.5 times as fast as `exp` on a CPU) turns them into odds. Everything is computed in
+float32. Pure functions: no state, no randomness.
 
-B: candidates, C: chosen examples (the tile's columns in the pair matrix), R: candidates of a tile.
+B: candidates, R: candidates of a tile (its rows), C: chosen examples (its columns).
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ _TILE_COLUMNS = 512
 # with as much scratch. A GPU wants few, large kernels: 64 MiB.
 _CPU_TILE_PER_THREAD = 2**17
 _GPU_TILE = 2**24
-# Levels of pairwise products before the logarithm: (1 + 1)^(2^6) - 1 = 2^64 - 1 is the largest.
-_PRODUCT_LEVELS = 6
+# How often columns are multiplied in pairs before the logarithm is taken. With 3, an eighth of the
+# logarithms is left; more levels save less than they cost, since the columns get short.
+_PRODUCT_LEVELS = 3
 
 
 class Tile(NamedTuple):
-    """Logits of some chosen examples against some candidates, under one model."""
+    """Logits of some candidates and some chosen examples, under one model."""
 
     model: int
     """Which of the models given."""
     side: int
     """0: the candidates' images with the chosen texts; 1: their texts with the chosen images."""
-    columns: slice
-    """Which of the chosen examples."""
     rows: slice
     """Which candidates."""
+    columns: slice
+    """Which of the chosen examples."""
     logits: Tensor
-    """`[C, R]` float32 in units of ln 2; overwritten by the next tile, so free to be used up."""
+    """`[R, C]` float32 in units of ln 2; overwritten by the next tile, so free to be used up."""
     scratch: Tensor
-    """`[C, R]` float32, to be written."""
+    """`[R, C]` float32, to be written."""
 
 
 def logit_tiles(
@@ -74,46 +75,47 @@ def logit_tiles(
         ]
         for first in range(0, num_candidates, tile_rows):
             rows = slice(first, min(first + tile_rows, num_candidates))
-            shape = (columns.stop - columns.start, rows.stop - rows.start)
+            shape = (rows.stop - rows.start, columns.stop - columns.start)
             logits, scratch = space[:, : shape[0] * shape[1]].view(2, *shape)
             for side in (0, 1):
                 for index, model in enumerate(candidates):
                     candidate = (model.image, model.text)[side][rows]
-                    torch.mm(scaled[index][side], candidate.T, out=logits)
+                    torch.mm(candidate, scaled[index][side].T, out=logits)
                     if with_bias:
                         logits.add_(model.logit_bias / LN2)
-                    yield Tile(index, side, columns, rows, logits, scratch)
+                    yield Tile(index, side, rows, columns, logits, scratch)
 
 
 def negative_loss_sums(logits: Tensor, scratch: Tensor) -> Tensor:
     """Returns each candidate's loss over the tile's pairs, none of which match: `[R]`, in nats.
 
-    Sums softplus(x) = max(x, 0) + log(1 + e^-|x|) over the columns. The logarithms of up to 64
-    columns are taken of their product, at a tenth of the cost: log1p is as dear as fifty
-    additions. The product less one is what is kept, as (1 + p)(1 + q) - 1 = p + q + pq. All terms
-    are positive, so that no digit is lost however small they are. (Keeping the product itself
-    would: 1 + e^-16 is 6 % off in float32.)
+    Sums softplus(x) = max(x, 0) + log(1 + e^-|x|) over the columns. The logarithms of eight columns
+    are taken of their product, since one is as dear as ten additions at best. What is kept is the
+    product less one: (1 + p)(1 + q) - 1 = p + q + pq. All terms are positive, so that no digit is
+    lost however small they are. (Keeping the product itself would: 1 + e^-16 is 6 % off in
+    float32.)
 
     Args:
-      logits: `[C, R]` in units of ln 2; used up.
-      scratch: `[C, R]`; overwritten.
+      logits: `[R, C]` in units of ln 2; used up.
+      scratch: `[R, C]`; overwritten.
     """
     positive = torch.clamp_min(logits, 0.0, out=scratch)
-    sums = positive.sum(0).mul_(LN2)
+    sums = positive.sum(1).mul_(LN2)
     odds = logits.sub_(positive, alpha=2.0).exp2_()  # x - 2 max(x, 0) = -|x|
     for _ in range(_PRODUCT_LEVELS):
-        half = len(odds) // 2
+        num_columns = odds.shape[1]
+        half = num_columns // 2
         if half == 0:
             break
         # Of an odd number, the one in the middle stays as it is.
-        low, high = odds[:half], odds[len(odds) - half :]
+        low, high = odds[:, :half], odds[:, num_columns - half :]
         low.addcmul_(low, high).add_(high)
-        odds = odds[: len(odds) - half]
-    return sums.add_(odds.log1p_().sum(0))
+        odds = odds[:, : num_columns - half]
+    return sums.add_(odds.log1p().sum(1))
 
 
 def negative_losses(logits: Tensor) -> Tensor:
-    """Returns the loss of each of the tile's pairs, none of which match: `[C, R]`, in nats."""
+    """Returns the loss of each of the tile's pairs, none of which match: `[R, C]`, in nats."""
     return torch.nn.functional.softplus(logits * LN2)
 
 
@@ -122,10 +124,10 @@ def add_exponentials(total: Tensor, logits: Tensor) -> None:
 
     Args:
       total: `[R]` logarithm to base 2 of the sum so far, -inf at the start; updated.
-      logits: `[C, R]` in units of ln 2; used up.
+      logits: `[R, C]` in units of ln 2; used up.
     """
-    peak = torch.maximum(total, logits.amax(0))
-    exponentials = logits.sub_(peak).exp2_().sum(0)
+    peak = torch.maximum(total, logits.amax(1))
+    exponentials = logits.sub_(peak[:, None]).exp2_().sum(1)
     torch.add(peak, exponentials.add_(total.sub(peak).exp2_()).log2_(), out=total)
 
 

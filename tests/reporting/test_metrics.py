@@ -121,6 +121,25 @@ def test_counters_go_on_after_a_resume():
     assert state["counts"]["steps"] == 5
 
 
+def test_groups_are_counted_with_what_they_miss_and_go_on_after_a_resume():
+    metrics = Metrics(groups=["sw", ("en", 2)])
+    metrics.count_groups([3, 1], [0, -2])
+    metrics.count_groups([4, 9], [1, 4])
+    expected = {
+        "selected/sw": 7,
+        "selected/('en', 2)": 10,
+        "quota_shortfall/sw": 0,
+        "quota_shortfall/('en', 2)": 2,
+        "quota_overrun/sw": 1,
+        "quota_overrun/('en', 2)": 4,
+    }
+    assert expected.items() <= metrics.as_dict().items()
+    resumed = Metrics(groups=["sw", "new"])
+    resumed.load_state_dict(json.loads(json.dumps(metrics.state_dict())))
+    resumed.count_groups([1, 1], [0, 0])
+    assert resumed.as_dict()["selected/sw"] == 8 and resumed.as_dict()["selected/new"] == 1
+
+
 def test_a_state_of_another_version_is_refused():
     state = {**Metrics().state_dict(), "version": 0}
     with pytest.raises(ResumeMismatchError, match="have version 0, this release reads version 1"):

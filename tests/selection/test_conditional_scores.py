@@ -193,12 +193,12 @@ def test_a_part_of_the_candidates_scores_as_it_does_among_all():
 @pytest.mark.parametrize("x", [-200.0, -100.0, -88.0, -40.0, -16.0, -1.0, 0.0, 1.0, 16.0, 300.0])
 def test_sums_of_losses_keep_their_digits_at_any_logit(x, num_columns):
     """1 + e^-16 is 6 % off in float32; softplus(300) would overflow an exponential."""
-    logits = torch.full((num_columns, 4), x, dtype=torch.float64)
-    logits += torch.linspace(0, 0.5, num_columns, dtype=torch.float64)[:, None]
+    logits = torch.full((4, num_columns), x, dtype=torch.float64)
+    logits += torch.linspace(0, 0.5, num_columns, dtype=torch.float64)
     in_ln2 = (logits / losses.LN2).float()
     sums = losses.negative_loss_sums(in_ln2.clone(), torch.empty_like(in_ln2))
     # The rounding of the logit itself, 3e-8 of it, is not the function's.
-    exact = torch.nn.functional.softplus(in_ln2.double() * losses.LN2, threshold=1000).sum(0)
+    exact = torch.nn.functional.softplus(in_ln2.double() * losses.LN2, threshold=1000).sum(1)
     # Below e^-87 a float32 loses digits, and below e^-103 everything.
     torch.testing.assert_close(sums.double(), exact, rtol=2e-6, atol=num_columns * 2e-38)
 
@@ -206,13 +206,13 @@ def test_sums_of_losses_keep_their_digits_at_any_logit(x, num_columns):
 def test_running_log_sum_exp_survives_any_logits():
     generator = torch.Generator().manual_seed(0)
     tiles = [
-        torch.randn(5, 30, generator=generator) * spread + offset
+        torch.randn(30, 5, generator=generator) * spread + offset
         for spread, offset in ((1, 0), (300, 0), (1, -500), (1, 800), (300, 100))
     ]
     total = torch.full((30,), -torch.inf)
     for tile in tiles:
         losses.add_exponentials(total, tile / losses.LN2)
-    expected = torch.cat(tiles).double().logsumexp(0)
+    expected = torch.cat(tiles, dim=1).double().logsumexp(1)
     torch.testing.assert_close(total.double() * losses.LN2, expected, rtol=1e-6, atol=0)
 
 
@@ -221,11 +221,11 @@ def test_tiles_cover_every_pair_once_and_fit_their_budget(monkeypatch):
     monkeypatch.setattr(losses, "_tile_size", lambda device: 20)
     models = [float32(random_embeddings(23, seed=seed, scale=3.0)) for seed in (1, 2)]
     chosen = take(models, torch.arange(9))
-    found = torch.zeros(2, 2, 9, 23)
+    found = torch.zeros(2, 2, 23, 9)
     for tile in losses.logit_tiles(models, chosen, with_bias=True):
         assert tile.logits.numel() <= 20
-        found[tile.model, tile.side, tile.columns, tile.rows] += tile.logits * losses.LN2
+        found[tile.model, tile.side, tile.rows, tile.columns] += tile.logits * losses.LN2
     for index, model in enumerate(models):
         matrix = naive.logits(model, torch.float32)
-        torch.testing.assert_close(found[index, 0], matrix[:, :9].T)
-        torch.testing.assert_close(found[index, 1], matrix[:9])
+        torch.testing.assert_close(found[index, 0], matrix[:, :9])
+        torch.testing.assert_close(found[index, 1], matrix[:9].T)

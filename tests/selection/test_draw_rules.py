@@ -271,9 +271,6 @@ def test_terms_are_added_to_the_scores_before_the_gain():
         with_terms, batch_size=40, num_chunks=5, noise=noise_of(1, 0, 5, 120), gain=0.5
     )
     assert selection.indices.tolist() == expected.tolist()
-    assert selection.candidate_score.item() == pytest.approx(
-        float(with_terms.diagonal().mean()), rel=1e-4
-    )
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
