@@ -1,0 +1,5 @@
+"""The demo: real icons and emoji that ship with the package, a small model, a comparison.
+
+`data` unpacks the pictures into tar shards, `model` and `training` are what a user would write,
+`run` trains with uniform batches and with JEST, `report` says what came of it.
+"""

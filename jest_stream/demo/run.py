@@ -1,0 +1,213 @@
+"""The demo's two runs: the same model on the same pictures, with uniform batches and with JEST.
+
+Both read the same shards and train on as many pairs per step; the JEST run chooses them from more
+candidates. Writes `summary.md`, `curves.png` and `results.json`. Runs in the calling thread.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jest_stream.config import SelectionConfig
+from jest_stream.dataset import JESTDataset
+from jest_stream.demo import data
+from jest_stream.demo.comparison import Curve, Standing, compare, table, verdict
+from jest_stream.demo.data import Pairs
+from jest_stream.demo.model import HashTokenizer, TwoTowerModel
+from jest_stream.demo.plot import save_plot
+from jest_stream.demo.training import Point, train
+from jest_stream.errors import ConfigError
+from jest_stream.randomness import isolated_rng
+from jest_stream.reporting import StepFlops, forward_flops, step_flops, training_flops
+
+DEFAULT_STEPS = 400
+BATCH_SIZE = 256
+TESTS_PER_RUN = 20
+
+
+def run_demo(
+    steps: int | None = None,
+    seed: int = 0,
+    out: str | os.PathLike[str] = "jest_demo",
+    device: str = "cpu",
+    filter_ratio: float = 0.8,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Returns what it writes to `results.json`: settings, curves and the verdict.
+
+    Args:
+      steps: training steps of each run. Default: 400.
+      seed: of the model, the order of examples and the choice.
+      out: folder for the results, made if need be.
+      device: where to train and score.
+      filter_ratio: share of the candidates that JEST drops.
+      cache_dir: where the pictures are unpacked. Default: the user's cache folder.
+
+    Raises:
+      ConfigError: for settings that cannot work.
+    """
+    steps = DEFAULT_STEPS if steps is None else steps
+    folder = _checked(steps, device, Path(out))
+    shards = data.unpack(cache_dir)
+    sets = data.evaluation_sets()
+    with isolated_rng("demo model", seed):
+        initial = TwoTowerModel().to(device)
+    price = price_of_a_step(initial, data.load_reference().to(device), sets[data.TARGET])
+    curves: dict[str, Curve] = {}
+    with _shared_cores(device) as num_workers:
+        for name, method in (("uniform", "uniform"), ("JEST", "joint")):
+            model = copy.deepcopy(initial)
+            is_uniform = method == "uniform"
+            with JESTDataset(
+                shards,
+                learner=None if is_uniform else model,
+                reference=None if is_uniform else data.load_reference(),
+                transform=data.half_view,
+                train_transform=data.shifted_view,
+                tokenizer=HashTokenizer(),
+                batch_size=BATCH_SIZE,
+                filter_ratio=filter_ratio,
+                selection=SelectionConfig(method="uniform" if is_uniform else "joint"),
+                seed=seed,
+                num_workers=num_workers,
+                device=device,
+            ) as dataset:
+                curves[name] = _run(name, model, dataset, sets, steps=steps, price=price)
+    settings = {"steps": steps, "seed": seed, "filter_ratio": filter_ratio, **_machine(device)}
+    return _write(folder, settings, curves, sets)
+
+
+def price_of_a_step(learner: TwoTowerModel, reference: TwoTowerModel, pairs: Pairs) -> StepFlops:
+    """Returns the FLOPs of training on a batch, and of scoring one candidate for it."""
+    images = pairs.images[:BATCH_SIZE].to(learner.logit_scale.device)
+    tokens = pairs.tokens[:BATCH_SIZE].to(images.device)
+    half = images[:, :, ::2, ::2]  # the cost is a matter of the size alone
+    dimension = reference.encode_text(tokens[:1]).shape[-1]
+
+    def scoring(model: TwoTowerModel) -> float:
+        towers = ((model.encode_image, half), (model.encode_text, tokens))
+        return sum(forward_flops(tower, inputs) for tower, inputs in towers) / len(tokens)
+
+    return step_flops(
+        super_batch_size=1,
+        batch_size=BATCH_SIZE,
+        training=training_flops(learner, lambda model: model(images, tokens)) / len(tokens),
+        learner_forward=scoring(learner),
+        reference_forward=scoring(reference),
+        dimensions=(dimension, dimension),
+    )
+
+
+def _run(
+    name: str,
+    model: TwoTowerModel,
+    dataset: JESTDataset,
+    sets: Mapping[str, Pairs],
+    *,
+    steps: int,
+    price: StepFlops,
+) -> Curve:
+    """Trains one model, with a progress bar on a terminal and a line per test elsewhere."""
+    from tqdm import tqdm
+
+    curve = []
+    test_every = max(1, steps // TESTS_PER_RUN)
+    training = train(model, dataset, sets, steps=steps, test_every=test_every)
+    with tqdm(total=steps, desc=name, unit="step", disable=not sys.stderr.isatty()) as bar:
+        for step, point in training:
+            bar.update(min(step, 1))
+            if point is not None:
+                scored = int(dataset.metrics()["samples_scored"])
+                curve.append(_standing(point, scored, price))
+                news = f"R@5 emoji {point.target.at_5:.1f} %, others {point.others.at_5:.1f} %"
+                bar.set_postfix_str(news)
+                if bar.disable:
+                    at = f"step {step} of {steps}, {point.seconds:.0f} s"
+                    print(f"{name}: {at}, {news}", flush=True)
+    return curve
+
+
+def _standing(point: Point, scored: int, price: StepFlops) -> Standing:
+    return Standing(
+        steps=point.step,
+        scored=scored,
+        trained=point.step * BATCH_SIZE,
+        flops=point.step * price.training + scored * (price.total - price.training),
+        seconds=point.seconds,
+        accuracy={"emoji": point.target, "others": point.others},
+    )
+
+
+def _write(
+    folder: Path, settings: dict[str, Any], curves: Mapping[str, Curve], sets: Mapping[str, Pairs]
+) -> dict[str, Any]:
+    """Prints the outcome and writes it down."""
+    uniform, jest = curves["uniform"], curves["JEST"]
+    num_emoji = len(sets[data.TARGET].images)
+    num_others = sum(len(pairs.images) for pairs in sets.values()) - num_emoji
+    comparison = table(compare(uniform, jest))
+    sentences = verdict(uniform, jest, {"emoji": num_emoji, "others": num_others})
+    results = {
+        "settings": settings,
+        "verdict": sentences,
+        "curves": {name: [asdict(at) for at in curve] for name, curve in curves.items()},
+    }
+    title = "{steps} steps, seed {seed}, filter ratio {filter_ratio}".format(**settings)
+    save_plot(curves, folder / "curves.png", title=title)
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    summary = "\n\n".join([comparison, *sentences])
+    (folder / "summary.md").write_text(f"# {title}\n\n{summary}\n", encoding="utf-8")
+    print(f"\n{summary}\n\nWritten to {folder}: summary.md, curves.png, results.json")
+    return results
+
+
+def _checked(steps: int, device: str, folder: Path) -> Path:
+    """Returns the output folder, made, once the settings can work."""
+    if steps < 1:
+        raise ConfigError(f"steps must be at least 1, got {steps}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device is {device!r}, but this machine has no usable GPU. Use 'cpu'.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={str(folder)!r} cannot be made a folder: {error}") from error
+    return folder
+
+
+@contextmanager
+def _shared_cores(device: str) -> Iterator[int]:
+    """Yields how many processes should read, and leaves the other cores to torch meanwhile.
+
+    More threads than cores make both slow: three on two cores halve the speed.
+    """
+    cores = os.cpu_count() or 1
+    num_workers = max(1, min(4, cores // 2))
+    num_threads = torch.get_num_threads()
+    if device == "cpu":
+        torch.set_num_threads(max(1, cores - num_workers))
+    try:
+        yield num_workers
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _machine(device: str) -> dict[str, Any]:
+    is_cuda = device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name(device) if is_cuda else device,
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+    }
