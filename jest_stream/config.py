@@ -220,6 +220,16 @@ def require_at_least(name: str, value: object, least: int) -> None:
         raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
+def require_rule(selection: object) -> SelectionConfig:
+    """Returns `selection`, or raises `ConfigError` if it is no `SelectionConfig`."""
+    if isinstance(selection, SelectionConfig):
+        return selection
+    raise ConfigError(
+        f"selection must be a SelectionConfig, got {selection!r}. Write for example "
+        f"SelectionConfig(method='uniform'), or **preset('uniform')."
+    )
+
+
 def require_sampling(
     prefix: str, gain: float, effective_support: float | None, uniform_fraction: float
 ) -> None:

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed
 from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
 
-from jest_stream.config import OnBadExample, SelectionConfig, StreamConfig, Term
+from jest_stream.config import (
+    OnBadExample,
+    SelectionConfig,
+    StreamConfig,
+    Term,
+    require_rule,
+)
 from jest_stream.pipeline import Layout, Pipeline
 from jest_stream.reporting.metrics import Metrics
 from jest_stream.selector import Models, Selector
@@ -105,7 +111,7 @@ class JESTDataset(IterableDataset[Any]):
         timeout_s: float = 120.0,
     ) -> None:
         super().__init__()
-        self._selection = selection or SelectionConfig()
+        self._selection = SelectionConfig() if selection is None else require_rule(selection)
         self._sizes = resolve_sizes(self._selection, batch_size, filter_ratio, super_batch_size)
         self._config = StreamConfig(
             refresh_every=refresh_every,
@@ -127,7 +133,7 @@ class JESTDataset(IterableDataset[Any]):
             terms=[term for term in self._selection.terms if isinstance(term, Term)],
             group_by=self._selection.group_by,
         )
-        self._train_view = train_transform and TrainView(transform=train_transform, seed=seed)
+        self._train_transform = train_transform
         self._models = Models(self._selection, learner, reference)
         self._devices = (device, scoring_device)
         self._as_dict = as_dict
@@ -219,6 +225,18 @@ class JESTDataset(IterableDataset[Any]):
             parts.append(self._pipeline.describe())
         return f"<JESTDataset {' | '.join(parts)}>"
 
+    def __bool__(self) -> bool:
+        """Returns True: without it, truth would be asked of a length that may not exist."""
+        return True
+
+    def __reduce__(self) -> NoReturn:
+        """Raises: a copy would score with a learner that nobody trains."""
+        raise RuntimeError(
+            "JESTDataset cannot be copied or sent to another process, because it scores with the "
+            "learner that is trained in this one. Use DataLoader(dataset, batch_size=None, "
+            "num_workers=0), and JESTDataset(num_workers=...) to read in worker processes."
+        )
+
     def _open(self) -> Pipeline:
         if self._is_closed:
             raise RuntimeError("this JESTDataset is closed; make a new one to read on")
@@ -232,25 +250,25 @@ class JESTDataset(IterableDataset[Any]):
         lanes = num_lanes(
             self._source.num_shards, self._sizes.stream_size * world_size, world_size, config.lanes
         )
-        device, scoring_device = self._resolve_devices()
         selector = Selector(
             self._selection,
             self._models,
             refresh_every=config.refresh_every,
-            device=scoring_device,
             metrics=self._metrics,
         )
+        train_view = None
+        if self._train_transform is not None:
+            train_view = TrainView(transform=self._train_transform, seed=config.seed, rank=rank)
         return Pipeline(
             config,
             self._sizes,
             source=self._source,
             layout=Layout(num_lanes=lanes, rank=rank, world_size=world_size),
             score_view=self._score_view,
-            train_view=self._train_view,
+            train_view=train_view,
             selector=selector,
             metrics=self._metrics,
-            device=device,
-            scoring_device=scoring_device,
+            devices=self._resolve_devices,
         )
 
     def _resolve_devices(self) -> tuple[torch.device, torch.device]:
@@ -262,20 +280,15 @@ class JESTDataset(IterableDataset[Any]):
         device = torch.device(device or "cpu")
         return device, torch.device(scoring_device or device)
 
-    def _remaining_steps(self) -> int | None:
-        """How many batches an iterator made now may draw; None for any number."""
-        steps = self._config.steps_per_epoch
-        return None if steps is None else steps - self._open().epoch_step
-
     def _pause(self) -> None:
         if self._pipeline is not None:
             self._pipeline.pause()
 
     def _next(self) -> Any:
-        """One batch in the user's structure; `StopIteration` at the end of a pass."""
+        """One batch in the user's structure; None at the end of a pass."""
         columns = self._open().next_batch()
         if columns is None:
-            raise StopIteration
+            return None
         image, text = view_of(columns, "image"), view_of(columns, "text")
         if self._as_dict:
             weight = columns["weight"]
@@ -293,7 +306,7 @@ class JESTIterator(Iterator[Any]):
     def __init__(self, dataset: JESTDataset, token: object) -> None:
         self._dataset = dataset
         self._token = token
-        self._remaining = dataset._remaining_steps()
+        self._has_ended = False
 
     def __next__(self) -> Any:
         if self._dataset._iterator_token is not self._token:
@@ -301,15 +314,15 @@ class JESTIterator(Iterator[Any]):
                 "this iterator is closed, because a newer iter(dataset) has taken over the "
                 "stream. Use the newest iterator, or one JESTDataset for each loop."
             )
-        if self._remaining == 0:
+        if self._has_ended:
             raise StopIteration
         try:
             batch = self._dataset._next()
-        except StopIteration:
-            self._remaining = 0
-            raise
-        if self._remaining is not None:
-            self._remaining -= 1
+        except StopIteration as error:  # would end the training loop in silence
+            raise RuntimeError("a transform, a score or a model raised StopIteration") from error
+        self._has_ended = self._dataset._open().epoch_step == 0
+        if batch is None:
+            raise StopIteration
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -319,7 +332,7 @@ class JESTIterator(Iterator[Any]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to where `state_dict()` was taken; ends where that epoch would have ended."""
         self._dataset.load_state_dict(state)
-        self._remaining = self._dataset._remaining_steps()
+        self._has_ended = False
 
     def close(self) -> None:
         """Stops worker processes and closes files, unless a newer iterator uses them."""
@@ -327,7 +340,7 @@ class JESTIterator(Iterator[Any]):
             self._dataset._pause()
 
     def __del__(self) -> None:
-        if self._remaining != 0:  # a complete epoch leaves the workers to the next one
+        if not self._has_ended:  # a complete epoch leaves the workers to the next one
             self.close()
 
 

@@ -7,8 +7,9 @@ Runs in the training thread; only the reader below it may own processes.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,7 +24,7 @@ from jest_stream.sizes import Sizes
 from jest_stream.sources.workers import BlockReader
 from jest_stream.superbatch import Position, SuperBatch, Window, moved, take_rows
 from jest_stream.types import Cursor, Selection, Source
-from jest_stream.views import Columns, ScoreView, TrainView, collate, put_view
+from jest_stream.views import Columns, ScoreView, TrainView, collate, columns_of, put_view
 
 _VERSION = 1
 _BLOCK_SIZE = 64  # examples of one lane handed over at once: more only adds latency
@@ -67,8 +68,7 @@ class Pipeline:
         train_view: TrainView | None,
         selector: Selector,
         metrics: Metrics,
-        device: torch.device,
-        scoring_device: torch.device,
+        devices: Callable[[], tuple[torch.device, torch.device]],
     ) -> None:
         self._config = config
         self._sizes = sizes
@@ -78,9 +78,10 @@ class Pipeline:
         self._train_view = train_view
         self._selector = selector
         self._metrics = metrics
-        self._device = device
-        self._scoring_device = scoring_device
-        self._key = derive_seed("selection", config.seed)
+        self._devices = devices  # asked when reading begins: models may be moved until then
+        self._device = self._scoring_device = torch.device("cpu")
+        # By rank, since each rank chooses among candidates of its own.
+        self._key = derive_seed("selection", config.seed, layout.rank)
         self._reader: BlockReader | None = None
         self._window: Window | None = None
         self._in_flight: deque[Scored] = deque()
@@ -99,12 +100,14 @@ class Pipeline:
 
     def next_batch(self) -> Columns | None:
         """Returns the next sub-batch as columns on the training device; None at a pass's end."""
-        self._fill()
-        if not self._in_flight:
-            self._end_pass()
-            return None
-        batch = self._hand_out(self._in_flight[0])
-        self._in_flight.popleft()
+        # Whatever mode the caller is in: tensors made in inference mode cannot be trained on.
+        with torch.inference_mode(False), torch.no_grad():
+            self._fill()
+            if not self._in_flight:
+                self._end_pass()
+                return None
+            batch = self._hand_out(self._in_flight[0])
+        self._count(self._in_flight.popleft())
         self.step += 1
         self.epoch_step += 1
         if self.epoch_step == self._config.steps_per_epoch:
@@ -121,6 +124,7 @@ class Pipeline:
 
     def refresh(self) -> None:
         """Copies the learner's weights now."""
+        self._place()
         self._selector.refresh(self.step, force=True)
 
     def describe(self) -> str:
@@ -205,7 +209,7 @@ class Pipeline:
         return Scored(
             super_batch=super_batch,
             selection=Selection(
-                **{k: moved(v, self._scoring_device) for k, v in record["selection"].items()}
+                **{k: v.to(self._scoring_device, copy=True) for k, v in record["selection"].items()}
             ),
             weights_step=record["weights_step"],
         )
@@ -217,8 +221,13 @@ class Pipeline:
             assert self._window is not None
             return self._window.take(size, device=self._scoring_device)
 
+    def _place(self) -> None:
+        self._device, self._scoring_device = self._devices()
+        self._selector.device = self._scoring_device
+
     def _open(self) -> None:
         config, start = self._config, self._start
+        self._place()
         self._reader = BlockReader(
             self._source,
             lanes=self._layout.lanes,
@@ -250,19 +259,21 @@ class Pipeline:
     def _hand_out(self, scored: Scored) -> Columns:
         """Returns the chosen rows, gathered on the stream that the training loop uses."""
         super_batch, selection = scored.super_batch, scored.selection
-        if selection.is_finite.is_cuda and not selection.is_finite:  # on a CPU it raised before
+        is_late = selection.is_finite.device.type != "cpu"  # on a CPU it raised when scoring
+        if is_late and not selection.is_finite:
+            self._go_to(super_batch.start, restored=[])  # to be chosen from again
             raise NonFiniteError(
                 f"scoring for step {self.step} gave NaN or infinity. Check the learner (has "
                 f"training diverged?), the reference and the autocast dtype."
             )
         with self._metrics.timed("yielding"):
-            batch = take_rows(super_batch.columns, selection.indices)
+            image = "image" if self._train_view is None else "raw_image"
+            needed = columns_of(super_batch.columns, (image, "text", "key"))
+            batch = take_rows(needed, selection.indices)
             batch["weight"] = selection.weights
             if self._train_view is not None:
                 put_view(batch, "image", self._train_view(batch.pop("raw_image"), step=self.step))
-            batch = {name: moved(column, self._device) for name, column in batch.items()}
-        self._count(scored)
-        return batch
+            return {name: moved(column, self._device) for name, column in batch.items()}
 
     def _count(self, scored: Scored) -> None:
         """Books what is handed out, when it is: a checkpoint counts what it describes."""
@@ -324,7 +335,9 @@ class Pipeline:
         cursors = {lane: Cursor(*cursor) for lane, cursor in state["cursors"].items()}
         self._go_to(Position(cursors, state["next_lane"]), restored=list(state["in_flight"]))
         self.step, self.epoch = state["step"], state["epoch"]
-        self.epoch_step, self.is_resumed = state["epoch_step"], True
+        # An epoch may have another length by now.
+        self.epoch_step = state["epoch_step"] % (self._config.steps_per_epoch or sys.maxsize)
+        self.is_resumed = True
         self._metrics.load_state_dict(state["counters"])
         self._selector.load_copy_state(state["learner_copy"])
 
@@ -340,13 +353,15 @@ class Pipeline:
             "super_batch_size": [list(change) for change in self._sizes.changes],
             "lookahead": config.lookahead,
             "repeat": config.repeat,
+            "quotas": self._selector.groups,
         }
 
 
 def _record(scored: Scored) -> dict[str, Any]:
     """What a checkpoint keeps of a super-batch in flight: new weights would choose otherwise."""
     selection = {
-        field.name: getattr(scored.selection, field.name).cpu() for field in fields(Selection)
+        field.name: getattr(scored.selection, field.name).to("cpu", copy=True)
+        for field in fields(Selection)
     }
     return {
         "size": scored.super_batch.size,

@@ -66,27 +66,28 @@ class Selector:
         models: Models,
         *,
         refresh_every: int,
-        device: torch.device,
         metrics: Metrics,
     ) -> None:
         self._config = config
         self._models = models
         self._refresh_every = refresh_every
-        self._device = device
+        self.device = torch.device("cpu")
+        """Where scoring runs. To be set before the first choice."""
         self._metrics = metrics
         self._copy: LearnerCopy | None = None
         self._reference: ReferenceModel | None = None
         self._restored: dict[str, Any] | None = None  # a checkpoint's copy, until ours is made
-        self._similarities = [
-            (term, term.targets.to(device))
-            for term in config.terms
-            if isinstance(term, TargetSimilarity)
-        ]
+        self._has_failed = False  # the learner may have been mended since: copy it anew
 
     @property
     def weights_step(self) -> int | None:
         """The step whose learner weights the copy holds; None without a copy."""
         return None if self._copy is None else self._copy.step
+
+    @property
+    def groups(self) -> list[str]:
+        """Names of the groups that have a quota, in order."""
+        return [str(group) for group in self._config.quotas or ()]
 
     def refresh(self, step: int, *, force: bool = False) -> None:
         """Copies the learner's weights if `step` is one of the promised steps, or if forced.
@@ -99,14 +100,13 @@ class Selector:
             self._copy = LearnerCopy(
                 self._models.learner,
                 refresh_every=self._refresh_every,
-                device=self._device,
+                device=self.device,
                 step=step,
             )
             if self._restored is not None:
                 self._copy.load_state_dict(self._restored)
                 self._restored = None
-        if force or self._copy.step != step:
-            self._copy.refresh(step, force=force)
+        self._copy.refresh(step, force=force or self._has_failed)
 
     def choose(
         self, columns: Columns, *, size: int, batch_size: int, key: int, step: int, now: int
@@ -128,11 +128,13 @@ class Selector:
                 groups=self._groups(columns),
                 key=key,
                 step=step,
-                device=self._device,
+                device=self.device,
             )
             return uniform, None
         self.refresh(now)
+        self._has_failed = True
         selection = self._choose_scored(columns, size, batch_size, key, step)
+        self._has_failed = False
         return selection, None if self._copy is None else self._copy.step
 
     def _choose_scored(
@@ -180,9 +182,12 @@ class Selector:
     def _terms(self, columns: Columns, reference: Embeddings | None) -> Tensor | None:
         """Returns the sum of the terms of each candidate: `[B]`; None without any."""
         total: Tensor | None = columns.get("term")
-        for term, targets in self._similarities:
+        for term in self._config.terms:
+            if not isinstance(term, TargetSimilarity):
+                continue
             assert reference is not None
             rows = reference.image if term.tower == "image" else reference.text
+            targets = term.targets.to(rows.device)
             found = term.weight * target_similarity(rows, targets, norm=term.norm)
             total = found if total is None else total + found
         return total
@@ -211,7 +216,7 @@ class Selector:
         if self._models.reference is not None:
             if self._reference is None:
                 self._reference = ReferenceModel(
-                    self._models.reference, device=self._device, learner=self._models.learner
+                    self._models.reference, device=self.device, learner=self._models.learner
                 )
             reference = self._reference.embed(
                 _own(columns, "reference_image", image),

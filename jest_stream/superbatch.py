@@ -16,7 +16,7 @@ from torch import Tensor
 
 from jest_stream.sources.workers import Block, BlockReader
 from jest_stream.types import Cursor
-from jest_stream.views import Columns
+from jest_stream.views import Columns, require_same_fields
 
 
 class Position(NamedTuple):
@@ -40,8 +40,6 @@ class SuperBatch:
     """Where reading it again would start."""
     skipped: dict[str, int]
     """Bad examples left out on the way, by reason."""
-    num_bytes: int
-    """Encoded bytes of the blocks opened on the way."""
 
 
 class Window:
@@ -56,7 +54,6 @@ class Window:
         self._waiting: dict[int, list[Block]] = {lane: [] for lane in self._lanes}
         self._ended: set[int] = set()
         self._skipped: dict[str, int] = {}  # since the super-batch at hand was begun
-        self._num_bytes = 0
 
     @property
     def position(self) -> Position:
@@ -66,7 +63,7 @@ class Window:
     def take(self, size: int, *, device: torch.device) -> SuperBatch:
         """Returns the next `size` examples, on `device`; fewer where the stream ends."""
         start = self.position
-        self._skipped, self._num_bytes = {}, 0
+        self._skipped = {}
         picks: list[tuple[Block, int]] = []
         while len(picks) < size:
             lane = self._lanes[self._next_lane]
@@ -80,7 +77,6 @@ class Window:
             size=len(picks),
             start=start,
             skipped=self._skipped,
-            num_bytes=self._num_bytes,
         )
 
     def _next_of(self, lane: int) -> tuple[Block, int]:
@@ -108,7 +104,6 @@ class Window:
                     self._ended.add(lane)
             elif self._waiting[lane]:
                 block = self._waiting[lane].pop(0)
-                self._num_bytes += block.num_bytes
                 self._blocks[lane] = (block, 0)
             else:
                 next_block = self._reader.read()
@@ -121,7 +116,10 @@ class Window:
 
 def moved(column: Any, device: torch.device) -> Any:
     """Returns a tensor on `device`; anything else as it is."""
-    return column.to(device, non_blocking=True) if isinstance(column, Tensor) else column
+    if not isinstance(column, Tensor):
+        return column
+    # Towards the CPU a copy that does not block would be read before it is there.
+    return column.to(device, non_blocking=device.type != "cpu")
 
 
 def take_rows(columns: Columns, indices: Tensor) -> Columns:
@@ -144,6 +142,7 @@ def _gather_blocks(picks: Sequence[tuple[Block, int]]) -> Columns:
         _, sources, targets = rows_of.setdefault(id(block), (block.items, [], []))
         sources.append(taken)
         targets.append(row)
+    require_same_fields([dict(items) for items, _, _ in rows_of.values()])
     columns: Columns = {}
     for name, first in picks[0][0].items.items() if picks else ():
         if isinstance(first, Tensor):

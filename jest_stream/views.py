@@ -61,7 +61,7 @@ class ScoreView:
           ConfigError: for a value that no transform was given for, or a term that is no number.
         """
         decoded = Decoded(example)
-        image = _find(decoded, self.keys[0], "image_key", "missing_image")
+        image = _as_rgb(_find(decoded, self.keys[0], "image_key", "missing_image"))
         text = _find(decoded, self.keys[1], "text_key", "missing_text")
         row: Row = {"key": example["__key__"], "shard": example.get("__shard__", "")}
         _add(row, "image", image if self.learner[0] is None else self.learner[0](image))
@@ -86,14 +86,16 @@ class TrainView:
 
     transform: Transform
     seed: int
+    rank: int
 
     def __call__(self, raw_images: list[Any], *, step: int) -> View:
         """Returns the stacked views; the same ones for the same `seed` and `step`."""
         rows = []
-        with isolated_rng("train_view", self.seed, step):
+        with isolated_rng("train_view", self.seed, self.rank, step):
             for name, value in raw_images:
                 row: Row = {"key": f"of step {step}"}
-                _add(row, "image", self.transform(Decoded({name: value})[name]))
+                image = _as_rgb(Decoded({name: value})[name])
+                _add(row, "image", self.transform(image), argument="train_transform")
                 rows.append(row)
         return view_of(collate(rows), "image")
 
@@ -104,7 +106,45 @@ def collate(rows: list[Row]) -> Columns:
     Raises:
       ConfigError: for tensors of different shapes.
     """
-    return {name: _stack(name, [row[name] for row in rows], rows) for name in rows[0]}
+    require_same_fields([{**row, "key": [row["key"]]} for row in rows], num_dims=0)
+    return {
+        name: torch.stack([row[name] for row in rows])
+        if isinstance(rows[0][name], Tensor)
+        else [row[name] for row in rows]
+        for name in rows[0]
+    }
+
+
+def require_same_fields(parts: Sequence[Columns], *, num_dims: int = 1) -> None:
+    """Raises `ConfigError` unless all parts can be stacked: same names, shapes and dtypes.
+
+    Args:
+      parts: rows, or columns of several; `key` is a list in both.
+      num_dims: leading dimensions in which they may differ.
+    """
+    first = parts[0] if parts else {}
+    for part in parts[1:]:
+        keys = f"{first['key'][0]!r} and {part['key'][0]!r}"
+        if part.keys() != first.keys():
+            differing = sorted(part.keys() ^ first.keys())
+            raise ConfigError(
+                f"the views of {keys} do not have the same entries: {differing} are in one of them "
+                f"only. Let transform and tokenizer return the same names for every example."
+            )
+        for name, value in first.items():
+            is_stacked = isinstance(value, Tensor) or isinstance(part[name], Tensor)
+            if is_stacked and _kind(part[name], num_dims) != _kind(value, num_dims):
+                raise ConfigError(
+                    f"{name} must have one shape and dtype for all examples, to be stacked; "
+                    f"{keys} have {_kind(value, num_dims)} and {_kind(part[name], num_dims)}. Let "
+                    f"the transform resize, crop and convert to RGB, and the tokenizer pad to a "
+                    f"fixed length."
+                )
+
+
+def columns_of(columns: Columns, names: Sequence[str]) -> Columns:
+    """Returns the columns of these names, views that are mappings included."""
+    return {key: column for key, column in columns.items() if key.split("/")[0] in names}
 
 
 def view_of(columns: Columns, name: str) -> View:
@@ -126,18 +166,18 @@ def put_view(columns: Columns, name: str, view: View) -> None:
         columns[name] = view
 
 
-def _stack(name: str, values: list[Any], rows: list[Row]) -> Any:
-    if not isinstance(values[0], Tensor):
-        return values
-    for value, row in zip(values, rows, strict=True):
-        if value.shape != values[0].shape or value.dtype != values[0].dtype:
-            raise ConfigError(
-                f"{name} must have one shape and dtype for all examples, to be stacked; got "
-                f"{list(values[0].shape)} {values[0].dtype} for {rows[0]['key']!r} and "
-                f"{list(value.shape)} {value.dtype} for {row['key']!r}. Let the transform resize "
-                f"and crop, and the tokenizer pad to a fixed length."
-            )
-    return torch.stack(values)
+def _kind(value: Any, num_dims: int) -> str:
+    if isinstance(value, Tensor):
+        return f"{list(value.shape[num_dims:])} {value.dtype}"
+    return type(value).__name__
+
+
+def _as_rgb(image: Any) -> Any:
+    """Pictures that were decoded elsewhere, as ours are; anything else as it is."""
+    if isinstance(image, bytes):  # of a function of the user's
+        image = Decoded({"image": image})["image"]
+    mode = getattr(image, "mode", "RGB")
+    return image if mode == "RGB" or not hasattr(image, "convert") else image.convert("RGB")
 
 
 def _find(decoded: Decoded, key: Key, argument: str, reason: str) -> Any:
@@ -225,7 +265,7 @@ def _raw(example: Example, key: Key, image: Any) -> tuple[str, Any]:
     return name, example[name]
 
 
-def _add(row: Row, name: str, view: Any) -> None:
+def _add(row: Row, name: str, view: Any, argument: str = "") -> None:
     """Puts a view into the row, without the batch dimension of one that processors add."""
     is_text = name.endswith("text")
     single_dim = 1 if is_text else 3
@@ -237,11 +277,11 @@ def _add(row: Row, name: str, view: Any) -> None:
     elif is_text and isinstance(view, str):
         row[name] = view
     else:
-        what, argument = ("text", "tokenizer") if is_text else ("image", "transform")
+        what, usual = ("text", "tokenizer") if is_text else ("image", "transform")
         raise ConfigError(
-            f"{name} of example {row['key']!r} is a {type(view).__name__}, but scoring takes "
-            f"tensors (or mappings of tensors). Pass {argument}=, a function that turns the "
-            f"{what} into one."
+            f"{name} of example {row['key']!r} is a {type(view).__name__}, but models take "
+            f"tensors (or mappings of tensors). Pass {argument or usual}=, a function that turns "
+            f"the {what} into one."
         )
 
 

@@ -5,6 +5,7 @@ pytest tests/test_bad_input.py
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +239,30 @@ def test_an_empty_shard_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty.tar").write_bytes(b"")
     with pytest.raises(ShardError):
         next(iter(jest(TarSource(f"{tmp_path}/empty.tar"))))
+
+
+@pytest.mark.parametrize("bad", ["shape", "name"])
+def test_views_that_differ_between_shards_are_named(tmp_path: Path, bad: str) -> None:
+    """Lanes are read block by block, so that each block alone is consistent."""
+    paths = write_shards(tmp_path, num_shards=8, examples_per_shard=16)
+
+    def view(image: Any) -> Any:
+        pixels = to_tensor(image)
+        is_odd = bool(pixels.sum() > 150)
+        if bad == "name":
+            return {"a": pixels, **({"b": pixels} if is_odd else {})}
+        return pixels[:1] if is_odd else pixels
+
+    message = "one shape and dtype" if bad == "shape" else "do not have the same entries"
+    with pytest.raises(ConfigError, match=message):
+        list(islice(jest(paths, transform=view), 4))
+
+
+def test_a_rule_that_is_no_rule_is_refused(shards: list[str]) -> None:
+    with pytest.raises(ConfigError, match="selection must be a SelectionConfig, got 'uniform'"):
+        jest(shards, selection="uniform")
+
+
+def test_a_train_transform_that_makes_no_tensor_is_named(shards: list[str]) -> None:
+    with pytest.raises(ConfigError, match="Pass train_transform="):
+        next(iter(jest(shards, train_transform=lambda image: image)))

@@ -39,16 +39,22 @@ def test_an_error_is_status_1_with_its_message(
 
 
 def test_ctrl_c_is_status_130_and_leaves_no_traceback(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from jest_stream.cli import main; raise SystemExit(main())"]
-        + ["demo", "--out", str(tmp_path / "out")],
+    program = (  # a shell's background jobs ignore Ctrl-C, and so do their children
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from jest_stream.cli import main; raise SystemExit(main())"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "demo", "--out", str(tmp_path / "out")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline()  # it has begun
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline()  # it has begun
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "Traceback" not in errors

@@ -5,7 +5,9 @@ pytest tests/test_lifecycle.py
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import signal
 import subprocess
 import sys
@@ -215,3 +217,36 @@ def test_files_and_threads_stay_the_same_over_many_epochs(shards: list[str]) -> 
     for _ in range(30):
         list(dataset)
     assert alive() == before
+
+
+@pytest.mark.parametrize("argument", ["transform", "train_transform"])
+def test_user_code_that_raises_stop_iteration_does_not_end_training_in_silence(
+    shards: list[str], argument: str
+) -> None:
+    def exhausted(image: Any) -> Any:
+        return next(iter(()))
+
+    with pytest.raises(RuntimeError, match="raised StopIteration"):
+        list(islice(jest(shards, **{argument: exhausted}), 3))
+
+
+def test_a_dataset_is_not_copied_away_from_its_learner(shards: list[str]) -> None:
+    dataset = jest(shards)
+    assert dataset  # though it has no length
+    for duplicate in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(RuntimeError, match="JESTDataset cannot be copied"):
+            duplicate(dataset)
+
+
+def test_a_script_that_closes_nothing_ends_quietly(shards: list[str]) -> None:
+    program = PROGRAM.format(tests=str(Path(__file__).parent), shards=shards, ending="")
+    for ending in ("", f"list(JESTDataset({shards!r}, transform=to_tensor, tokenizer=tokenize, "
+                   "learner=TinyTwoTower(1), reference=TinyTwoTower(2), batch_size=4, "
+                   "steps_per_epoch=2))"):  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", program.replace("num_workers=2", "num_workers=0") + ending],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (done.returncode, done.stderr) == (0, "")

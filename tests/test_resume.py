@@ -17,7 +17,7 @@ from shards import write_shards
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from jest_stream import JESTDataset, SelectionConfig
+from jest_stream import JESTDataset, Quota, SelectionConfig
 from jest_stream.errors import ResumeMismatchError
 
 NUM_STEPS = 9
@@ -318,3 +318,36 @@ def selection_of(size: int) -> dict[str, Tensor]:
         "quota_excess": torch.zeros(0, dtype=torch.int64),
         "is_finite": torch.tensor(True),
     }
+
+
+def test_a_resume_into_shorter_epochs_ends_them(shards: list[str]) -> None:
+    learner = TinyTwoTower(1)
+    dataset = jest(shards, learner)
+    train(dataset, learner, 5)
+    resumed = jest(shards, learner, steps_per_epoch=3)
+    resumed.load_state_dict(dataset.state_dict())
+    assert [len(list(resumed)) for _ in range(2)] == [1, 3]  # 5 = 3 + 2: one is left
+
+
+def test_other_quotas_are_refused(shards: list[str]) -> None:
+    def dataset(*groups: int) -> JESTDataset:
+        rule = SelectionConfig(
+            group_by=lambda example: example["json"]["index"] % 2,
+            quotas={group: Quota(floor=0.1) for group in groups},
+        )
+        return jest(shards, TinyTwoTower(1), selection=rule)
+
+    first = dataset(0, 1)
+    train(first, None, 1)
+    with pytest.raises(ResumeMismatchError, match="quotas="):
+        dataset(0).load_state_dict(first.state_dict())
+
+
+def test_what_a_user_does_to_a_batch_does_not_reach_a_state(shards: list[str]) -> None:
+    dataset = jest(shards, TinyTwoTower(1))
+    iterator = iter(dataset)
+    next(iterator)
+    state = dataset.state_dict()
+    saved = copy.deepcopy(state)
+    next(iterator)["weight"].zero_()
+    assert_same_state(state, saved)

@@ -1,7 +1,8 @@
 """The demo's two runs: the same model on the same pictures, with uniform batches and with JEST.
 
 Both read the same shards and train on as many pairs per step; the JEST run chooses them from more
-candidates. Writes `summary.md`, `curves.png` and `results.json`. Runs in the calling thread.
+candidates. The runs take turns, in the calling thread. Writes `summary.md`, `curves.png` and
+`results.json`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from jest_stream.config import SelectionConfig
+from jest_stream.config import Method, SelectionConfig
 from jest_stream.dataset import JESTDataset
 from jest_stream.demo import data
 from jest_stream.demo.comparison import Curve, Standing, compare, table, verdict
@@ -33,7 +34,8 @@ from jest_stream.reporting import StepFlops, forward_flops, step_flops, training
 
 DEFAULT_STEPS = 400
 BATCH_SIZE = 256
-TESTS_PER_RUN = 20
+TESTS_PER_RUN = 16
+METHODS: dict[str, Method] = {"uniform": "uniform", "JEST": "joint"}
 
 
 def run_demo(
@@ -60,31 +62,36 @@ def run_demo(
     """
     steps = DEFAULT_STEPS if steps is None else steps
     folder = _checked(steps, device, Path(out))
+    print(
+        "Preparing the pictures; the first time they are unpacked into a cache folder.", flush=True
+    )
     shards = data.unpack(cache_dir)
     sets = data.evaluation_sets()
     with isolated_rng("demo model", seed):
         initial = TwoTowerModel().to(device)
     price = price_of_a_step(initial, data.load_reference().to(device), sets[data.TARGET])
-    curves: dict[str, Curve] = {}
-    with _shared_cores(device) as num_workers:
-        for name, method in (("uniform", "uniform"), ("JEST", "joint")):
+    with _shared_cores(device) as num_workers, ExitStack() as stack:
+        runs = []
+        for name, method in METHODS.items():
             model = copy.deepcopy(initial)
-            is_uniform = method == "uniform"
-            with JESTDataset(
+            dataset = JESTDataset(
                 shards,
-                learner=None if is_uniform else model,
-                reference=None if is_uniform else data.load_reference(),
+                learner=model,
+                reference=None if method == "uniform" else data.load_reference(),
                 transform=data.half_view,
                 train_transform=data.shifted_view,
                 tokenizer=HashTokenizer(),
                 batch_size=BATCH_SIZE,
                 filter_ratio=filter_ratio,
-                selection=SelectionConfig(method="uniform" if is_uniform else "joint"),
+                selection=SelectionConfig(method=method),
                 seed=seed,
                 num_workers=num_workers,
-                device=device,
-            ) as dataset:
-                curves[name] = _run(name, model, dataset, sets, steps=steps, price=price)
+            )
+            stack.enter_context(dataset)
+            runs.append(_Run(name, model, dataset, sets, steps=steps, price=price))
+            stack.callback(runs[-1].close)
+        _alternate(runs)
+    curves = {run.name: run.curve for run in runs}
     settings = {"steps": steps, "seed": seed, "filter_ratio": filter_ratio, **_machine(device)}
     return _write(folder, settings, curves, sets)
 
@@ -97,6 +104,7 @@ def price_of_a_step(learner: TwoTowerModel, reference: TwoTowerModel, pairs: Pai
     dimension = reference.encode_text(tokens[:1]).shape[-1]
 
     def scoring(model: TwoTowerModel) -> float:
+        """Returns the FLOPs of both towers for one candidate."""
         towers = ((model.encode_image, half), (model.encode_text, tokens))
         return sum(forward_flops(tower, inputs) for tower, inputs in towers) / len(tokens)
 
@@ -110,33 +118,60 @@ def price_of_a_step(learner: TwoTowerModel, reference: TwoTowerModel, pairs: Pai
     )
 
 
-def _run(
-    name: str,
-    model: TwoTowerModel,
-    dataset: JESTDataset,
-    sets: Mapping[str, Pairs],
-    *,
-    steps: int,
-    price: StepFlops,
-) -> Curve:
-    """Trains one model, with a progress bar on a terminal and a line per test elsewhere."""
-    from tqdm import tqdm
+class _Run:
+    """One training run: its stream, how far it is, and what its tests said."""
 
-    curve = []
-    test_every = max(1, steps // TESTS_PER_RUN)
-    training = train(model, dataset, sets, steps=steps, test_every=test_every)
-    with tqdm(total=steps, desc=name, unit="step", disable=not sys.stderr.isatty()) as bar:
-        for step, point in training:
-            bar.update(min(step, 1))
+    def __init__(
+        self,
+        name: str,
+        model: TwoTowerModel,
+        dataset: JESTDataset,
+        sets: Mapping[str, Pairs],
+        *,
+        steps: int,
+        price: StepFlops,
+    ) -> None:
+        from tqdm import tqdm
+
+        self.name = name
+        self.curve: list[Standing] = []
+        self._dataset = dataset
+        self._price = price
+        test_every = max(1, steps // TESTS_PER_RUN)
+        self._training = train(model, dataset, sets, steps=steps, test_every=test_every)
+        is_terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=steps, desc=f"{name:>7}", unit="step", disable=not is_terminal)
+
+    def advance(self) -> bool:
+        """Trains up to the next test; returns False if there is none left."""
+        for step, point in self._training:
+            self._bar.update(min(step, 1))
             if point is not None:
-                scored = int(dataset.metrics()["samples_scored"])
-                curve.append(_standing(point, scored, price))
-                news = f"R@5 emoji {point.target.at_5:.1f} %, others {point.others.at_5:.1f} %"
-                bar.set_postfix_str(news)
-                if bar.disable:
-                    at = f"step {step} of {steps}, {point.seconds:.0f} s"
-                    print(f"{name}: {at}, {news}", flush=True)
-    return curve
+                self._note(point)
+                return True
+        return False
+
+    def close(self) -> None:
+        """Leaves the progress bar as it is on the screen."""
+        self._bar.close()
+
+    def _note(self, point: Point) -> None:
+        scored = int(self._dataset.metrics()["samples_scored"])
+        self.curve.append(_standing(point, scored, self._price))
+        news = f"R@5 emoji {point.target.at_5:.1f} %, others {point.others.at_5:.1f} %"
+        self._bar.set_postfix_str(news)
+        if self._bar.disable:
+            print(f"{self.name}: step {point.step}, {point.seconds:.0f} s, {news}", flush=True)
+
+
+def _alternate(runs: list[_Run]) -> None:
+    """Advances the runs by turns, from test to test.
+
+    One after the other, a machine that slows down meanwhile (heat, other work) would make the
+    second run look slow.
+    """
+    while runs:
+        runs = [run for run in runs if run.advance()]
 
 
 def _standing(point: Point, scored: int, price: StepFlops) -> Standing:

@@ -82,14 +82,14 @@ class LearnerCopy:
 
         Args:
           step: sub-batches handed out so far, which names the learner's present weights. Due
-            when it is a multiple of `refresh_every`.
+            at every multiple of `refresh_every`, or at the first call behind one.
           force: copy them anyway.
 
         Raises:
           ConfigError: if the learner's parameters or buffers have other names or shapes than
             when the copy was made. The copy stays as it was.
         """
-        if step % self._refresh_every and not force:
+        if step // self._refresh_every <= self.step // self._refresh_every and not force:
             return False
         source, target = _named_tensors(self._learner), _named_tensors(self.tower.module)
         if difference := _difference(expected=target, found=source):
@@ -101,10 +101,6 @@ class LearnerCopy:
         _overwrite(target, source)
         self.step = step
         return True
-
-    def staleness(self, step: int) -> int:
-        """Returns how many steps the copy is behind at `step`."""
-        return step - self.step
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the step and the weights, on the CPU and independent of the copy."""

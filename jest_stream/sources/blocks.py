@@ -8,7 +8,7 @@ change what it draws.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,8 +31,6 @@ class Block:
     """Per example, where its lane goes on behind it."""
     skipped: Sequence[tuple[int, str]]
     """Bad examples: how many good ones of this block came before, and why it was left out."""
-    num_bytes: int
-    """Encoded bytes of the examples, as read."""
     is_end: bool
     """Whether the lane has ended behind this block."""
 
@@ -82,7 +80,7 @@ class LaneBlocks:
         items: list[Any] = []
         cursors: list[Cursor] = []
         skipped: list[tuple[int, str]] = []
-        num_bytes, is_end = 0, False
+        is_end = False
         with isolated_rng():
             while self._error is None and len(items) < self._settings.block_size:
                 try:
@@ -95,7 +93,6 @@ class LaneBlocks:
                     break
                 items.append(step[0])
                 cursors.append(step[1])
-                num_bytes += step[2]
             if self._error is not None and not items:
                 failure, self._error = self._error, None
                 raise failure
@@ -105,7 +102,6 @@ class LaneBlocks:
             items=collated,
             cursors=cursors,
             skipped=skipped,
-            num_bytes=num_bytes,
             is_end=is_end,
         )
 
@@ -115,8 +111,8 @@ class LaneBlocks:
 
     def _next_good(
         self, skipped: list[tuple[int, str]], *, num_good: int
-    ) -> tuple[Any, Cursor, int] | None:
-        """Returns the next example prepared, its cursor and its bytes; None at the end."""
+    ) -> tuple[Any, Cursor] | None:
+        """Returns the next example prepared, and its cursor; None at the end."""
         for example, cursor in self._lane:
             try:
                 if isinstance(example, BadExampleError):
@@ -135,7 +131,7 @@ class LaneBlocks:
                     ) from error
             else:
                 self._num_bad_in_a_row = 0
-                return item, cursor, _num_bytes(example)
+                return item, cursor
         return None
 
     def _prepare(self, example: Example, cursor: Cursor) -> Any:
@@ -144,7 +140,3 @@ class LaneBlocks:
             return self._settings.prepare(example)
         except StopIteration as error:  # would end the training loop in silence
             raise RuntimeError("a transform, tokenizer or key raised StopIteration") from error
-
-
-def _num_bytes(example: Mapping[str, Any]) -> int:
-    return sum(len(value) for value in example.values() if isinstance(value, bytes))

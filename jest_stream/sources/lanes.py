@@ -7,7 +7,7 @@ remembers its place and owns at most one open shard.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 
 from jest_stream.errors import BadExampleError, ConfigError, ShardError
 from jest_stream.randomness import permutation
@@ -26,7 +26,9 @@ def num_lanes(
 
     By default the largest divisor of the global super-batch up to `min(num_shards, 64)`, or up to
     `world_size` if that is more, that the world size divides: then every super-batch takes
-    equally many examples of each lane, for any number of ranks that divides the lanes.
+    equally many examples of each lane, for any number of ranks that divides the lanes. Where that
+    would leave more than half of them unused (107 candidates have no divisor), as many as there
+    may be: mixing shards matters more.
 
     Args:
       num_shards: shards of the source; each lane needs one.
@@ -55,12 +57,10 @@ def num_lanes(
                 f"{global_super_batch_size} examples. Fitting values: {_some(fitting)}."
             )
         return requested
-    if not fitting:
-        raise ConfigError(
-            f"the global super-batch of {global_super_batch_size} examples cannot be shared "
-            f"equally by {world_size} ranks; make it a multiple of {world_size}."
-        )
-    return max([n for n in fitting if n <= _MAX_LANES], default=fitting[0])
+    most = min(num_shards, _MAX_LANES, global_super_batch_size)
+    most = max(most // world_size, 1) * world_size
+    largest = max([number for number in fitting if number <= most], default=0)
+    return largest if 2 * largest > most else most
 
 
 def lane_shards(num_shards: int, num_lanes: int, lane: int, seed: int) -> list[int]:
@@ -143,8 +143,10 @@ class Lane(Iterator[tuple[Example | BadExampleError, Cursor]]):
     def close(self) -> None:
         """Closes the open shard."""
         reading, self._reading = self._reading, None
-        if isinstance(reading, Generator):
-            reading.close()
+        # Looked up by name: at interpreter exit the classes of this module may be gone.
+        close = getattr(reading, "close", None)
+        if close is not None:
+            close()
 
     def _begin(self, epoch: int) -> None:
         if not self._has_given:

@@ -116,19 +116,6 @@ def test_a_lane_that_ends_with_a_full_block_ends_with_an_empty_one(source: Sourc
     assert blocks[-1].is_end
 
 
-def test_a_block_knows_its_encoded_bytes(source: Source) -> None:
-    (block,) = read_all(open_reader(source, block_size=1000, cursors={2: Cursor(0, 0, 0, 0)}))
-    keys = set(block.items["key"])
-    sizes = [
-        sum(len(value) for value in example.values() if isinstance(value, bytes))
-        for shard in range(source.num_shards)
-        for example, _ in source.read(shard)
-        if not isinstance(example, Exception) and example["__key__"] in keys
-    ]
-    assert len(sizes) == 18
-    assert block.num_bytes == sum(sizes)
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_endless_lanes_reshuffle_and_draw_anew_in_every_epoch(
     source: Source, num_workers: int
