@@ -92,7 +92,7 @@ def test_a_short_demo_writes_table_plot_and_results(shards, cache_dir, tmp_path,
 
     printed = capsys.readouterr().out
     assert "JEST, equal FLOPs" in printed and "too short a run to tell" in printed
-    assert "uniform: step 2 of 2" in printed
+    assert "uniform: step 2, " in printed
     assert "JEST, equal wall time" in (out / "summary.md").read_text()
     with Image.open(out / "curves.png") as plot:
         assert plot.format == "PNG" and plot.width > 1000
