@@ -187,7 +187,7 @@ class Selector:
                 continue
             assert reference is not None
             rows = reference.image if term.tower == "image" else reference.text
-            targets = term.targets.to(rows.device)
+            targets = term.targets.to(rows.device, non_blocking=True)
             found = term.weight * target_similarity(rows, targets, norm=term.norm)
             total = found if total is None else total + found
         return total
