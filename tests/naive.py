@@ -9,6 +9,7 @@ B: super-batch size, b: batch size, C: number of chunks. `noise` is `[C, B]`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -72,6 +73,30 @@ def paper_listing(
     return inds, drawn_by
 
 
+def drawn_again(
+    scores_given: Callable[[list[int]], Sequence[float]],
+    *,
+    sizes: list[int],
+    noise: Tensor,
+    gain: float = 1.0,
+) -> list[list[int]]:
+    """Returns the chunks after sweeps: each drawn in turn, then again given all the others.
+
+    Args:
+      scores_given: the score of every candidate given those chosen.
+      sizes: of the chunks.
+      noise: `[C, B]` without sweeps, C rows more for each.
+    """
+    chunks: list[list[int]] = []
+    for turn, row in enumerate(noise):
+        number = turn % len(sizes)
+        others = [k for i, chunk in enumerate(chunks) if i != number for k in chunk]
+        keys = gain * torch.as_tensor(scores_given(others), dtype=torch.float64) + row
+        keys[others] = -math.inf
+        chunks[number : number + 1] = [keys.topk(sizes[number]).indices.tolist()]
+    return chunks
+
+
 def draw_within(
     keys: list[float], members: list[int], *, size: int, least: list[int], most: list[int]
 ) -> list[int]:
@@ -104,20 +129,28 @@ def listing_within(
     most: list[list[int]],
     noise: Tensor,
 ) -> list[int]:
-    """Returns what the paper's listing chooses if each chunk must keep to cumulative bounds."""
-    chosen: list[int] = []
-    for k, size in enumerate(sizes):
-        counts = [sum(members[j] == group for j in chosen) for group in range(len(least[k]))]
-        marginal = scores.diagonal() + scores[chosen].sum(0) + scores[:, chosen].sum(1)
-        marginal[chosen] = -math.inf
-        chosen += draw_within(
-            (marginal + noise[k]).tolist(),
+    """Returns what the paper's listing chooses if each chunk must keep to cumulative bounds.
+
+    With more rows of noise than chunks, they are drawn again in turn, given the others and within
+    the bounds of the whole.
+    """
+    chunks: list[list[int]] = []
+    for turn, row in enumerate(noise):
+        number = turn % len(sizes)
+        others = [k for i, chunk in enumerate(chunks) if i != number for k in chunk]
+        bounds = -1 if turn >= len(sizes) else number
+        counts = [sum(members[j] == group for j in others) for group in range(len(least[bounds]))]
+        marginal = scores.diagonal() + scores[others].sum(0) + scores[:, others].sum(1)
+        marginal[others] = -math.inf
+        drawn = draw_within(
+            (marginal + row).tolist(),
             members,
-            size=size,
-            least=[bound - count for bound, count in zip(least[k], counts, strict=True)],
-            most=[bound - count for bound, count in zip(most[k], counts, strict=True)],
+            size=sizes[number],
+            least=[bound - count for bound, count in zip(least[bounds], counts, strict=True)],
+            most=[bound - count for bound, count in zip(most[bounds], counts, strict=True)],
         )
-    return chosen
+        chunks[number : number + 1] = [drawn]
+    return [k for chunk in chunks for k in chunk]
 
 
 def softmax_logits(embeddings: Embeddings) -> list[list[float]]:

@@ -30,7 +30,7 @@ from jest_stream import (
 )
 from jest_stream.errors import BadExampleError, ConfigError
 from jest_stream.scoring.encoders import two_tower
-from jest_stream.selection import target_similarity
+from jest_stream.selection import select_jointly, target_similarity
 
 GREEDY = SelectionConfig(gain=math.inf, num_chunks=4)
 
@@ -183,6 +183,23 @@ def test_sharpness_and_uniform_picks_reach_the_draw(shards: list[str]) -> None:
     for batch in islice(dataset, 4):
         assert len(set(batch["key"])) == 8
         assert dataset.metrics()["effective_support"] == pytest.approx(6.0, rel=1e-4)
+
+
+def test_sweeps_reach_the_draw(shards: list[str]) -> None:
+    learner, reference = TinyTwoTower(seed=1), TinyTwoTower(seed=2)
+    offered = candidates(shards)
+    with torch.no_grad():
+        models = [
+            two_tower(model).embed(offered["image"], offered["text"])
+            for model in (learner, reference)
+        ]
+    # At this gain the choice is greedy, so that the noise of the run does not matter.
+    rule = SelectionConfig(num_chunks=4, num_sweeps=2, gain=1e6)
+    chosen = next(iter(jest(shards, learner=learner, reference=reference, selection=rule)))
+    expected = select_jointly(*models, batch_size=8, num_chunks=4, num_sweeps=2, gain=1e6)
+    assert chosen["key"] == [offered["key"][i] for i in expected.tolist()]
+    with pytest.raises(ConfigError, match=r"selection.num_sweeps must be .* at least 0, got -1"):
+        SelectionConfig(num_sweeps=-1)
 
 
 @pytest.mark.parametrize("method", ["joint", "independent", "uniform"])

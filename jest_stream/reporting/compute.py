@@ -111,6 +111,7 @@ def step_flops(
     learner_forward: float = 0.0,
     reference_forward: float = 0.0,
     dimensions: tuple[int, ...] = (),
+    num_sweeps: int = 0,
 ) -> StepFlops:
     """Returns what one step costs, given what one example costs.
 
@@ -121,6 +122,7 @@ def step_flops(
       learner_forward: FLOPs per example scored by the learner copy; 0 for scores without it.
       reference_forward: FLOPs per example scored by the reference; 0 if cached.
       dimensions: embedding dimension of each model that scores, for the pair logits.
+      num_sweeps: how often the chunks are drawn again, each time with as many pair logits.
     """
     return StepFlops(
         training=batch_size * training,
@@ -128,7 +130,7 @@ def step_flops(
         reference_scoring=super_batch_size * reference_forward,
         # Each chosen example meets all candidates twice, as image and as text: two products of
         # 2 D FLOPs per pair and model.
-        selection=4.0 * super_batch_size * batch_size * sum(dimensions),
+        selection=4.0 * super_batch_size * batch_size * sum(dimensions) * (1 + num_sweeps),
     )
 
 

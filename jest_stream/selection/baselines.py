@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jest_stream.config import ScoreFunction
+from jest_stream.config import ScoreFunction, as_integer
 from jest_stream.errors import ConfigError
 from jest_stream.selection.checks import check_candidates, check_sizes
 from jest_stream.selection.conditional import streaming_scores
@@ -25,6 +25,7 @@ def select_independently(
     *,
     batch_size: int,
     num_chunks: int = 1,
+    num_sweeps: int = 0,
     score: str | ScoreFunction = "learnability",
     loss: str = "sigmoid",
     negatives: str = "none",
@@ -45,13 +46,14 @@ def select_independently(
       example within the super-batch. Costs B^2 D, still without a `[B, B]` matrix.
 
     Args:
-      num_chunks: accepted so that calls of `select_jointly` fit; without conditioning, the number
-        of draws changes nothing.
+      num_chunks, num_sweeps: accepted so that calls of `select_jointly` fit; without conditioning,
+        the number of draws changes nothing.
       negatives: which of the two.
 
     The other arguments and the errors are those of `select_jointly`.
     """
     check_sizes(batch_size, batch_size, num_chunks)  # so that a call fits select_jointly too
+    as_integer("num_sweeps", num_sweeps, 0)
     rule = DrawRule(
         gain=gain,
         effective_support=effective_support,
@@ -95,7 +97,7 @@ def independent_selection(
     if negatives not in ("none", "super_batch"):
         raise ConfigError(f"negatives must be 'none' or 'super_batch', got {negatives!r}")
     candidates = check_candidates(learner, reference, score=score, loss=loss)
-    check_sizes(candidates.num_examples, batch_size)
+    batch_size, _ = check_sizes(candidates.num_examples, batch_size)
     scores = streaming_scores(
         candidates.learner, candidates.reference, score=candidates.score, loss=loss
     )
@@ -142,10 +144,10 @@ def uniform_selection(
       step: which sub-batch of the run.
       device: where the indices are wanted; default the CPU.
     """
-    check_sizes(num_examples, batch_size)
+    batch_size, _ = check_sizes(num_examples, batch_size)
     urn = Urn(num_examples, [batch_size], groups, device=device)
     noise = gumbel_noise(key, step, 0, urn.positions)
-    urn.draw(torch.zeros_like(noise), gain=1.0, noise=noise)
+    urn.draw(0, torch.zeros_like(noise), gain=1.0, noise=noise)
     no_score = torch.full((), torch.nan, device=device)
     return urn.selection(
         effective_support=torch.full((1,), float(num_examples), device=device),

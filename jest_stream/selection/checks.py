@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jest_stream.config import ScoreFunction
+from jest_stream.config import ScoreFunction, as_integer
 from jest_stream.errors import ConfigError, NonFiniteError
 from jest_stream.selection.scores import WeightedScore, needs, resolve_score
 from jest_stream.types import Embeddings
@@ -91,11 +91,14 @@ def check_candidates(
     )
 
 
-def check_sizes(num_examples: int, batch_size: int, num_chunks: int = 1) -> None:
-    """Raises `ConfigError` unless 1 <= num_chunks <= batch_size <= num_examples."""
-    for name, value in (("batch_size", batch_size), ("num_chunks", num_chunks)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
+def check_sizes(num_examples: int, batch_size: int, num_chunks: int = 1) -> tuple[int, int]:
+    """Returns batch size and number of chunks as Python's integers.
+
+    Raises:
+      ConfigError: unless 1 <= num_chunks <= batch_size <= num_examples.
+    """
+    batch_size = as_integer("batch_size", batch_size, 1)
+    num_chunks = as_integer("num_chunks", num_chunks, 1)
     if batch_size > num_examples:
         raise ConfigError(
             f"batch_size={batch_size} is above the number of candidates, {num_examples}: draws are "
@@ -106,6 +109,7 @@ def check_sizes(num_examples: int, batch_size: int, num_chunks: int = 1) -> None
             f"num_chunks={num_chunks} is above batch_size={batch_size}: each chunk draws at least "
             f"one example. Pass num_chunks={batch_size} or less."
         )
+    return batch_size, num_chunks
 
 
 def check_terms(terms: Tensor, candidates: Candidates) -> Tensor:
@@ -226,11 +230,16 @@ def _check_norms(norms: Tensor, name: str) -> None:
         )
     worst = float(norms[(norms - 1).abs().argmax()])
     if abs(worst - 1) > _NORM_TOLERANCE:
-        # Two digits, so that Python's own "once per text and place" means once for a run; the
-        # place is that of whoever called select_jointly.
+        # One digit, so that Python's own "once per text and place" means once for a run, though the
+        # worst norm varies; the place is that of whoever called select_jointly.
         warnings.warn(
-            f"{name} embeddings are not unit norm: the worst row has norm {worst:.2g}. Logits are "
-            f"meant to be logit_scale times a cosine, so that such rows are over- or underrated. "
-            f"Normalise them: torch.nn.functional.normalize(embeddings, dim=-1).",
+            f"{name} embeddings are not unit norm: the worst row has norm {_rounded(worst)}. "
+            f"Logits are meant to be logit_scale times a cosine, so that such rows are over- or "
+            f"underrated. Normalise them: torch.nn.functional.normalize(embeddings, dim=-1).",
             stacklevel=7,
         )
+
+
+def _rounded(norm: float) -> str:
+    """Returns the norm to one digit, below 2 its distance from 1 to one digit: 0.9, 1.03, 3, 20."""
+    return f"{1 + float(f'{norm - 1:.1g}') if norm < 2 else float(f'{norm:.1g}'):g}"

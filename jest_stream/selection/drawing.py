@@ -2,7 +2,8 @@
 
 In: scores that can be conditioned on what was drawn, and a `DrawRule`. Out: a `Selection`. Every
 chunk is drawn in up to two draws, first the uniform picks, then those by score, both without
-replacement from one `Urn`; quotas bind all draws alike.
+replacement from one `Urn`; quotas bind all draws alike. Sweeps then put one chunk after the other
+back and draw it again, given all the others.
 
 B: candidates, b: batch size, C: chunks, G: groups with a quota.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,39 +81,55 @@ class Urn:
         if groups is not None:
             self._bounds = Bounds(groups, sizes, device=self.positions.device)
         self._is_drawn = torch.zeros_like(self.positions, dtype=torch.bool)
-        self._drawn: list[Tensor] = []
-        self.probabilities: list[Tensor] = []
-        """Per draw, how likely each of its examples was drawn, given the others' noise: `[n]`."""
+        self.drawn: dict[int, Tensor] = {}
+        """By draw: the candidates that it took, in draw order: `[n]` int64."""
+        self.probabilities: dict[int, Tensor] = {}
+        """By draw: how likely each of those was drawn, given the others' noise: `[n]` float64."""
+        self.num_left = num_examples
+        """How many candidates are not drawn."""
 
     def left(self, scores: Tensor) -> Tensor:
-        """Returns the scores, -inf for candidates that were drawn: `[B]`."""
+        """Returns the scores, -inf for candidates that are drawn: `[B]`."""
         return scores.masked_fill(self._is_drawn, -torch.inf)
 
-    def draw(self, scores: Tensor, *, gain: Tensor | float, noise: Tensor) -> Tensor:
-        """Returns the candidates of the next draw, in draw order: `[n]` int64.
+    def draw(self, draw: int, scores: Tensor, *, gain: Tensor | float, noise: Tensor) -> Tensor:
+        """Returns the candidates that a draw takes, in draw order: `[n]` int64.
 
         Args:
+          draw: which of the draws; each in turn, or one that was put back.
           scores: `[B]`, finite.
           gain: factor on them, which may be infinite.
           noise: `[B]` float64, standard Gumbel.
         """
-        draw = len(self._drawn)
+        size = self._sizes[draw]
         # The order of gain * scores + noise, defined for an infinite gain too. The noise makes it
         # float64, in which scores of thousands do not swallow the noise.
         keys = self.left(scores) + noise / gain
         if self._bounds is None:
-            drawn = keys.topk(self._sizes[draw]).indices
-            thresholds = keys.index_fill(0, drawn, -torch.inf).amax().expand(len(drawn))
+            drawn = keys.topk(size).indices
+            thresholds = keys.index_fill(0, drawn, -torch.inf).amax().expand(size)
         else:
-            drawn = self._bounds.restrict(keys, draw).topk(self._sizes[draw]).indices
+            # Once all draws were made, one that is made again need keep only to the last bounds.
+            bound = -1 if len(self.drawn) == len(self._sizes) else draw
+            drawn = self._bounds.restrict(keys, bound).topk(size).indices
             drawn = drawn[keys[drawn].argsort(descending=True)]
             self._bounds.count(drawn)
             left = keys.index_fill(0, drawn, -torch.inf)
-            thresholds = self._bounds.thresholds(left, drawn, draw)
-        self.probabilities.append(inclusion_probabilities(scores[drawn], thresholds, gain))
+            thresholds = self._bounds.thresholds(left, drawn, bound)
+        self.probabilities[draw] = inclusion_probabilities(scores[drawn], thresholds, gain)
         self._is_drawn.index_fill_(0, drawn, True)
-        self._drawn.append(drawn)
+        self.drawn[draw] = drawn
+        self.num_left -= size
         return drawn
+
+    def put_back(self, draw: int) -> None:
+        """Puts back what a draw took, once all draws were made; it is to be made again."""
+        assert len(self.drawn) == len(self._sizes)
+        drawn = self.drawn[draw]
+        if self._bounds is not None:
+            self._bounds.count(drawn, back=True)
+        self._is_drawn.index_fill_(0, drawn, False)
+        self.num_left += len(drawn)
 
     def selection(
         self,
@@ -121,12 +139,13 @@ class Urn:
         candidate_score: Tensor,
         is_finite: Tensor,
     ) -> Selection:
-        """Returns all that was drawn, with what is known of it."""
-        weights = torch.cat([inverse_probability_weights(p) for p in self.probabilities])
+        """Returns all that is drawn, with what is known of it."""
+        draws = range(len(self._sizes))
+        weights = torch.cat([inverse_probability_weights(self.probabilities[d]) for d in draws])
         nothing = self.positions[:0]
         counts, excess = (nothing, nothing) if self._bounds is None else self._bounds.tally()
         return Selection(
-            indices=torch.cat(self._drawn),
+            indices=torch.cat([self.drawn[draw] for draw in draws]),
             weights=weights.float(),
             effective_support=effective_support,
             selected_score=selected_score,
@@ -137,57 +156,116 @@ class Urn:
         )
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """One chunk: which draws of the urn make it."""
+
+    size: int
+    uniform: int | None
+    """The draw of its uniform picks; None without any."""
+    scored: int | None
+    """The draw by score; None if all of it are uniform picks."""
+
+    def members(self, urn: Urn) -> Tensor:
+        """Returns the candidates that make up the chunk: `[n]` int64."""
+        draws = [draw for draw in (self.uniform, self.scored) if draw is not None]
+        return torch.cat([urn.drawn[draw] for draw in draws])
+
+
+class _Observed(NamedTuple):
+    """What metrics want to know of a chunk, as it was drawn last."""
+
+    effective_support: Tensor
+    drawn_scores: Tensor
+    """`[n]` of its members."""
+    mean_offered: Tensor
+    """Mean score of the candidates that were left."""
+
+
 def draw(
     conditional: ConditionalScores,
     candidates: Candidates,
     *,
     sizes: Sequence[int],
     rule: DrawRule,
+    num_sweeps: int = 0,
     key: int,
     step: int,
 ) -> Selection:
     """Returns the examples drawn chunk by chunk, each chunk conditioned on those before.
 
     Args:
-      conditional: scores given the chosen; updated.
+      conditional: scores given the chosen; updated. With sweeps, made with `forgets`.
       sizes: examples per chunk.
+      num_sweeps: how often every chunk is put back and drawn again given all others, its uniform
+        picks excepted.
     """
-    plan = list(zip(uniform_sizes(sizes, rule.uniform_fraction), sizes, strict=True))
-    draws = [size for num_uniform, total in plan for size in (num_uniform, total - num_uniform)]
-    urn = Urn(
-        candidates.num_examples, list(filter(None, draws)), rule.groups, device=candidates.device
-    )
+    chunks, draws = _planned(sizes, uniform_sizes(sizes, rule.uniform_fraction))
+    urn = Urn(candidates.num_examples, draws, rule.groups, device=candidates.device)
     terms = 0.0 if rule.terms is None else check_terms(rule.terms, candidates)
-    is_finite, num_left = candidates.is_finite, candidates.num_examples
-    offered, drawn_scores, supports = [], [], []
-    for number, (num_uniform, size) in enumerate(plan):
-        scores = conditional.scores() + terms
-        is_finite = is_finite & scores.isfinite().all()
-        left = urn.left(scores)
-        offered.append(left.masked_fill(left.isneginf(), 0.0).sum() * (size / num_left))
-        num_left -= size
-        gain: Tensor | float = rule.gain
-        if rule.effective_support is not None:
-            gain = gain_for_support(rule.effective_support, left)
-        supports.append(effective_support(scaled_logits(left, gain)))
-        drawn = []
-        if num_uniform:
-            noise = gumbel_noise(key, step, ~number, urn.positions)  # no other draw's
-            drawn.append(urn.draw(torch.zeros_like(scores), gain=1.0, noise=noise))
-        if size > num_uniform:
-            noise = gumbel_noise(key, step, number, urn.positions)
-            drawn.append(urn.draw(scores, gain=gain, noise=noise))
-        chunk = torch.cat(drawn)
-        drawn_scores.append(scores[chunk])
-        if number + 1 < len(sizes):
-            conditional.condition_on(take(conditional.models, chunk))
+    is_finite = candidates.is_finite
+    observed: list[_Observed] = []
+    num_turns = len(chunks) * (1 + num_sweeps)
+    for turn in range(num_turns):
+        number = turn % len(chunks)
+        chunk, is_redrawn = chunks[number], turn >= len(chunks)
+        if is_redrawn:
+            conditional.forget()
+        if chunk.scored is not None or not is_redrawn:
+            scores = conditional.scores() + terms
+            is_finite = is_finite & scores.isfinite().all()
+            seen = _draw_chunk(urn, chunk, scores, rule, key=key, step=step, turn=turn)
+            observed[number : number + 1] = [seen]
+        if turn + 1 < num_turns:
+            conditional.condition_on(take(conditional.models, chunk.members(urn)))
     _require_finite(is_finite)
+    shares = [size / sum(sizes) for size in sizes]
+    offered = [o.mean_offered * share for o, share in zip(observed, shares, strict=True)]
     return urn.selection(
-        effective_support=torch.stack(supports).float(),
-        selected_score=torch.cat(drawn_scores).mean(),
-        candidate_score=torch.stack(offered).sum() / sum(sizes),
+        effective_support=torch.stack([o.effective_support for o in observed]).float(),
+        selected_score=torch.cat([o.drawn_scores for o in observed]).mean(),
+        candidate_score=torch.stack(offered).sum(),
         is_finite=is_finite,
     )
+
+
+def _draw_chunk(
+    urn: Urn, chunk: _Chunk, scores: Tensor, rule: DrawRule, *, key: int, step: int, turn: int
+) -> _Observed:
+    """Makes the draws of a chunk; of one that was drawn before, only that by score.
+
+    Args:
+      scores: `[B]`, given the other chunks.
+      turn: how many chunks were drawn so far, those drawn again included: names the noise.
+    """
+    if chunk.scored is not None and chunk.scored in urn.drawn:
+        urn.put_back(chunk.scored)
+    offered = urn.left(scores)
+    mean_offered = offered.masked_fill(offered.isneginf(), 0.0).sum() / urn.num_left
+    gain: Tensor | float = rule.gain
+    if rule.effective_support is not None:
+        gain = gain_for_support(rule.effective_support, offered)
+    support = effective_support(scaled_logits(offered, gain))
+    if chunk.uniform is not None and chunk.uniform not in urn.drawn:
+        noise = gumbel_noise(key, step, ~turn, urn.positions)  # no other draw's
+        urn.draw(chunk.uniform, torch.zeros_like(scores), gain=1.0, noise=noise)
+    if chunk.scored is not None:
+        noise = gumbel_noise(key, step, turn, urn.positions)
+        urn.draw(chunk.scored, scores, gain=gain, noise=noise)
+    return _Observed(support, scores[chunk.members(urn)], mean_offered)
+
+
+def _planned(sizes: Sequence[int], uniform: Sequence[int]) -> tuple[list[_Chunk], list[int]]:
+    """Returns the chunks and the sizes of their draws, none of them empty."""
+    chunks: list[_Chunk] = []
+    draws: list[int] = []
+    for size, num_uniform in zip(sizes, uniform, strict=True):
+        numbers: list[int | None] = []
+        for part in (num_uniform, size - num_uniform):
+            numbers.append(len(draws) if part else None)
+            draws += [part] if part else []
+        chunks.append(_Chunk(size, *numbers))
+    return chunks, draws
 
 
 def _require_finite(is_finite: Tensor) -> None:

@@ -6,6 +6,12 @@ values is enough: a new chunk adds to it what its pairs with every candidate say
 that takes 8 B b D floating-point operations in matrix products instead of 4 B^2 D, and memory for
 one tile. `tests/naive.py` transcribes the paper's listing, as the oracle.
 
+What is drawn first is drawn while hardly any pair counts, and steers all that follows. Sweeps mend
+that: one chunk after the other is put back and drawn again, given all others. This is a Gibbs
+sampler with chunks for blocks, and costs one more selection per sweep. With one example per chunk
+it is the paper's brute-force sampler itself, whose sub-batches come up in proportion to
+e^(sum of the scores of their pairs).
+
 Pure functions: no state, no process groups, no global randomness. On a GPU nothing waits for the
 device, and no shape depends on data, so that a call can be enqueued.
 
@@ -17,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jest_stream.config import ScoreFunction
+from jest_stream.config import ScoreFunction, as_integer
 from jest_stream.selection.checks import check_candidates, check_sizes
 from jest_stream.selection.conditional import (
     ConditionalScores,
@@ -38,6 +44,7 @@ def select_jointly(
     *,
     batch_size: int,
     num_chunks: int = 16,
+    num_sweeps: int = 0,
     score: str | ScoreFunction = "learnability",
     loss: str = "sigmoid",
     exact_marginal: bool = False,
@@ -51,26 +58,25 @@ def select_jointly(
     """Returns the indices of a jointly learnable sub-batch, in draw order: `[b]` int64, distinct.
 
     Args:
-      learner: `[B, D]` embeddings by the model being trained, unit norm, in any floating type;
-        computed with in float32. None if the score needs none.
+      learner: `[B, D]` embeddings by the model being trained, unit norm; None if not needed.
       reference: the same examples by the reference model, whose D may differ. None likewise.
       batch_size: b, how many to keep.
       num_chunks: sequential draws; a remainder goes to the first. 1 is independent selection.
+      num_sweeps: how often all chunks are then drawn again, one at a time given all others, uniform
+        picks excepted. 0 is the paper's algorithm. Each sweep costs one more selection.
       score: what is maximised: "learnability", "easy_reference" (needs no learner), "hard_learner"
         (no reference), a `WeightedScore`, or with the sigmoid loss any function of two tiles of
         pair losses in nats that treats each pair alone.
       loss: "sigmoid" scores an example by S_kk + sum over chosen j of (S_kj + S_jk), exactly.
-        "softmax" scores it by its own loss against the chosen texts and images.
+        "softmax" by its own loss against the chosen, itself not among them; at first by its logit.
       exact_marginal: for the softmax loss, scores by what an example adds to the loss of the whole
         batch. Costs b^2 B: for small batches and as an oracle. The sigmoid is exact anyway.
       gain, effective_support, terms, uniform_fraction, groups: how it is drawn; see `DrawRule`.
-      generator: randomness, one number of which is consumed. None: fresh entropy from the
-        operating system. The global random state is never touched.
+      generator: randomness, one number of which is consumed. None: the operating system's.
 
     Raises:
       ConfigError: if sizes, shapes, devices or the score do not fit.
-      NonFiniteError: on a CPU, if embeddings or scores are not finite. On a GPU the `is_finite` of
-        `joint_selection` tells without waiting.
+      NonFiniteError: on a CPU, if values are not finite; else see `Selection.is_finite`.
     """
     rule = DrawRule(
         gain=gain,
@@ -84,6 +90,7 @@ def select_jointly(
         reference,
         batch_size=batch_size,
         num_chunks=num_chunks,
+        num_sweeps=num_sweeps,
         score=score,
         loss=loss,
         exact_marginal=exact_marginal,
@@ -100,6 +107,7 @@ def joint_selection(
     *,
     batch_size: int,
     num_chunks: int = 16,
+    num_sweeps: int = 0,
     score: str | ScoreFunction = "learnability",
     loss: str = "sigmoid",
     exact_marginal: bool = False,
@@ -117,16 +125,32 @@ def joint_selection(
     The other arguments and the errors are those of `select_jointly`.
     """
     candidates = check_candidates(learner, reference, score=score, loss=loss)
-    check_sizes(candidates.num_examples, batch_size, num_chunks)
+    batch_size, num_chunks = check_sizes(candidates.num_examples, batch_size, num_chunks)
+    num_sweeps = as_integer("num_sweeps", num_sweeps, 0)
+    if num_chunks == 1:  # there are no others to be given
+        num_sweeps = 0
     conditional: ConditionalScores
     if exact_marginal and loss == "softmax":
         assert isinstance(candidates.score, WeightedScore)
         conditional = ExactSoftmaxScores(
-            *weighted_models(candidates.learner, candidates.reference, candidates.score)
+            *weighted_models(candidates.learner, candidates.reference, candidates.score),
+            forgets=num_sweeps > 0,
         )
     else:
         conditional = streaming_scores(
-            candidates.learner, candidates.reference, score=candidates.score, loss=loss
+            candidates.learner,
+            candidates.reference,
+            score=candidates.score,
+            loss=loss,
+            forgets=num_sweeps > 0,
         )
     sizes = chunk_sizes(batch_size, num_chunks)
-    return draw(conditional, candidates, sizes=sizes, rule=rule, key=key, step=step)
+    return draw(
+        conditional,
+        candidates,
+        sizes=sizes,
+        rule=rule,
+        num_sweeps=num_sweeps,
+        key=key,
+        step=step,
+    )

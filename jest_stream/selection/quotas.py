@@ -3,7 +3,8 @@
 In: the group of every candidate, and quotas. Labels are known on the host, so that all numbers are
 worked out there, before the first draw (`plan_bounds`): how many of each group must and may have
 been drawn after each draw. `Bounds` then holds the draws to them on the device, where the counts
-are: which group the free places go to is decided by the scores.
+are: which group the free places go to is decided by the scores. A draw that is put back and made
+again need keep only to the bounds of the whole.
 
 G: groups with a quota; one more, the last, holds all other candidates. B: candidates, S: draws.
 """
@@ -161,7 +162,7 @@ class Bounds:
 
         Args:
           keys: `[B]`, by which candidates are drawn, -inf for those drawn before.
-          draw: which of the S draws.
+          draw: which of the S draws; -1, once all were made, for one that was put back.
         """
         ranks = self._ranks(keys)
         most = (self._most[draw] - self._counts)[self._members]
@@ -169,9 +170,10 @@ class Bounds:
         limited = keys.masked_fill(ranks >= most, -torch.inf)
         return limited.masked_fill(ranks < least, torch.inf)
 
-    def count(self, drawn: Tensor) -> None:
-        """Takes note of the candidates that a draw took."""
-        self._counts.index_add_(0, self._members[drawn], torch.ones_like(drawn))
+    def count(self, drawn: Tensor, *, back: bool = False) -> None:
+        """Takes note of the candidates that a draw took, or that are put back."""
+        ones = torch.ones_like(drawn)
+        self._counts.index_add_(0, self._members[drawn], ones, alpha=-1 if back else 1)
 
     def thresholds(self, left: Tensor, drawn: Tensor, draw: int) -> Tensor:
         """Returns the key that each of the drawn had to exceed: `[n]`, that of its best substitute.
@@ -182,7 +184,7 @@ class Bounds:
         Args:
           left: `[B]` keys, -inf for all that are drawn.
           drawn: `[n]` the candidates that the draw took.
-          draw: which of the S draws.
+          draw: as of `restrict`.
         """
         best = left.new_full(self._counts.shape, -torch.inf)
         best.scatter_reduce_(0, self._members, left, "amax")

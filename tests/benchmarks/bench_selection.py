@@ -57,17 +57,26 @@ def embeddings(num_examples: int, dim: int, *, scale: float, seed: int) -> Embed
 class Contenders:
     """The same selection in several ways; each run repeats it on the same noise."""
 
-    def __init__(self, num_examples: int, batch_size: int, num_chunks: int, dim: int) -> None:
+    def __init__(
+        self, num_examples: int, batch_size: int, num_chunks: int, dim: int, num_sweeps: int = 0
+    ) -> None:
         self.models = [embeddings(num_examples, dim, scale=s, seed=int(s)) for s in (20.0, 60.0)]
         self.batch_size = batch_size
         self.num_chunks = num_chunks
+        self.num_sweeps = num_sweeps
         # Any rows will do. The last chunk is drawn, but nothing is conditioned on it.
-        self.chunks = list(torch.arange(batch_size).tensor_split(num_chunks)[:-1])
+        chunks = list(torch.arange(batch_size).tensor_split(num_chunks))
+        self.chunks = (chunks * (1 + num_sweeps))[:-1]
 
     def select(self) -> Tensor:
         """Returns what `joint_selection` chooses."""
         return joint_selection(
-            *self.models, batch_size=self.batch_size, num_chunks=self.num_chunks, key=0, step=0
+            *self.models,
+            batch_size=self.batch_size,
+            num_chunks=self.num_chunks,
+            num_sweeps=self.num_sweeps,
+            key=0,
+            step=0,
         ).indices
 
     def products(self) -> None:
@@ -140,7 +149,9 @@ def report(arguments: argparse.Namespace, num_examples: int, *, is_large: bool) 
     """Returns a heading with the peak of memory, and the table."""
     Contenders(64, 16, 4, arguments.dim).select()  # loads what libraries load at first use
     batch_size = round(num_examples * (1 - arguments.filter_ratio))
-    contenders = Contenders(num_examples, batch_size, arguments.num_chunks, arguments.dim)
+    contenders = Contenders(
+        num_examples, batch_size, arguments.num_chunks, arguments.dim, arguments.num_sweeps
+    )
     runs: dict[str, Callable[[], object]] = {
         JOINT: contenders.select,
         PRODUCTS: contenders.products,
@@ -158,6 +169,7 @@ def report(arguments: argparse.Namespace, num_examples: int, *, is_large: bool) 
         seconds = paired(runs, arguments.pairs)
     return (
         f"B = {num_examples:,}, b = {batch_size:,}, {arguments.num_chunks} chunks, "
+        f"{arguments.num_sweeps} sweeps, "
         f"D = {arguments.dim}; {arguments.pairs} pairs; peak memory {max(peak, 0) / GIB:.2f} GiB "
         f"above the embeddings\n\n{table(seconds)}\n"
     )
@@ -170,6 +182,7 @@ def main() -> None:
     parser.add_argument("--super-batch-size", type=int, default=5120)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--num-chunks", type=int, default=16)
+    parser.add_argument("--num-sweeps", type=int, default=0, help="the listing has none")
     parser.add_argument("--filter-ratio", type=float, default=0.8)
     parser.add_argument("--pairs", type=int, default=5, help="paired runs, default 5")
     parser.add_argument("--threads", type=int, help="default: torch's")

@@ -77,16 +77,21 @@ def embed(model: TwoTowerModel, pairs: tuple[Tensor, Tensor]) -> Embeddings:
 
 
 def models_in_training(
-    num_candidates: int, *, learner_steps: Sequence[int], reference_steps: int
+    num_candidates: int,
+    *,
+    learner_steps: Sequence[int],
+    reference_steps: int,
+    reference_knows_candidates: bool = False,
 ) -> tuple[dict[int, Embeddings], Embeddings]:
     """Returns embeddings of the same candidates: the learner's after some steps, the reference's.
 
-    The candidates are in nobody's training set.
+    The candidates are in nobody's training set, or in the reference's only.
     """
     images, tokens = icons(20_000 + num_candidates, seed=0)
     candidates = images[:num_candidates], tokens[:num_candidates]
     pairs = images[num_candidates:], tokens[num_candidates:]
-    *_, (_, reference) = training(pairs, num_steps=reference_steps, decays=True, seed=1)
+    known = (images, tokens) if reference_knows_candidates else pairs
+    *_, (_, reference) = training(known, num_steps=reference_steps, decays=True, seed=1)
     learners = {
         step: embed(learner, candidates)
         for step, learner in training(pairs, num_steps=max(learner_steps), decays=False, seed=2)

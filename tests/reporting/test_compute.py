@@ -202,6 +202,16 @@ def test_selection_costs_a_third_of_a_percent_of_encoding_at_the_papers_size():
     assert step.selection / step.learner_scoring == pytest.approx(0.0035, rel=0.02)
 
 
+def test_every_sweep_costs_one_more_selection():
+    plain, swept = (
+        step_flops(
+            super_batch_size=100, batch_size=20, training=1.0, dimensions=(8, 4), num_sweeps=sweeps
+        )
+        for sweeps in (0, 2)
+    )
+    assert plain.selection == 4 * 100 * 20 * 12 and swept.selection == 3 * plain.selection
+
+
 def test_a_filter_ratio_that_keeps_nothing_is_refused():
     with pytest.raises(ConfigError, match=r"filter_ratio must be in \[0, 1\), got 1"):
         cost_ratio(1)

@@ -39,7 +39,7 @@ def test_independent_selection_is_joint_selection_with_one_chunk(seed, loss):
 
 
 def test_calls_of_select_jointly_fit_select_independently():
-    arguments = {"batch_size": 30, "num_chunks": 16, "score": "learnability", "gain": 2.0}
+    arguments = {"batch_size": 30, "num_chunks": 16, "num_sweeps": 2, "gain": 2.0}
     first, second = (torch.Generator().manual_seed(0) for _ in range(2))
     independent = select_independently(*models(0), **arguments, generator=first)
     joint = select_jointly(*models(0), **{**arguments, "num_chunks": 1}, generator=second)

@@ -212,6 +212,7 @@ def test_probabilities_are_those_of_inclusion(name):
     draws = [size for u in uniform for size in (u, 6 - u) if size]
     errors = torch.zeros(2000, 18, dtype=torch.float64)
     for step in range(len(errors)):
+        numbers = iter(range(len(draws)))
         urn, running = Urn(18, draws, rule.groups, device=None), scores.diagonal()
         is_left = torch.ones(18, dtype=torch.bool)
         for chunk, num_uniform in enumerate(uniform):
@@ -220,9 +221,10 @@ def test_probabilities_are_those_of_inclusion(name):
                     continue
                 noise = gumbel_noise(3, step, number, urn.positions)
                 by = torch.zeros(18) if number < 0 else running
-                drawn = urn.draw(by, gain=1.0, noise=noise)
+                draw = next(numbers)
+                drawn = urn.draw(draw, by, gain=1.0, noise=noise)
                 errors[step, is_left] -= 1
-                errors[step, drawn] += 1 / urn.probabilities[-1]
+                errors[step, drawn] += 1 / urn.probabilities[draw]
                 is_left[drawn] = False
             running = scores.diagonal() + scores[~is_left].sum(0)
     deviations = errors.std(0) / len(errors) ** 0.5

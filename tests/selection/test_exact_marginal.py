@@ -5,9 +5,12 @@ pytest tests/selection/test_exact_marginal.py
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import replace
 
 import naive
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,3 +61,25 @@ def test_every_draw_is_a_top_k_of_the_differences_of_two_batch_losses(data):
         tolerance = 1e-4 * (1 + gain * scores.abs().max().item())
         torch.testing.assert_close(keys[drawn], keys.topk(size).values, rtol=0, atol=tolerance)
         first += size
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_marginals_add_up_to_the_loss_of_the_batch_which_no_subset_beats_by_much(seed):
+    learner = random_embeddings(9, 4, seed=seed, scale=8.0)
+    reference = random_embeddings(9, 4, seed=seed + 50, scale=8.0)
+
+    def learnability(batch: list[int]) -> float:
+        loss = naive.softmax_batch_loss(learner, batch)
+        return loss - naive.softmax_batch_loss(reference, batch)
+
+    selection = joint_selection(
+        learner, reference, batch_size=4, num_chunks=4, loss="softmax", exact_marginal=True,
+        rule=DrawRule(gain=math.inf), key=seed, step=0,
+    )  # fmt: skip
+    found = learnability(selection.indices.tolist())
+    # One example per chunk: the scores are differences of successive batch losses.
+    assert selection.selected_score.item() * 4 == pytest.approx(found, rel=1e-4, abs=1e-5)
+    every = sorted(learnability(list(subset)) for subset in itertools.combinations(range(9), 4))
+    assert found <= every[-1] + 1e-5
+    # The first is drawn at random, since a batch of one has no loss: above half of all 126.
+    assert found > every[len(every) // 2]

@@ -137,14 +137,20 @@ def test_a_plan_can_always_be_kept(case):
 
 
 @settings(deadline=None, max_examples=150)
-@given(case=quotas_and_labels(), seed=st.integers(0, 10**6), fraction=TENTHS)
-def test_sizes_are_exact_and_quotas_kept_whenever_they_can_be(case, seed, fraction):
+@given(
+    case=quotas_and_labels(),
+    seed=st.integers(0, 10**6),
+    fraction=TENTHS,
+    num_sweeps=st.integers(0, 2),
+)
+def test_sizes_are_exact_and_quotas_kept_whenever_they_can_be(case, seed, fraction, num_sweeps):
     quotas, labels, batch_size, num_chunks = case
     models = [random_embeddings(len(labels), 8, seed=seed + i, scale=5.0) for i in (0, 1)]
     rule = DrawRule(groups=Groups(labels, quotas), uniform_fraction=min(fraction, 0.9))
     selection = joint_selection(
-        *models, batch_size=batch_size, num_chunks=num_chunks, rule=rule, key=seed, step=0
-    )
+        *models, batch_size=batch_size, num_chunks=num_chunks, num_sweeps=num_sweeps, rule=rule,
+        key=seed, step=0,
+    )  # fmt: skip
     selected = selection.indices.tolist()
     assert len(selected) == len(set(selected)) == batch_size
     there, found = Counter(labels), Counter(labels[k] for k in selected)
@@ -192,8 +198,9 @@ def test_one_draw_takes_the_best_set_that_keeps_to_the_bounds(data):
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("num_examples, batch_size, num_chunks", [(60, 20, 4), (150, 40, 7)])
+@pytest.mark.parametrize("num_sweeps", [0, 2])
 def test_choices_are_those_of_the_papers_listing_within_bounds(
-    num_examples, batch_size, num_chunks, seed
+    num_sweeps, num_examples, batch_size, num_chunks, seed
 ):
     models = [random_embeddings(num_examples, 16, seed=seed + i, scale=8.0) for i in (0, 100)]
     generator = torch.Generator().manual_seed(seed)
@@ -203,6 +210,7 @@ def test_choices_are_those_of_the_papers_listing_within_bounds(
         *models,
         batch_size=batch_size,
         num_chunks=num_chunks,
+        num_sweeps=num_sweeps,
         rule=DrawRule(groups=Groups(labels, quotas)),
         key=seed,
         step=3,
@@ -216,7 +224,7 @@ def test_choices_are_those_of_the_papers_listing_within_bounds(
         sizes=sizes,
         least=plan.least,
         most=plan.most,
-        noise=noise_of(seed, 3, num_chunks, num_examples),
+        noise=noise_of(seed, 3, num_chunks * (1 + num_sweeps), num_examples),
     )
     assert selection.indices.tolist() == expected
 

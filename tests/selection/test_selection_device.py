@@ -39,6 +39,15 @@ RULES = {
     "uniform picks": {"rule": DrawRule(uniform_fraction=0.3)},
     "quotas": {"rule": DrawRule(groups=Groups(list(range(5)) * 20, {0: Quota(share=0.4)}))},
     "no reference": {"score": "hard_learner"},
+    "sweeps": {"num_sweeps": 2},
+    "softmax sweeps": {"num_sweeps": 1, "loss": "softmax"},
+    "exact sweeps": {"num_sweeps": 1, "loss": "softmax", "exact_marginal": True},
+    "sweeps within quotas": {
+        "num_sweeps": 1,
+        "rule": DrawRule(
+            uniform_fraction=0.3, groups=Groups(list(range(5)) * 20, {0: Quota(share=0.4)})
+        ),
+    },
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from selection_inputs import random_embeddings
@@ -61,19 +62,26 @@ def test_rows_without_unit_norm_are_warned_of_with_the_worst_norm():
     long[7] *= 3.14159
     long[8] *= 1.5
     with pytest.warns(UserWarning, match=(
-        "learner text embeddings are not unit norm: the worst row has norm 3.1.*normalize"
+        "learner text embeddings are not unit norm: the worst row has norm 3\\. .*normalize"
     )):  # fmt: skip
         select_jointly(replace(model, text=long), good(1), batch_size=5, num_chunks=2)
 
 
-def test_the_warning_comes_once_however_often_and_however_little_the_norm_varies():
+def test_the_warning_comes_once_however_often_though_the_worst_norm_varies():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
-        for factor in (3.14, 3.11, 3.13):
+        for factor in (3.14, 2.6, 3.4):
             model = replace(good(), image=good().image * factor)
             select_jointly(model, good(1), batch_size=5, num_chunks=2)
     assert len(caught) == 1
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("factor, shown", [(0.9, "0.9"), (1.03, "1.03"), (1.12, "1.1"), (23, "20")])
+def test_the_worst_norm_is_shown_rounded(factor, shown):
+    model = replace(good(), image=good().image * factor)
+    with pytest.warns(UserWarning, match=rf"learner image .* worst row has norm {shown}\. "):
+        select_jointly(model, good(1), batch_size=5, num_chunks=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -93,6 +101,21 @@ def test_rows_normalised_in_half_precision_are_no_reason_to_warn(dtype):
 def test_sizes_that_cannot_be_are_errors(batch_size, num_chunks, message):
     with pytest.raises(ConfigError, match=message):
         select_jointly(good(), good(1), batch_size=batch_size, num_chunks=num_chunks)
+
+
+def test_sizes_may_be_integers_of_numpy_or_torch():
+    expected = select_jointly(good(), good(1), batch_size=5, num_chunks=2, gain=1e9)
+    chosen = select_jointly(
+        good(), good(1), batch_size=np.int64(5), num_chunks=torch.tensor(2), gain=1e9
+    )
+    assert chosen.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("num_sweeps", [-1, 1.5, True])
+@pytest.mark.parametrize("num_chunks", [1, 2])
+def test_sweeps_that_cannot_be_are_errors(num_sweeps, num_chunks):
+    with pytest.raises(ConfigError, match="num_sweeps must be an integer of at least 0, got "):
+        select_jointly(good(), good(1), batch_size=5, num_chunks=num_chunks, num_sweeps=num_sweeps)
 
 
 @pytest.mark.parametrize("gain", [0, -1.0, float("nan")])
