@@ -51,6 +51,10 @@ class ShardUnavailableError(ShardError):
         self.attempts = attempts
 
 
+class ShardChangedError(ShardError):
+    """A shard that is no longer what it was when the source was made: another ETag or length."""
+
+
 class UnsafeDataError(JESTError):
     """Data that could run code, reach outside the allow-list or exhaust memory."""
 
@@ -90,12 +94,24 @@ class ResumeMismatchError(JESTError):
     """A checkpoint that was taken under other settings than it is loaded into."""
 
 
+class ClosedError(JESTError, RuntimeError):
+    """A dataset or an iterator that was closed, or whose stream another iterator has taken over."""
+
+
+class WrongProcessError(JESTError, RuntimeError):
+    """A dataset that was copied, or iterated elsewhere than in the training process."""
+
+
+class UserCodeError(JESTError, RuntimeError):
+    """A transform, tokenizer, key, score or model that raised `StopIteration`: it ends loops."""
+
+
 class WorkerDiedError(JESTError):
     """A worker process that ended without saying why."""
 
 
 class StalledError(JESTError):
-    """A worker process that is alive but has given nothing for too long."""
+    """A worker process or another rank that has given nothing for too long."""
 
 
 def _rebuild(kind: type[JESTError], args: tuple[Any, ...], attributes: dict[str, Any]) -> JESTError:

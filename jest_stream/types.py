@@ -32,7 +32,12 @@ class Cursor(NamedTuple):
 
 
 class Source(Protocol):
-    """A fixed list of shards, each readable from any example on."""
+    """A fixed list of shards, each readable from any example on.
+
+    Two members more are used where a source has them. `num_examples: Sequence[int] | None` says how
+    many examples each shard holds, where that is known. `take_counts() -> dict[str, int]` returns
+    what was counted in this process since the last call (bytes, retries, ...), for `metrics()`.
+    """
 
     @property
     def num_shards(self) -> int:
@@ -78,14 +83,17 @@ class Selection:
     """Which candidates were chosen, and how sharply. All tensors stay on the scoring device."""
 
     indices: Tensor
-    """`[b]` int64, distinct, in draw order."""
+    """`[b]` int64, distinct, in draw order, chunk by chunk."""
     weights: Tensor
-    """`[b]` float: 1 / probability of having been drawn, scaled to mean 1 within each chunk. Means
-    under them estimate means over all candidates; the greedier the draw, the less so."""
+    """`[b]` float: 1 / probability of having been drawn, scaled to mean 1 within each draw. Means
+    under them estimate means over all candidates; the greedier the draw, the less so. After sweeps
+    the probability is that of the last draw, given all other chunks."""
     effective_support: Tensor
-    """`[C]` float: 1 / sum(p^2) of each chunk's sampling distribution; 1 is greedy."""
+    """`[C]` float: 1 / sum(p^2) of each chunk's sampling distribution when drawn last; 1 is
+    greedy."""
     selected_score: Tensor
-    """`[]` float: mean over the chosen of their score when drawn, in nats; NaN for uniform."""
+    """`[]` float: mean over the chosen of their score when drawn last, in nats; NaN for uniform.
+    Without sweeps every pair of two chunks counts once in it, with sweeps twice."""
     candidate_score: Tensor
     """`[]` float: what `selected_score` would have been, had each chunk been drawn uniformly: the
     mean score of the candidates that were left; NaN for uniform."""

@@ -1,38 +1,51 @@
 """Tar shards: an archive that ends early is an error, never a shorter shard.
 
-In: paths of tar files in the webdataset convention (members `KEY.EXTENSION`, those of one example
-side by side). Out: examples, still encoded, each with the byte offset behind it, from any such
-offset on. No threads; one open file per reader.
+In: addresses of tar files in the webdataset convention (members `KEY.EXTENSION`, those of one
+example side by side), or of a manifest that lists them. Out: examples, still encoded, each with the
+byte offset behind it, from any such offset on. What there is to read is settled once, where the
+source is made; workers are sent the result. No threads; one open file per reader.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import stat
+import posixpath
 import tarfile
 from collections.abc import Iterator, Sequence
+from urllib.parse import urlsplit
 
-from jest_stream import storage
-from jest_stream.errors import BadExampleError, ConfigError, UnsafeDataError
+from jest_stream.errors import BadExampleError, ShardError, UnsafeDataError
 from jest_stream.sources.archive import Member, Members
+from jest_stream.sources.manifest import Listed, is_manifest, read_manifest
+from jest_stream.storage import ObjectInfo, Storage, StorageConfig, redacted
+from jest_stream.storage.addresses import scheme_of
 from jest_stream.types import Example
 
 _REGULAR = {tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE}
 
 
 class TarSource:
-    """Local tar shards, in the order written.
+    """Tar shards on local disk, in an object store, on a web server or on the Hub; as written.
 
-    Every shard must exist when the source is made. A key that comes again within a shard is a bad
-    example; a reader that starts at an offset knows only the keys behind it.
+    Every local shard must exist when the source is made, and the first remote one; the others are
+    checked when they are opened. A shard whose length or version differs from what was seen first
+    is an error. A key that comes again within a shard is a bad example; a reader that starts at an
+    offset knows only the keys behind it.
+
+    A manifest (an address that ends in `.json`: webdataset's sizes, a wids index, or what
+    `jest_stream.sources.manifest.write_manifest` writes) says how many examples and bytes there
+    are: a shard that holds another number is an error too.
 
     Args:
-      urls: paths, brace or glob patterns, `file://` addresses, or a list of these.
+      urls: paths, brace or glob patterns, `file://`, `s3://`, `gs://`, `http(s)://` or `hf://`
+        addresses, of shards or manifests; or a list of these.
+      storage: how remote shards are read.
       max_example_bytes: most bytes that the members of one example may hold.
 
     Raises:
-      ConfigError: if nothing matches, or an address cannot be read.
+      ConfigError: if nothing matches, an address cannot be read, or a shard is larger than the
+        cache.
       UnsafeDataError: for an address outside the allow-list.
       ShardUnavailableError: for a shard that does not exist.
     """
@@ -41,28 +54,53 @@ class TarSource:
         self,
         urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
+        storage: StorageConfig | None = None,
         max_example_bytes: int = 256 << 20,
     ) -> None:
-        self._paths = storage.expand(urls)
+        self._storage = Storage(storage or StorageConfig())
         self._max_example_bytes = max_example_bytes
-        digest = hashlib.blake2b(digest_size=16)
-        for path in self._paths:
-            digest.update(f"{os.path.basename(path)}\0{_size_of(path)}\n".encode())
-        self._fingerprint = digest.hexdigest()
+        self._shards: list[Listed] = []
+        # What was seen of each shard first, in this process or in the one that sent it here.
+        self._seen: dict[int, ObjectInfo] = {}
+        for url in self._storage.expand(urls):
+            if is_manifest(url):
+                self._shards += read_manifest(self._storage, url)
+            else:
+                if (info := self._storage.listed(url)) is not None:
+                    self._seen[len(self._shards)] = info
+                self._shards.append(Listed(url))
+        for shard, (url, _, _) in enumerate(self._shards):
+            if not scheme_of(url):
+                self._seen[shard] = self._storage.info(url)
+        self._fingerprint = self._named_by()
+        if 0 not in self._seen:  # a wrong name, bucket or password is noticed before training
+            self._seen[0] = self._storage.info(self._shards[0].url)
+        for shard, info in self._seen.items():
+            self._storage.check_fits(self._shards[shard].url, info)
 
     @property
     def num_shards(self) -> int:
         """How many shards there are."""
-        return len(self._paths)
+        return len(self._shards)
+
+    @property
+    def num_examples(self) -> Sequence[int] | None:
+        """Examples of each shard, as the manifest says; None if it does not say so of all."""
+        counts = [shard.num_examples for shard in self._shards if shard.num_examples is not None]
+        return counts if len(counts) == len(self._shards) else None
 
     @property
     def fingerprint(self) -> str:
-        """Names and sizes of the shards, in order; the folder they lie in does not count."""
+        """Names and sizes of the shards, in order; the folder they lie in does not count.
+
+        Of remote shards without a known size the whole address counts, without its query.
+        """
         return self._fingerprint
 
     def shard_name(self, shard: int) -> str:
-        """Returns the path of a shard."""
-        return self._paths[shard]
+        """Returns the address of a shard, without secrets."""
+        url = self._shards[shard].url
+        return redacted(url) if scheme_of(url) else url
 
     def read(
         self, shard: int, *, offset: int = 0, index: int = 0
@@ -71,19 +109,86 @@ class TarSource:
 
         Raises:
           ShardTruncatedError: where the shard ends before its end-of-archive marker.
-          ShardError: where it is not a tar archive.
+          ShardChangedError: if it is not the object that was seen first.
+          ShardError: where it is not a tar archive, or holds another number of examples or bytes
+            than its manifest promises.
           ShardUnavailableError: if it cannot be opened.
           UnsafeDataError: for an example larger than `max_example_bytes`.
         """
-        del index  # the offset says it all
-        path = self._paths[shard]
-        with storage.open_local(path) as file:
-            members = Members(file, path, offset)
-            yield from _group(members, path, self._max_example_bytes)
-            members.check_tail()
+        name, promised = self.shard_name(shard), self._shards[shard].num_examples
+        with self._storage.open(self._shards[shard].url, self._info(shard)) as file:
+            members = Members(file, name, offset)
+            for example, behind in _group(members, name, self._max_example_bytes):
+                index += 1
+                if promised is not None and index > promised:
+                    raise _other_number(name, promised, f"more than {promised:,}", members.position)
+                yield example, behind
+            if promised is not None and index < promised:
+                raise _other_number(name, promised, f"{index:,}", members.position)
+            members.check_tail(is_counted=promised is not None)
+
+    def count(self, shard: int) -> Listed:
+        """Returns what a shard holds, from its headers; it must be whole.
+
+        Raises:
+          ShardError: as `read`.
+        """
+        name, promised = self.shard_name(shard), self._shards[shard].num_examples
+        info = self._info(shard)
+        with self._storage.open(self._shards[shard].url, info) as file:
+            members = Members(file, name, 0)
+            num_examples, last = 0, None
+            for member in members:
+                parts = _split(member.name)
+                if member.kind != tarfile.DIRTYPE and parts and parts[0] != last:
+                    num_examples, last = num_examples + 1, parts[0]
+            if promised is not None and num_examples != promised:
+                raise _other_number(name, promised, f"{num_examples:,}", members.position)
+            members.check_tail(is_counted=promised is not None)
+        return Listed(self._shards[shard].url, num_examples, info.num_bytes)
+
+    def take_counts(self) -> dict[str, int]:
+        """Returns what storage counted in this process since the last call: bytes, retries, ..."""
+        return self._storage.take_counts()
+
+    def close(self) -> None:
+        """Closes what this process has open, connections too; reading opens it anew."""
+        self._storage.close()
 
     def __repr__(self) -> str:
-        return f"<TarSource {self.num_shards} shards | {self._paths[0]} ...>"
+        return f"<TarSource {self.num_shards} shards | {self.shard_name(0)} ...>"
+
+    def _info(self, shard: int) -> ObjectInfo:
+        """Returns what was seen of a shard first; looks now if it has not been seen."""
+        listed = self._shards[shard]
+        info = self._seen.get(shard)
+        if info is None:
+            info = self._seen[shard] = self._storage.info(listed.url)
+        if listed.num_bytes not in (None, info.num_bytes):
+            raise ShardError(
+                f"shard {self.shard_name(shard)!r} has {info.num_bytes:,} bytes, its manifest "
+                f"promises {listed.num_bytes:,}: it was cut off or replaced. Fetch it again, or "
+                "make the manifest anew.",
+                shard=self.shard_name(shard),
+                offset=min(info.num_bytes, listed.num_bytes or 0),
+            )
+        return info
+
+    def _named_by(self) -> str:
+        """Returns the fingerprint of what is known before any remote shard is asked for."""
+        digest = hashlib.blake2b(digest_size=16)
+        for shard, (url, _, num_bytes) in enumerate(self._shards):
+            if shard in self._seen:
+                num_bytes = self._seen[shard].num_bytes
+            if not scheme_of(url):
+                name = os.path.basename(url)
+            else:
+                parts = urlsplit(url)
+                name = posixpath.basename(parts.path)
+                if num_bytes is None:
+                    name = f"{parts.scheme}://{parts.hostname}{parts.path}"
+            digest.update(f"{name}\0{num_bytes}\n".encode())
+        return digest.hexdigest()
 
 
 def _group(
@@ -177,17 +282,10 @@ def _check_member(member: Member, extension: str, example: Example) -> BadExampl
     return None
 
 
-def _size_of(path: str) -> int:
-    """Returns the size of a shard that exists."""
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise storage.unavailable(path, error) from error
-    if stat.S_ISDIR(status.st_mode):
-        raise ConfigError(
-            f"source {path!r} is a folder, not a tar shard; "
-            f"pass a pattern: {os.path.join(path, '*.tar')!r}."
-        )
-    if not stat.S_ISREG(status.st_mode):
-        raise ConfigError(f"source {path!r} is no regular file; copy the shard to disk first.")
-    return status.st_size
+def _other_number(name: str, promised: int, found: str, offset: int) -> ShardError:
+    return ShardError(
+        f"shard {name!r} holds {found} examples, its manifest promises {promised:,}. Fetch it "
+        "again, or make the manifest anew.",
+        shard=name,
+        offset=offset,
+    )

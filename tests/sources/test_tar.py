@@ -15,7 +15,13 @@ import webdataset
 from shards import make_example, members, write_shards, write_tar
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from jest_stream.errors import BadExampleError, ConfigError, ShardUnavailableError, UnsafeDataError
+from jest_stream.errors import (
+    BadExampleError,
+    ConfigError,
+    ShardChangedError,
+    ShardUnavailableError,
+    UnsafeDataError,
+)
 from jest_stream.sources import TarSource
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -212,6 +218,15 @@ def test_a_shard_that_vanishes_later_is_named(tmp_path: Path) -> None:
     os.unlink(path)
     with pytest.raises(ShardUnavailableError, match="00000.tar"):
         list(source.read(0))
+
+
+def test_a_shard_that_changed_length_since_the_source_was_made_is_an_error(tmp_path: Path) -> None:
+    (path,) = write_shards(tmp_path, num_shards=1, examples_per_shard=1)
+    source = TarSource(path)
+    write_shards(tmp_path, num_shards=1, examples_per_shard=20)
+    with pytest.raises(ShardChangedError, match=r"00000\.tar"):
+        list(source.read(0))
+    assert len(list(TarSource(path).read(0))) == 20
 
 
 def test_the_fingerprint_follows_the_data_and_not_the_folder(tmp_path: Path) -> None:

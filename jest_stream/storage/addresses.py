@@ -1,8 +1,8 @@
-"""Which addresses are read, and how they are opened: the only door to files.
+"""Which addresses are read: what the user wrote, expanded in order, or refused by name.
 
-In: what the user wrote (brace patterns, globs, lists, `~`, `file://`). Out: plain local paths, in
-order, and binary files to read them. A scheme is either local, planned or refused; nothing here
-ever starts a program. No state; called in the training process and in workers.
+In: brace patterns, globs, lists, `~`, `file://`, remote addresses. Out: local paths and remote
+addresses, one for each shard. A scheme is either local, remote or refused; nothing here ever starts
+a program or connects to anything: whoever calls brings the function that lists a remote glob.
 """
 
 from __future__ import annotations
@@ -11,36 +11,37 @@ import glob
 import math
 import os
 import re
-from collections.abc import Sequence
-from typing import BinaryIO
+from collections.abc import Callable, Sequence
 from urllib.parse import unquote
 
 from braceexpand import braceexpand
 
-from jest_stream.errors import ConfigError, ShardUnavailableError, UnsafeDataError
+from jest_stream.errors import ConfigError, UnsafeDataError
+from jest_stream.storage.redaction import redacted
+from jest_stream.storage.settings import SCHEMES
 
 MAX_SHARDS = 1_000_000
 """Most shards one source may name; `{0..999999999}` is refused before it is expanded."""
 
-_REMOTE_SCHEMES = ("s3", "gs", "http", "https", "hf")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+):")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?|([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?")
 _GLOB = re.compile(r"[*?\[]")
 
-# Headers and small members come from the buffer, large members go round it. 64 lanes: 16 MiB.
-_BUFFER_BYTES = 256 * 1024
 
-
-def expand(urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Returns the local paths that `urls` names, in the order written; globs are sorted.
+def expand(
+    urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    list_remote: Callable[[str], list[str]],
+) -> list[str]:
+    """Returns the local paths and remote addresses that `urls` names, in the order written.
 
     Args:
-      urls: a path, a `file://` address, a brace pattern (`{000..123}`, `{a,b}`), a glob, or a
-        list of these. `~` is the home folder.
+      urls: a path, a `file://` or remote address, a brace pattern (`{000..123}`, `{a,b}`), a glob,
+        or a list of these. `~` is the home folder. What a glob matches is sorted.
+      list_remote: returns what a remote address stands for: itself, pinned where that makes
+        sense, or what it matches, sorted.
 
     Raises:
-      ConfigError: if nothing matches, for a pattern that cannot be expanded, and for addresses
-        that are not read yet (`s3://`, `gs://`, `http(s)://`, `hf://`).
+      ConfigError: if nothing matches, and for a pattern that cannot be expanded.
       UnsafeDataError: for `pipe:`, chained (`::`) and unknown addresses, and for patterns of more
         than `MAX_SHARDS` shards.
     """
@@ -56,36 +57,36 @@ def expand(urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> l
                 f"source {_short(pattern)} names {count:,} shards or more, the limit is "
                 f"{MAX_SHARDS:,}. Correct the pattern, or use larger shards."
             )
+    # All are checked before the first is listed.
+    checked = [(check(url), pattern) for pattern in patterns for url in braceexpand(pattern)]
     paths: list[str] = []
-    for pattern in patterns:
-        for url in braceexpand(pattern):
-            paths.extend(_match(_local_path(url), pattern))
+    for url, pattern in checked:
+        if scheme_of(url):
+            paths.extend(list_remote(url))
+        else:
+            paths.extend(_match(url, pattern))
     return paths
 
 
-def open_local(path: str) -> BinaryIO:
-    """Returns the file, opened for reading bytes, buffered and seekable.
+def scheme_of(url: str) -> str:
+    """Returns the remote scheme of an address that `check` returned; "" for a local path."""
+    scheme, separator, _ = url.partition("://")
+    return scheme if separator and scheme in SCHEMES else ""
+
+
+def store_of(url: str) -> str:
+    """Returns the kind of store that a remote address needs: http and https share one."""
+    scheme = scheme_of(url)
+    return "http" if scheme == "https" else scheme
+
+
+def check(url: str) -> str:
+    """Returns a local path, or a remote address with its scheme in lower case; or refuses it.
 
     Raises:
-      ShardUnavailableError: if it cannot be opened.
+      ConfigError: for a remote address without a host, bucket or repository.
+      UnsafeDataError: for everything that is not on the list of schemes.
     """
-    try:
-        return open(path, "rb", buffering=_BUFFER_BYTES)
-    except OSError as error:
-        raise unavailable(path, error) from error
-
-
-def unavailable(path: str, error: OSError) -> ShardUnavailableError:
-    """Returns the error that names a shard which cannot be opened, and why."""
-    return ShardUnavailableError(
-        f"cannot open shard {path!r}: {error.strerror or error}. Training would go on without its "
-        "examples; restore it or take it out of the source.",
-        shard=path,
-    )
-
-
-def _local_path(url: str) -> str:
-    """Returns the path that an address means, or refuses the address."""
     if "::" in url:
         raise UnsafeDataError(
             f"source {_short(url)} chains addresses with '::', which can reach anything; "
@@ -94,9 +95,8 @@ def _local_path(url: str) -> str:
     found = _SCHEME.match(url)
     if not found:
         return os.path.expanduser(url)
-    scheme = found.group(1).lower()
+    scheme, rest = found.group(1).lower(), url[found.end() :]
     if scheme == "file":
-        rest = url[found.end() :]
         if rest.startswith("//"):
             host, slash, rest = rest[2:].partition("/")
             if host not in ("", "localhost"):
@@ -106,17 +106,30 @@ def _local_path(url: str) -> str:
                 )
             rest = slash + rest
         return unquote(rest)
-    if scheme in _REMOTE_SCHEMES:
-        raise ConfigError(
-            f"source {scheme}://... cannot be read yet: supported today are tar shards on local "
-            "disk (paths and file:// addresses). Copy the shards, or mount the bucket, and pass "
-            "the local path."
-        )
+    if scheme in SCHEMES:
+        if not rest.startswith("//") or not rest[2:].partition("/")[0]:
+            raise ConfigError(
+                f"source {_short(url)} names no host, bucket or repository; an address is written "
+                f"{scheme}://NAME/path/shard.tar."
+            )
+        if any(ord(character) < 32 for character in rest):
+            raise UnsafeDataError(f"source {_short(url)} holds a control character.")
+        return f"{scheme}:{rest}"
     raise UnsafeDataError(
         f"source {_short(url)} has the scheme {scheme!r}, which is not on the list of schemes that "
-        "are read (file): it could run a program. Pass a local path; a file whose name "
+        f"are read (file, {', '.join(SCHEMES)}): it could run a program. A file whose name "
         "holds a colon is written ./NAME."
     )
+
+
+def is_remote_glob(url: str) -> bool:
+    """Whether a remote address is a pattern; the query of an http address is none."""
+    scheme, path = scheme_of(url), url
+    if scheme in ("http", "https"):
+        return bool(re.search(r"[*\[]", url.partition("?")[0].partition("//")[2].partition("/")[2]))
+    if scheme == "s3":
+        path = url.partition("?versionId=")[0]
+    return bool(_GLOB.search(path))
 
 
 def _match(path: str, pattern: str) -> list[str]:
@@ -188,4 +201,5 @@ def _count_group(pattern: str, start: int, commas: list[int], end: int) -> int:
 
 def _short(text: str) -> str:
     """Returns the text as a message shows it."""
+    text = redacted(text)
     return repr(text if len(text) <= 120 else text[:117] + "...")

@@ -1,0 +1,232 @@
+"""Manifests: a JSON file that names the shards, with what each of them holds.
+
+In: the address of a manifest, written by webdataset, wids or `write_manifest`. Out: shards in the
+order written, with the examples and bytes promised of each. What a manifest names is only ever a
+shard beside it or a remote address: it cannot point a reader at this machine's other files. No
+threads.
+
+Three forms are read:
+
+    {"00000.tar": 1000, "00001.tar": 980}                                webdataset's sizes.json
+    {"wids_version": 1, "shardlist": [{"url": "00000.tar", "nsamples": 1000, "filesize": 10240}]}
+    {"shards": [{"url": "00000.tar", "num_examples": 1000, "num_bytes": 10240}]}
+
+The counts of the last two may be left out. Addresses are relative to the manifest's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+from jest_stream.errors import ConfigError, UnsafeDataError
+from jest_stream.storage import Storage, redacted
+from jest_stream.storage.addresses import MAX_SHARDS
+from jest_stream.storage.settings import SCHEMES
+
+if TYPE_CHECKING:
+    from jest_stream.sources.tar import TarSource
+
+MAX_MANIFEST_BYTES = 64 << 20
+"""Most bytes of a manifest; a JSON of this size takes about ten times as much memory."""
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+):")
+_FORMS = (
+    'Known forms: {"NAME.tar": number of examples, ...}; a wids index with "shardlist"; '
+    '{"shards": [{"url": ..., "num_examples": ..., "num_bytes": ...}]}.'
+)
+
+
+class Listed(NamedTuple):
+    """One shard, and what is promised of it."""
+
+    url: str
+    num_examples: int | None = None
+    num_bytes: int | None = None
+
+
+def is_manifest(url: str) -> bool:
+    """Returns whether an address names a manifest: its path ends in `.json`."""
+    path = urlsplit(url).path if _SCHEME.match(url) else url
+    return path.lower().endswith(".json")
+
+
+def read_manifest(storage: Storage, url: str) -> list[Listed]:
+    """Returns the shards that a manifest names.
+
+    Raises:
+      ConfigError: if it is no manifest, or an entry cannot be meant.
+      UnsafeDataError: if it is too large, or names an address that a manifest may not.
+      ShardUnavailableError: if it cannot be read.
+    """
+    shown = redacted(url)
+    with storage.open(url) as file:
+        data = file.read(MAX_MANIFEST_BYTES + 1)
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise UnsafeDataError(
+            f"manifest {shown!r} is larger than {MAX_MANIFEST_BYTES:,} bytes. Is it a manifest? "
+            "If so, split it and pass the parts as a list."
+        )
+    try:
+        content = json.loads(data, object_pairs_hook=lambda pairs: _distinct(pairs, shown))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        reason = "it nests too deeply" if isinstance(error, RecursionError) else error
+        raise ConfigError(f"manifest {shown!r} is not JSON: {reason}. {_FORMS}") from error
+    entries = list(_entries(content, shown))
+    if not entries:
+        raise ConfigError(f"manifest {shown!r} names no shards. {_FORMS}")
+    if len(entries) > MAX_SHARDS:
+        raise UnsafeDataError(
+            f"manifest {shown!r} names {len(entries):,} shards, the limit is {MAX_SHARDS:,}. "
+            "Use larger shards."
+        )
+    base = content.get("base", "") if "shardlist" in content else ""
+    folder = _resolved(_text(base, "base", shown), url, shown) if base else url
+    where = folder + "/" if base else url
+    urls = [_escaped(_resolved(entry.url, where, shown)) for entry in entries]
+    found = storage.expand(urls)
+    if len(found) != len(entries):
+        raise ConfigError(f"manifest {shown!r} names patterns; each entry names one shard.")
+    return [entry._replace(url=url) for entry, url in zip(entries, found, strict=True)]
+
+
+def write_manifest(source: TarSource, path: str | os.PathLike[str]) -> None:
+    """Counts the examples of every shard and writes a manifest that promises them.
+
+    Walks the headers of all shards; local data is passed over, remote shards are read once. Later
+    `TarSource(path)` knows how much there is, and notices when a shard holds less.
+
+    Args:
+      source: the shards to count.
+      path: a local file, replaced in one step. Shards beneath its folder are named relative to it,
+        so that both can be moved together; upload it beside the shards to read it from there.
+
+    Raises:
+      ShardError: for a shard that cannot be read to its end: nothing is written then.
+      ConfigError: for an address with a query, which may hold a signature.
+    """
+    target = Path(path)
+    if not is_manifest(str(target)) or _SCHEME.match(str(path)):
+        raise ConfigError(f"path {str(path)!r} is no local .json file; pass one, to upload later.")
+    folder = target.parent.resolve()
+    shards = []
+    for shard in range(source.num_shards):
+        listed = source.count(shard)
+        url = listed.url
+        if not _SCHEME.match(url):
+            whole = Path(url).resolve()
+            url = whole.relative_to(folder).as_posix() if folder in whole.parents else str(whole)
+        elif "?" in url:
+            raise ConfigError(
+                f"shard {redacted(url)!r} has a query in its address, perhaps a signature that "
+                "should not be written to a file. Count shards by an address without one."
+            )
+        shards.append(
+            {"url": url, "num_examples": listed.num_examples, "num_bytes": listed.num_bytes}
+        )
+    lines = ",\n".join(json.dumps(entry) for entry in shards)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(f'{{"shards": [\n{lines}\n]}}\n')
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _distinct(pairs: list[tuple[str, Any]], shown: str) -> dict[str, Any]:
+    """Returns an object whose names differ: of two counts of one shard, which is right?"""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ConfigError(f"manifest {shown!r} gives {twice[:80]!r} twice. Keep one.")
+    return found
+
+
+def _entries(content: Any, shown: str) -> Iterable[Listed]:
+    """Yields the entries of any known form, addresses as they are written."""
+    if not isinstance(content, dict):
+        raise ConfigError(f"manifest {shown!r} holds a {type(content).__name__}. {_FORMS}")
+    for key, examples_name, bytes_name in (
+        ("shardlist", "nsamples", "filesize"),
+        ("shards", "num_examples", "num_bytes"),
+    ):
+        shards = content.get(key)
+        if not isinstance(shards, list):
+            continue
+        for shard in shards:
+            if not isinstance(shard, dict):
+                raise ConfigError(f"manifest {shown!r} holds {str(shard)[:80]!r} as a shard.")
+            yield Listed(
+                _text(shard.get("url"), "url", shown),
+                _count(shard.get(examples_name), examples_name, shown),
+                _count(shard.get(bytes_name), bytes_name, shown),
+            )
+        return
+    if "wids_version" in content or "datasets" in content:
+        raise ConfigError(
+            f"manifest {shown!r} joins several datasets, which is not read. Pass the index of "
+            'each, with its "shardlist", in a list.'
+        )
+    for name, count in content.items():
+        if count is None:
+            raise ConfigError(f"manifest {shown!r} gives no count of {name[:80]!r}. {_FORMS}")
+        yield Listed(_text(name, "url", shown), _count(count, name, shown))
+
+
+def _text(value: Any, name: str, shown: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"manifest {shown!r} has {str(value)[:80]!r} where a {name} should be.")
+    return value
+
+
+def _count(value: Any, name: str, shown: str) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ConfigError(
+            f"manifest {shown!r} has {str(value)[:80]!r} as {name[:80]!r}, which is no count. "
+            f"{_FORMS}"
+        )
+    return value
+
+
+def _resolved(url: str, manifest: str, shown: str) -> str:
+    """Returns the address that an entry means, or refuses it."""
+    entry = f"manifest {shown!r} names {redacted(url)[:120]!r}"
+    if re.search(r"[{}*\\\0]", url):
+        raise ConfigError(f"{entry}: an entry names one shard, not a pattern.")
+    if "::" in url:
+        raise UnsafeDataError(f"{entry}, a chained address, which can reach anything.")
+    found = _SCHEME.match(url)
+    if found:
+        if found.group(1).lower() not in SCHEMES:
+            raise UnsafeDataError(
+                f"{entry}: within a manifest only paths relative to it and the schemes "
+                f"{', '.join(SCHEMES)} are read. Name shards on this disk by their paths."
+            )
+        return url
+    if not _SCHEME.match(manifest):
+        return os.path.join(os.path.dirname(manifest), url)
+    if url.startswith(("/", "~")):
+        raise UnsafeDataError(
+            f"{entry}, a file of this machine; a remote manifest may name only what lies beside "
+            "it, and remote addresses."
+        )
+    root, _, path = manifest.partition("?")[0].partition("://")
+    place, _, path = path.partition("/")
+    joined = posixpath.normpath(posixpath.join(posixpath.dirname(path), url))
+    if joined.startswith("../"):
+        raise UnsafeDataError(f"{entry}, which leads out of {root}://{place}.")
+    return f"{root}://{place}/{joined}"
+
+
+def _escaped(url: str) -> str:
+    """Returns the address as a brace pattern that stands for itself alone."""
+    return re.sub(r"([\\{}])", r"\\\1", url)

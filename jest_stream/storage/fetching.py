@@ -1,0 +1,190 @@
+"""Requests that are repeated where that helps: the bytes of a block, what is known of an object.
+
+A block that fails half-way is asked for again from the byte where it broke off, under the condition
+that the object is still the same. Coroutines run on fsspec's loop, the rest in the caller's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from jest_stream.errors import ConfigError, JESTError
+from jest_stream.storage.answers import info_of, num_bytes_to_read
+from jest_stream.storage.connections import Connections
+from jest_stream.storage.drivers import Driver
+from jest_stream.storage.failures import AttemptFailed, failure_of
+from jest_stream.storage.patience import Patience
+from jest_stream.storage.read_ahead import Block, ReadAhead
+from jest_stream.storage.settings import ObjectInfo, StorageConfig
+
+_Result = TypeVar("_Result")
+
+# Objects that are asked about at once.
+_MAX_CONCURRENT_INFOS = 32
+
+
+class Fetcher:
+    """Sends requests until they succeed or their time is up, and counts them.
+
+    Args:
+      config: the time limits.
+      connections: of this process.
+    """
+
+    def __init__(self, config: StorageConfig, connections: Connections) -> None:
+        self._config = config
+        self._connections = connections
+        self._generator = random.Random()  # jitter only; never the user's random state
+        self._lock = threading.Lock()  # guards _counts
+        self._counts: Counter[str] = Counter()
+
+    def take_counts(self) -> dict[str, int]:
+        """Returns bytes, requests and retries since the last call."""
+        with self._lock:
+            counts, self._counts = dict(self._counts), Counter()
+        return counts
+
+    async def block(
+        self, read_ahead: ReadAhead, block: Block, expected: ObjectInfo, driver: Driver
+    ) -> None:
+        """Reads a block to its end, or notes in it why that is impossible."""
+        patience = self._patience(block.window.url)
+        error: BaseException | None = None
+        try:
+            while block.start + block.filled < block.end and not block.is_dropped:
+                offset = block.start + block.filled
+                await self._attempt(
+                    patience,
+                    offset,
+                    lambda: self._part(read_ahead, block, expected, driver, patience),
+                )
+        except Exception as failed:
+            error = failed
+        read_ahead.finish(block, error)
+
+    async def infos(self, driver: Driver, urls: list[str]) -> list[ObjectInfo]:
+        """Returns what is known of each object, in order."""
+        turns = asyncio.Semaphore(_MAX_CONCURRENT_INFOS)
+
+        async def _one(url: str) -> ObjectInfo:
+            async with turns:
+                patience = self._patience(url)
+                while True:
+                    found = await self._attempt(patience, 0, lambda: self._info(driver, url))
+                    if found is not None:
+                        return found
+
+        tasks = [asyncio.ensure_future(_one(url)) for url in urls]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def patiently(self, url: str, call: Callable[[], _Result]) -> _Result:
+        """Returns what a blocking call returns, repeated while that helps."""
+        patience = self._patience(url)
+        while True:
+            patience.attempts += 1
+            try:
+                return call()
+            except (JESTError, MemoryError):
+                raise
+            except Exception as error:
+                failure = failure_of(error)
+            time.sleep(self._pause(patience, failure, 0))
+
+    async def _attempt(
+        self, patience: Patience, offset: int, call: Callable[[], Awaitable[_Result]]
+    ) -> _Result | None:
+        """Returns what one attempt returns; None after it failed and its pause is over."""
+        patience.attempts += 1
+        self._count("storage_requests", 1)
+        try:
+            return await call()
+        except (ConfigError, MemoryError):
+            raise
+        except asyncio.TimeoutError as error:  # aiohttp's are of this kind, too
+            failure = AttemptFailed("again", self._stalled(error))
+        except Exception as error:
+            failure = failure_of(error)
+        # Outside of the handler: what the user sees has no cause whose text could hold a secret.
+        await asyncio.sleep(self._pause(patience, failure, offset))
+        return None
+
+    async def _part(
+        self,
+        read_ahead: ReadAhead,
+        block: Block,
+        expected: ObjectInfo,
+        driver: Driver,
+        patience: Patience,
+    ) -> None:
+        """Reads a block on from where it is, as far as one answer goes."""
+        url, start = block.window.url, block.start + block.filled
+        limit_s = self._config.connect_timeout_s + self._config.stall_timeout_s
+        answer = await asyncio.wait_for(
+            driver.request(url, start, block.end, expected.version), limit_s
+        )
+        try:
+            wanted = num_bytes_to_read(
+                answer, start, block.end, expected, driver.version_of(url, answer)
+            )
+            left = wanted
+            while left:
+                data = await answer.read()
+                if not data:
+                    raise AttemptFailed(
+                        "again", f"the answer ended after {wanted - left:,} of {wanted:,} bytes"
+                    )
+                data = data[:left]
+                left -= len(data)
+                patience.progressed(len(data))
+                self._count("storage_bytes", len(data))
+                if not read_ahead.fill(block, data):
+                    return
+                if left and patience.is_over:
+                    raise AttemptFailed("again", "it is too slow to end in time")
+        finally:
+            await answer.close()
+
+    async def _info(self, driver: Driver, url: str) -> ObjectInfo:
+        limit_s = self._config.connect_timeout_s + self._config.stall_timeout_s
+        try:
+            answer = await asyncio.wait_for(driver.request(url, 0, 1, ""), limit_s)
+        except OSError as error:  # s3fs raises where others answer
+            failure = failure_of(error)
+            if failure.status == 416:  # no first byte: the object is empty
+                return ObjectInfo(0)
+            raise failure from None
+        try:
+            found = info_of(answer, driver.version_of(url, answer))
+            if answer.status == 206:
+                await answer.read()  # the one byte, so that the connection can be used again
+            return found
+        finally:
+            await answer.close()
+
+    def _patience(self, url: str) -> Patience:
+        return Patience(url, self._config, self._generator)
+
+    def _pause(self, patience: Patience, failure: AttemptFailed, offset: int) -> float:
+        pause_s = patience.pause_after(failure, offset)
+        self._count("storage_retries", 1)
+        return pause_s
+
+    def _stalled(self, error: BaseException) -> str:
+        if "onnect" in f"{type(error).__name__}{error}":
+            return f"no connection within {self._config.connect_timeout_s:g} s"
+        return f"stalled: no byte within {self._config.stall_timeout_s:g} s"
+
+    def _count(self, name: str, number: int) -> None:
+        with self._lock:
+            self._counts[name] += number

@@ -1,0 +1,158 @@
+"""`hf://`: repositories of the Hugging Face Hub, pinned to a commit.
+
+A branch moves while it is read; a commit does not. So addresses are rewritten once, before the
+first read: `hf://datasets/org/name/x.tar` becomes `hf://datasets/org/name@COMMIT/x.tar`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
+
+from jest_stream.errors import ConfigError
+from jest_stream.storage.answers import Answer
+from jest_stream.storage.drivers import WebAnswer, WebDriver, byte_range, web_files
+from jest_stream.storage.failures import AttemptFailed
+from jest_stream.storage.redaction import redacted
+from jest_stream.storage.settings import ObjectInfo, StorageConfig
+
+_TYPES = {"datasets": "dataset", "spaces": "space", "models": "model"}
+_ADDRESS = re.compile(
+    r"hf://(?:(datasets|spaces|models)/|(?!(?:datasets|spaces|models)/))([^/@]+/[^/@]+)(?:@([^/].*?))?(?:/(.*))?"
+)
+_REFERENCE = re.compile(r"(refs/(?:convert|pr)/[^/]+)(?:/(.*))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class HubPath(NamedTuple):
+    """A file or pattern in a repository."""
+
+    kind: str
+    """`dataset`, `model` or `space`."""
+    repository: str
+    """`org/name`."""
+    revision: str
+    """A branch, tag or commit; "" for the default branch."""
+    path: str
+    """Within the repository."""
+
+    @property
+    def url(self) -> str:
+        """The address, its revision quoted."""
+        prefix = "" if self.kind == "model" else f"{self.kind}s/"
+        revision = f"@{quote(self.revision, safe='')}" if self.revision else ""
+        return f"hf://{prefix}{self.repository}{revision}/{self.path}"
+
+
+def parse(url: str) -> HubPath:
+    """Returns the parts of an `hf://` address.
+
+    Raises:
+      ConfigError: if it is none.
+    """
+    if url.startswith("hf://buckets/"):
+        raise ConfigError(
+            f"{redacted(url)!r} is a bucket; read are repositories: hf://datasets/org/name/..."
+        )
+    found = _ADDRESS.fullmatch(url)
+    if not found:
+        raise ConfigError(
+            f"{redacted(url)!r} is no address of a repository; it is written "
+            "hf://datasets/org/name/path, or hf://datasets/org/name@revision/path."
+        )
+    kind, repository, revision, path = (part or "" for part in found.groups())
+    if revision == "refs" and (reference := _REFERENCE.fullmatch(f"refs/{path}")):
+        revision, path = reference.group(1), reference.group(2) or ""
+    return HubPath(_TYPES.get(kind, "model"), repository, unquote(revision), path)
+
+
+class HubDriver(WebDriver):
+    """Reads files of repositories over HTTP; their addresses by huggingface_hub.
+
+    The Hub redirects to a signed address, which is kept and used until it is refused: one request
+    to the Hub for each file, not for each range. The token goes to the Hub only.
+    """
+
+    def __init__(self, config: StorageConfig) -> None:
+        self._hub: Any = importlib.import_module("huggingface_hub")
+        self._options = dict(config.options.get("hf", {}))
+        self._token = self._options.get("token")
+        self._endpoint = self._options.get("endpoint")
+        self._timeout_s = config.connect_timeout_s + config.stall_timeout_s
+        self._files = web_files(config, {"client_kwargs": {"trust_env": True}})
+        self._connecting = asyncio.Lock()
+        self._commits: dict[tuple[str, str, str], str] = {}
+        self._signed: dict[str, str] = {}
+        self._refused: set[str] = set()
+
+    async def request(self, url: str, start: int, end: int, version: str) -> Answer:
+        """Asks for a range of the file at that commit, which needs no condition."""
+        del version
+        answer = await self._ask(url, byte_range(start, end))
+        if answer.status not in (401, 403, 404, 410):
+            self._refused.discard(url)
+        elif answer.redirected_to and url not in self._refused:
+            await answer.close()
+            self._signed.pop(url, None)
+            self._refused.add(url)  # a fresh one that is refused, too, is not worth another try
+            raise AttemptFailed("again", "the signed address of the file has expired")
+        return answer
+
+    def version_of(self, url: str, answer: Answer) -> str:
+        """Returns the commit, since the address names it."""
+        del answer
+        revision = parse(url).revision
+        return revision if _COMMIT.fullmatch(revision) else ""
+
+    def matches(self, pattern: str) -> list[tuple[str, ObjectInfo | None]]:
+        """Returns the files of the commit that match."""
+        files = self._hub.HfFileSystem(skip_instance_cache=True, **self._options)
+        found = files.glob(pattern.removeprefix("hf://"), detail=True)
+        commit = parse(pattern).revision
+        return [
+            (f"hf://{name}", ObjectInfo(int(info["size"]), commit))
+            for name, info in found.items()
+            if info["type"] == "file"
+        ]
+
+    def pinned(self, url: str) -> str:
+        """Returns the address with the commit in place of the branch or tag."""
+        file = parse(url)
+        if _COMMIT.fullmatch(file.revision):
+            return url
+        key = file[:3]
+        if key not in self._commits:
+            api = self._hub.HfApi(endpoint=self._endpoint, token=self._token)
+            info = api.repo_info(
+                file.repository,
+                repo_type=file.kind,
+                revision=file.revision or None,
+                timeout=self._timeout_s,
+            )
+            self._commits[key] = str(info.sha)
+        return file._replace(revision=self._commits[key]).url
+
+    async def _ask(self, url: str, asked: Mapping[str, str]) -> WebAnswer:
+        """Returns the answer of the Hub, or that of the signed address it gave before."""
+        signed = self._signed.get(url)
+        if signed is not None:
+            answer = await self._get(signed, asked)
+            answer.redirected_to = signed
+            return answer
+        file = parse(url)
+        address = self._hub.hf_hub_url(
+            file.repository,
+            file.path,
+            repo_type=file.kind,
+            revision=file.revision or None,
+            endpoint=self._endpoint,
+        )
+        headers: Mapping[str, str] = self._hub.utils.build_hf_headers(token=self._token)
+        answer = await self._get(address, {**headers, **asked})
+        if answer.redirected_to and answer.status in (200, 206):
+            self._signed[url] = answer.redirected_to
+        return answer

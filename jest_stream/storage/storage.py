@@ -1,0 +1,259 @@
+"""`Storage`: the only door to shards, local or remote."""
+
+from __future__ import annotations
+
+import io
+import os
+import weakref
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, BinaryIO
+
+from jest_stream.errors import ConfigError
+from jest_stream.storage import addresses
+from jest_stream.storage.cache import DiskCache
+from jest_stream.storage.connections import Connections
+from jest_stream.storage.fetching import Fetcher
+from jest_stream.storage.local import BUFFER_BYTES, local_info, open_local
+from jest_stream.storage.patience import SLOWEST_BYTES_PER_S
+from jest_stream.storage.read_ahead import MAX_BLOCK_BYTES, Block, ReadAhead, Window
+from jest_stream.storage.redaction import redacted
+from jest_stream.storage.remote import RemoteFile
+from jest_stream.storage.settings import ObjectInfo, StorageConfig
+
+_DOWNLOAD_BYTES = 1 << 20
+
+
+class _Here:
+    """What one process holds: its connections, its requests, its read-ahead."""
+
+    def __init__(self, config: StorageConfig) -> None:
+        self.connections = Connections(config, before_fork=self._stop)
+        self.fetcher = Fetcher(config, self.connections)
+        self.read_ahead = ReadAhead(config.read_ahead_bytes, self._fetch)
+        self.expected: dict[Window, ObjectInfo] = {}
+        self.files: weakref.WeakSet[RemoteFile] = weakref.WeakSet()
+        self.listed: dict[str, ObjectInfo] = {}
+        self.cache = _make_cache(config)
+
+    def close(self) -> None:
+        """Closes files and connections."""
+        for file in list(self.files):
+            file.close()
+        self.connections.close()
+
+    def _stop(self) -> None:
+        self.read_ahead.stop()
+
+    def _fetch(self, block: Block) -> Future[None]:
+        driver = self.connections.connected(block.window.url)  # the reader did, before it asked
+        expected = self.expected[block.window]
+        return self.connections.start(self.fetcher.block, self.read_ahead, block, expected, driver)
+
+
+class Storage:
+    """Reads shards wherever they lie: local disk, S3, Google Cloud, the web, the Hub.
+
+    Holds settings only until the first remote read: connections are made in the process that uses
+    them, so that a `Storage` can be pickled, forked and spawned. Safe to use from several threads.
+
+    Args:
+      config: how remote shards are read.
+    """
+
+    def __init__(self, config: StorageConfig | None = None) -> None:
+        self.config = config or StorageConfig()
+        self._by_process: dict[int, _Here] = {}
+        _make_cache(self.config)  # a folder that cannot be used is an error now, not later
+
+    def expand(self, urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
+        """Returns the shards that `urls` names, in the order written; what a glob matches, sorted.
+
+        Args:
+          urls: a path, a `file://`, `s3://`, `gs://`, `http(s)://` or `hf://` address, a brace
+            pattern (`{000..123}`, `{a,b}`), a glob, or a list of these. Globs of web servers need
+            a page that links the files. Addresses of the Hub are pinned to a commit.
+
+        Raises:
+          ConfigError: if nothing matches, or a pattern cannot be expanded.
+          UnsafeDataError: for `pipe:`, chained (`::`) and unknown addresses, and for patterns of
+            more shards than make sense.
+          ShardUnavailableError: if a store cannot be listed.
+        """
+        return addresses.expand(urls, self._list)
+
+    def info(self, url: str) -> ObjectInfo:
+        """Returns length and version of a shard.
+
+        Args:
+          url: as `expand` returned it.
+
+        Raises:
+          ShardUnavailableError: if it is not there, or cannot be reached.
+          ConfigError: if it is a folder, or the package for its scheme is missing.
+        """
+        return self.infos([url])[0]
+
+    def infos(self, urls: Sequence[str]) -> list[ObjectInfo]:
+        """Returns what `info` returns for each; remote ones are asked about side by side."""
+        found: dict[str, ObjectInfo] = {}
+        remote: dict[str, list[str]] = {}
+        for url in urls:
+            if not addresses.scheme_of(url):
+                found[url] = local_info(url)
+            elif (listed := self.listed(url)) is not None:
+                found[url] = listed
+            elif url not in found:
+                remote.setdefault(addresses.store_of(url), []).append(url)
+        for group in remote.values():
+            here = self._here()
+            driver = here.connections.driver(group[0])
+            rounds = 1 + len(group) // 32
+            limit_s = rounds * self._longest_wait_s()
+            infos = here.connections.run(here.fetcher.infos, driver, group, timeout_s=limit_s)
+            found.update(zip(group, infos, strict=True))
+        return [found[url] for url in urls]
+
+    def listed(self, url: str) -> ObjectInfo | None:
+        """Returns what the listing of a glob said of a shard, once; None without one."""
+        here = self._by_process.get(os.getpid())
+        return here.listed.pop(url, None) if here else None
+
+    def check_fits(self, url: str, info: ObjectInfo) -> None:
+        """Demands that a remote shard can be cached, if there is a cache.
+
+        Raises:
+          ConfigError: if it is larger than the cache.
+        """
+        if addresses.scheme_of(url) and (cache := self._here().cache) is not None:
+            cache.check_fits(url, info.num_bytes)
+
+    def open(self, url: str, expected: ObjectInfo | None = None) -> BinaryIO:
+        """Returns the shard, opened for reading: buffered, seekable, read ahead if remote.
+
+        Reads of a remote shard raise `ShardUnavailableError` once all attempts are used up, and
+        `ShardChangedError` if it is no longer what was expected; a later read tries again.
+
+        Args:
+          url: as `expand` returned it.
+          expected: what `info` said. None: it is asked for now.
+
+        Raises:
+          ShardUnavailableError: if it cannot be opened.
+          ShardChangedError: if a local shard has another length than expected.
+        """
+        if not addresses.scheme_of(url):
+            return open_local(url, expected)
+        if expected is None:
+            expected = self.info(url)
+        cache = self._here().cache
+        if cache is not None and expected.version:  # else a change would not be noticed
+            file = cache.open(
+                url.partition("?")[0],  # what signs an address is not what it names
+                expected.num_bytes,
+                expected.version,
+                partial(self._download, url, expected),
+            )
+            if file is not None:
+                return file
+        return self._open_remote(url, expected)
+
+    def take_counts(self) -> dict[str, int]:
+        """Returns what was counted in this process since the last call.
+
+        `storage_bytes` that arrived, `storage_requests` sent, and `storage_retries` among them;
+        with a cache also `cache_hits`, `cache_misses`, `cache_evictions` and `cache_bypasses`.
+        """
+        here = self._by_process.get(os.getpid())
+        if here is None:
+            return {}
+        cached = here.cache.take_counts() if here.cache else {}
+        return {**here.fetcher.take_counts(), **cached}
+
+    def close(self) -> None:
+        """Closes every remote file and connection of this process. It can be used again."""
+        _close_here(self._by_process)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.config = state["config"]
+        self._by_process = {}
+
+    def __repr__(self) -> str:
+        here = self._by_process.get(os.getpid())
+        files, used = (len(here.files), here.read_ahead.used_bytes) if here else (0, 0)
+        return f"<Storage {files} remote files open | {used / 2**20:.1f} MiB read ahead>"
+
+    def _here(self) -> _Here:
+        """Returns what this process holds; what a parent held is kept, but not touched."""
+        here = self._by_process.get(os.getpid())
+        if here is None:
+            here = self._by_process.setdefault(os.getpid(), _Here(self.config))
+            weakref.finalize(self, _close_here, self._by_process)
+        return here
+
+    def _open_remote(self, url: str, expected: ObjectInfo) -> BinaryIO:
+        here = self._here()
+        window = Window(url, expected.num_bytes)
+        here.expected[window] = expected
+
+        def _forget(file: RemoteFile) -> None:
+            here.expected.pop(window, None)
+            here.files.discard(file)
+
+        file = RemoteFile(
+            window,
+            here.read_ahead,
+            lambda: here.connections.driver(url),
+            self._longest_wait_s(),
+            _forget,
+        )
+        here.files.add(file)
+        return io.BufferedReader(file, BUFFER_BYTES)
+
+    def _download(self, url: str, expected: ObjectInfo) -> Generator[bytes, None, None]:
+        with self._open_remote(url, expected) as file:
+            while chunk := file.read(_DOWNLOAD_BYTES):
+                yield chunk
+
+    def _list(self, url: str) -> list[str]:
+        """Returns what a remote address stands for."""
+        is_glob = addresses.is_remote_glob(url)
+        if not is_glob and addresses.scheme_of(url) != "hf":
+            return [url]
+        here = self._here()
+        driver = here.connections.driver(url)
+        url = here.fetcher.patiently(url, lambda: driver.pinned(url))
+        if not is_glob:
+            return [url]
+        found = sorted(here.fetcher.patiently(url, lambda: driver.matches(url)))
+        if not found:
+            raise ConfigError(
+                f"source {redacted(url)!r} matches nothing. Check the pattern, and that you may "
+                "list the folder; without that, name the shards by braces: {00000..00123}."
+            )
+        here.listed.update((name, info) for name, info in found if info is not None)
+        return [name for name, _ in found]
+
+    def _longest_wait_s(self) -> float:
+        """Returns a time that no read can take: all attempts, and one that ends as they do."""
+        config = self.config
+        slow_s = MAX_BLOCK_BYTES / SLOWEST_BYTES_PER_S
+        return config.retry_timeout_s + slow_s + config.connect_timeout_s + config.stall_timeout_s
+
+
+def _make_cache(config: StorageConfig) -> DiskCache | None:
+    if config.cache_folder is None:
+        return None
+    # Another process that downloads may be waiting for its next attempt.
+    stall_s = config.retry_timeout_s + config.stall_timeout_s
+    return DiskCache(config.cache_folder, limit_bytes=config.cache_bytes, stall_s=stall_s)
+
+
+def _close_here(by_process: dict[int, _Here]) -> None:
+    here = by_process.pop(os.getpid(), None)
+    if here is not None:
+        here.close()
