@@ -8,7 +8,7 @@ the training process. What it holds beyond the current super-batch is at most on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +40,9 @@ class SuperBatch:
     """Where reading it again would start."""
     skipped: dict[str, int]
     """Bad examples left out on the way, by reason."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Bad shards left out on the way (`shards_skipped`, `shards_skipped/REASON`), and what the
+    source counted since the super-batch before, such as bytes and retries."""
 
 
 class Window:
@@ -54,6 +57,7 @@ class Window:
         self._waiting: dict[int, list[Block]] = {lane: [] for lane in self._lanes}
         self._ended: set[int] = set()
         self._skipped: dict[str, int] = {}  # since the super-batch at hand was begun
+        self._counts: dict[str, int] = {}  # likewise
 
     @property
     def position(self) -> Position:
@@ -63,7 +67,7 @@ class Window:
     def take(self, size: int, *, device: torch.device) -> SuperBatch:
         """Returns the next `size` examples, on `device`; fewer where the stream ends."""
         start = self.position
-        self._skipped = {}
+        self._skipped, self._counts = {}, {}
         picks: list[tuple[Block, int]] = []
         while len(picks) < size:
             lane = self._lanes[self._next_lane]
@@ -77,6 +81,7 @@ class Window:
             size=len(picks),
             start=start,
             skipped=self._skipped,
+            counts=self._counts,
         )
 
     def _next_of(self, lane: int) -> tuple[Block, int]:
@@ -90,6 +95,13 @@ class Window:
         for position, reason in block.skipped:
             if position == before:
                 self._skipped[reason] = self._skipped.get(reason, 0) + 1
+        for position, shard in block.skipped_shards:
+            if position == before:
+                self._count("shards_skipped", 1)
+                self._count(f"shards_skipped/{shard.reason}", 1)
+
+    def _count(self, name: str, amount: int) -> None:
+        self._counts[name] = self._counts.get(name, 0) + amount
 
     def _fill(self, lane: int) -> bool:
         """Makes sure that the lane has an example to give; False if it has ended."""
@@ -111,6 +123,8 @@ class Window:
                     self._ended.update(self._lanes)
                 else:
                     self._waiting[next_block.lane].append(next_block)
+                    for name, amount in next_block.counts.items():
+                        self._count(name, amount)
         return False
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from jest_stream.config import Metadata, Term
 from jest_stream.errors import BadExampleError, ConfigError
 from jest_stream.randomness import isolated_rng
-from jest_stream.sources.decode import Decoded
+from jest_stream.sources.decode import DEFAULT_LIMITS, Decoded, Limits
 from jest_stream.types import Example
 
 Row = dict[str, Any]
@@ -31,7 +31,7 @@ Columns = dict[str, Any]
 """Each value holds one entry per example: a tensor `[n, …]`, or a list."""
 View = Tensor | dict[str, Tensor] | list[Any]
 Transform = Callable[[Any], Any]
-Key = str | Callable[[Mapping[str, Any]], Any]
+Key = Metadata
 """Alternatives such as `"jpg;png"`, the first present member counts; or a function of the example,
 which sees decoded members."""
 
@@ -52,6 +52,8 @@ class ScoreView:
     """Numbers of the example's own that count in its score; their weighted sum travels along."""
     group_by: Metadata | tuple[str, ...] | None = None
     """What tells the example's group. None: no group travels along."""
+    limits: Limits = DEFAULT_LIMITS
+    """The largest members that are decoded."""
 
     def __call__(self, example: Example) -> Row:
         """Returns the row of one example.
@@ -60,8 +62,8 @@ class ScoreView:
           BadExampleError: for a missing or unreadable member, or metadata that are.
           ConfigError: for a value that no transform was given for, or a term that is no number.
         """
-        decoded = Decoded(example)
-        image = _as_rgb(_find(decoded, self.keys[0], "image_key", "missing_image"))
+        decoded = Decoded(example, self.limits)
+        image = _as_rgb(_find(decoded, self.keys[0], "image_key", "missing_image"), self.limits)
         text = _find(decoded, self.keys[1], "text_key", "missing_text")
         row: Row = {"key": example["__key__"], "shard": example.get("__shard__", "")}
         _add(row, "image", image if self.learner[0] is None else self.learner[0](image))
@@ -87,6 +89,8 @@ class TrainView:
     transform: Transform
     seed: int
     rank: int
+    limits: Limits = DEFAULT_LIMITS
+    """The largest images that are decoded."""
 
     def __call__(self, raw_images: list[Any], *, step: int) -> View:
         """Returns the stacked views; the same ones for the same `seed` and `step`."""
@@ -94,7 +98,7 @@ class TrainView:
         with isolated_rng("train_view", self.seed, self.rank, step):
             for name, value in raw_images:
                 row: Row = {"key": f"of step {step}"}
-                image = _as_rgb(Decoded({name: value})[name])
+                image = _as_rgb(Decoded({name: value}, self.limits)[name], self.limits)
                 _add(row, "image", self.transform(image), argument="train_transform")
                 rows.append(row)
         return view_of(collate(rows), "image")
@@ -172,10 +176,10 @@ def _kind(value: Any, num_dims: int) -> str:
     return type(value).__name__
 
 
-def _as_rgb(image: Any) -> Any:
+def _as_rgb(image: Any, limits: Limits) -> Any:
     """Pictures that were decoded elsewhere, as ours are; anything else as it is."""
     if isinstance(image, bytes):  # of a function of the user's
-        image = Decoded({"image": image})["image"]
+        image = Decoded({"image": image}, limits)["image"]
     mode = getattr(image, "mode", "RGB")
     return image if mode == "RGB" or not hasattr(image, "convert") else image.convert("RGB")
 
@@ -186,14 +190,11 @@ def _find(decoded: Decoded, key: Key, argument: str, reason: str) -> Any:
     for name in key.split(";"):
         if name in decoded:
             return decoded[name]
-    raise BadExampleError(
-        f"example {decoded['__key__']!r} has no member for {argument}={key!r}, only "
-        f"{sorted(name for name in decoded if not name.startswith('__'))}. Name the member it "
-        f'should be, or pass on_bad_example="skip" to leave such examples out and count them.',
-        key=str(decoded["__key__"]),
-        shard=str(decoded.get("__shard__", "")),
-        reason=reason,
+    known = sorted(name for name in decoded if not name.startswith("__"))
+    what = (
+        f"has no member for {argument}={key!r}, only {known} (should {argument} be one of these?)"
     )
+    raise _bad(decoded, what, reason)
 
 
 def _metadata(decoded: Decoded, key: Metadata, role: str) -> Any:
@@ -270,8 +271,13 @@ def _add(row: Row, name: str, view: Any, argument: str = "") -> None:
     is_text = name.endswith("text")
     single_dim = 1 if is_text else 3
     if isinstance(view, Mapping):
-        for key, value in view.items():
-            row[f"{name}/{key}"] = _unbatched(torch.as_tensor(value), single_dim)
+        entries = {key: torch.as_tensor(value) for key, value in view.items()}
+        # Of a processor that makes patches, images have two dimensions: all entries tell together.
+        is_batch = len(entries) > 1 and all(
+            entry.dim() > 1 and len(entry) == 1 for entry in entries.values()
+        )
+        for key, entry in entries.items():
+            row[f"{name}/{key}"] = entry[0] if is_batch else _unbatched(entry, single_dim)
     elif isinstance(view, Tensor | np.ndarray):
         row[name] = _unbatched(torch.as_tensor(view), single_dim)
     elif is_text and isinstance(view, str):

@@ -1,23 +1,39 @@
 """Blocks: examples of one lane that are prepared and handed over together.
 
-In: a lane. Out: blocks of prepared examples with the cursor behind each, bad examples left out and
-named. Runs wherever lanes are read, in the training process or in a worker; user code (`prepare`)
-runs on random state of its own, named by the example, so that neither block sizes nor processes
-change what it draws.
+In: a lane. Out: blocks of prepared examples with the cursor behind each; bad examples and bad
+shards left out and named. Runs wherever lanes are read, in the training process or in a worker;
+user code (`prepare`) runs on random state of its own, named by the example, so that neither block
+sizes nor processes change what it draws.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
-from jest_stream.errors import BadExampleError, BadExampleLimitError
+from jest_stream.errors import (
+    BadExampleError,
+    BadExampleLimitError,
+    ShardError,
+    UserCodeError,
+)
 from jest_stream.randomness import isolated_rng, seed_globally
 from jest_stream.sources.lanes import Lane
 from jest_stream.types import Cursor, Example, Source
 
 _MAX_BAD_IN_A_ROW = 100
+
+
+class SkippedShard(NamedTuple):
+    """A shard whose rest was left out of an epoch."""
+
+    shard: str
+    """Its name."""
+    reason: str
+    """A short name under which it is counted: `truncated`, `unavailable`, ..., or `damaged`."""
+    message: str
+    """What its error said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +49,10 @@ class Block:
     """Bad examples: how many good ones of this block came before, and why it was left out."""
     is_end: bool
     """Whether the lane has ended behind this block."""
+    skipped_shards: Sequence[tuple[int, SkippedShard]] = ()
+    """Bad shards: how many good examples of this block came before, and which it is."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """What the source counted since the block before, in the process that read this one."""
 
     @property
     def num_examples(self) -> int:
@@ -52,12 +72,27 @@ class BlockSettings:
     collate: Callable[[list[Any]], Any]
     end_epoch: int | None
     on_bad_example: Literal["raise", "skip"]
+    on_bad_shard: Literal["raise", "skip"]
 
 
 class LaneBlocks:
-    """Reads one lane block by block. Owns its open shard."""
+    """Reads one lane block by block. Owns its open shard.
 
-    def __init__(self, settings: BlockSettings, lane: int, cursor: Cursor) -> None:
+    Args:
+      settings: what is the same for all lanes.
+      lane: which lane this is.
+      cursor: where it goes on.
+      note: told what is being read; see `Lane`.
+    """
+
+    def __init__(
+        self,
+        settings: BlockSettings,
+        lane: int,
+        cursor: Cursor,
+        *,
+        note: Callable[[int, int], None] | None = None,
+    ) -> None:
         self._settings = settings
         self._number = lane
         self._lane = Lane(
@@ -67,6 +102,8 @@ class LaneBlocks:
             seed=settings.seed,
             cursor=cursor,
             end_epoch=settings.end_epoch,
+            on_bad_shard=settings.on_bad_shard,
+            note=note,
         )
         self._num_bad_in_a_row = 0
         self._error: Exception | None = None  # waits until the examples before it are handed over
@@ -80,11 +117,12 @@ class LaneBlocks:
         items: list[Any] = []
         cursors: list[Cursor] = []
         skipped: list[tuple[int, str]] = []
+        skipped_shards: list[tuple[int, SkippedShard]] = []
         is_end = False
         with isolated_rng():
             while self._error is None and len(items) < self._settings.block_size:
                 try:
-                    step = self._next_good(skipped, num_good=len(items))
+                    step = self._next_good(skipped, skipped_shards, num_good=len(items))
                 except Exception as error:
                     self._error = error
                     break
@@ -103,6 +141,8 @@ class LaneBlocks:
             cursors=cursors,
             skipped=skipped,
             is_end=is_end,
+            skipped_shards=skipped_shards,
+            counts=take_counts(self._settings.source),
         )
 
     def close(self) -> None:
@@ -110,10 +150,18 @@ class LaneBlocks:
         self._lane.close()
 
     def _next_good(
-        self, skipped: list[tuple[int, str]], *, num_good: int
+        self,
+        skipped: list[tuple[int, str]],
+        skipped_shards: list[tuple[int, SkippedShard]],
+        *,
+        num_good: int,
     ) -> tuple[Any, Cursor] | None:
         """Returns the next example prepared, and its cursor; None at the end."""
         for example, cursor in self._lane:
+            if isinstance(example, ShardError):
+                skip = SkippedShard(example.shard, _reason(example), str(example))
+                skipped_shards.append((num_good, skip))
+                continue
             try:
                 if isinstance(example, BadExampleError):
                     raise example
@@ -139,4 +187,16 @@ class LaneBlocks:
         try:
             return self._settings.prepare(example)
         except StopIteration as error:  # would end the training loop in silence
-            raise RuntimeError("a transform, tokenizer or key raised StopIteration") from error
+            raise UserCodeError("a transform, tokenizer or key raised StopIteration") from error
+
+
+def take_counts(source: Source) -> Mapping[str, int]:
+    """Returns what the source counted in this process since the last call, where it counts."""
+    take = getattr(source, "take_counts", None)
+    return {} if take is None else take()
+
+
+def _reason(error: ShardError) -> str:
+    """Returns `truncated` for `ShardTruncatedError`, and so on; `damaged` for `ShardError`."""
+    name = type(error).__name__.removeprefix("Shard").removesuffix("Error")
+    return name.lower() or "damaged"

@@ -17,10 +17,23 @@ from jest_stream.types import Example
 class IterableSource:
     """Reads examples from an iterable or a map-style dataset, in its own order.
 
+    A `torch.utils.data.Dataset` or `IterableDataset`, a `webdataset.WebDataset` or `DataPipeline`,
+    a list, a generator, ... What this cannot do, and `TarSource` and `HuggingFaceSource` can:
+
+    - It is one shard: one lane and at most one worker process read it, and one rank. Its order is
+      its own; nothing is shuffled or mixed here.
+    - Lists and map-style datasets resume by index. Everything else resumes by iterating anew and
+      passing over what came before, which takes as long as reading it did, and is exact only if
+      it gives the same examples again: not behind an unseeded shuffle, such as webdataset's
+      `.shuffle()` or `resampled=True`.
+    - An iterator or generator gives one pass, in one process, and cannot resume in another.
+    - It is trusted. webdataset takes a tar that was cut for a shorter one, and its `.decode()` and
+      `pipe:` run what they are given; here, bytes are decoded by an allow-list. Pass it undecoded.
+    - In a worker process `torch.utils.data.get_worker_info()` is None, since one reads it all.
+
     Args:
-      iterable: a list, a generator, a torch or `datasets` dataset, a webdataset pipeline, ...
-        of dicts or of `(image, text)` pairs. A pair becomes `{"image": ..., "text": ...}`; keys
-        that are missing are made from the position.
+      iterable: of dicts or of `(image, text)` pairs, not of batches. A pair becomes
+        `{"image": ..., "text": ...}`; keys that are missing are made from the position.
 
     Raises:
       ConfigError: if it cannot be iterated.
@@ -29,9 +42,10 @@ class IterableSource:
     def __init__(self, iterable: Any) -> None:
         self._is_indexed = _is_indexed(iterable)
         if not self._is_indexed and not isinstance(iterable, Iterable):
+            hint = " If it makes one when called, call it." if callable(iterable) else ""
             raise ConfigError(
-                f"source is a {_type_name(iterable)}, which cannot be iterated. Pass paths of tar "
-                "shards, or an iterable of dicts or of (image, text) pairs."
+                f"source is a {_type_name(iterable)}, which cannot be iterated.{hint} Pass paths "
+                "of tar shards, or an iterable of dicts or of (image, text) pairs."
             )
         self._iterable = iterable
         self._num_taken = 0  # of an iterator that cannot start over
@@ -74,9 +88,9 @@ class IterableSource:
         if is_one_shot and start < self._num_taken:
             raise ConfigError(
                 f"source is a {_type_name(items)}, which gives its examples once, and "
-                f"{self._num_taken} are gone already; example {start} is asked for again. Pass an "
-                "iterable that can start over (a list, or an object whose __iter__ begins anew), "
-                "or repeat=False for a single pass."
+                f"{self._num_taken} are gone already; example {start} is asked for again. For a "
+                "single pass use repeat=False, and iterate once. For more, pass what can start "
+                "over: a list, or an object whose __iter__ calls the generator function anew."
             )
         position = self._num_taken if is_one_shot else 0
         for item in items:

@@ -7,7 +7,8 @@ remembers its place and owns at most one open shard.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 from jest_stream.errors import BadExampleError, ConfigError, ShardError
 from jest_stream.randomness import permutation
@@ -73,11 +74,12 @@ def shard_order(shards: list[int], lane: int, seed: int, epoch: int) -> list[int
     return [shards[i] for i in permutation(len(shards), "lane", seed, lane, epoch)]
 
 
-class Lane(Iterator[tuple[Example | BadExampleError, Cursor]]):
+class Lane(Iterator[tuple[Example | BadExampleError | ShardError, Cursor]]):
     """Iterates over one lane from a cursor on, epoch after epoch.
 
     Each example comes with the cursor behind it; one that cannot be used comes as its error, as in
-    `Source.read`. After an exception the next call reads on at the cursor, where it failed.
+    `Source.read`, and so does a shard whose rest is left out. After an exception the next call
+    reads on at the cursor, where it failed.
 
     Args:
       source: where the shards are.
@@ -85,6 +87,9 @@ class Lane(Iterator[tuple[Example | BadExampleError, Cursor]]):
       seed: of the deal and the orders.
       cursor: where to go on.
       end_epoch: the epoch not to begin; None for an endless lane.
+      on_bad_shard: `"skip"` leaves out the rest of a shard that raises a `ShardError`, until the
+        next epoch; no other error is ever passed over.
+      note: told, before each example is read, its shard and how many of the shard lie before it.
     """
 
     def __init__(
@@ -96,16 +101,21 @@ class Lane(Iterator[tuple[Example | BadExampleError, Cursor]]):
         seed: int,
         cursor: Cursor,
         end_epoch: int | None = None,
+        on_bad_shard: Literal["raise", "skip"] = "raise",
+        note: Callable[[int, int], None] | None = None,
     ) -> None:
         self._source = source
         self._lane = lane
         self._seed = seed
         self._shards = lane_shards(source.num_shards, num_lanes, lane, seed)
         self._end_epoch = end_epoch
+        self._on_bad_shard = on_bad_shard
+        self._note = note
         self._cursor = cursor
         self._order = shard_order(self._shards, lane, seed, cursor.epoch)
         # Whether this epoch has given an example; one begun elsewhere may have.
         self._has_given = cursor[1:] != (0, 0, 0)
+        self._skipped: ShardError | None = None  # the last one of this epoch
         self._reading: Iterator[tuple[Example | BadExampleError, int]] | None = None
 
     @property
@@ -113,7 +123,7 @@ class Lane(Iterator[tuple[Example | BadExampleError, Cursor]]):
         """Where this lane goes on."""
         return self._cursor
 
-    def __next__(self) -> tuple[Example | BadExampleError, Cursor]:
+    def __next__(self) -> tuple[Example | BadExampleError | ShardError, Cursor]:
         """Returns the next example and the cursor behind it.
 
         Raises:
@@ -125,10 +135,20 @@ class Lane(Iterator[tuple[Example | BadExampleError, Cursor]]):
             if position == len(self._order):
                 self._begin(epoch + 1)
                 continue
-            if self._reading is None:
-                self._reading = self._source.read(self._order[position], offset=offset, index=index)
+            shard = self._order[position]
+            if self._note is not None:
+                self._note(shard, index)
             try:
+                if self._reading is None:
+                    self._reading = self._source.read(shard, offset=offset, index=index)
                 step = next(self._reading, None)
+            except ShardError as error:
+                self.close()
+                if self._on_bad_shard == "raise":
+                    raise
+                self._skipped = error.with_traceback(None)
+                self._cursor = Cursor(epoch, position + 1, 0, 0)
+                return error, self._cursor
             except BaseException:
                 self.close()  # a failed generator looks like one that has ended
                 raise
@@ -151,15 +171,23 @@ class Lane(Iterator[tuple[Example | BadExampleError, Cursor]]):
     def _begin(self, epoch: int) -> None:
         if not self._has_given:
             name = self._source.shard_name(self._order[0])
+            more = ", ..." if len(self._order) > 1 else ""
+            shards = f"{len(self._order)} shards ({name!r}{more})"
+            if self._skipped is not None:
+                raise ShardError(
+                    f"lane {self._lane} gave no example in a whole epoch: on_bad_shard='skip' left "
+                    f"out what it holds in its {shards}, the last because: {self._skipped}",
+                    shard=self._skipped.shard,
+                    offset=self._skipped.offset,
+                ) from self._skipped
             raise ShardError(
-                f"lane {self._lane} holds no example in all of its {len(self._order)} shards "
-                f"({name!r}{', ...' if len(self._order) > 1 else ''}): members must be named "
+                f"lane {self._lane} holds no example in all of its {shards}: members must be named "
                 "KEY.EXTENSION, such as 0001.jpg and 0001.txt.",
                 shard=name,
             )
         self._order = shard_order(self._shards, self._lane, self._seed, epoch)
         self._cursor = Cursor(epoch, 0, 0, 0)
-        self._has_given = False
+        self._has_given, self._skipped = False, None
 
 
 def _some(numbers: list[int]) -> str:

@@ -1,25 +1,39 @@
 """What worker processes send: blocks, and errors with the traceback that they had there.
 
-Small tensors travel through the pipe, large ones in shared memory, from which they are copied on
-arrival. Objects are serialised for our own processes only; nothing that was read is ever
-interpreted as such.
+A message is the serialised block followed by the bytes of its tensors. A short one goes through
+the socket; of a long one only a descriptor does, of memory that nobody else can name, so that a
+worker that stops halfway leaves nothing to wait for. Objects are serialised for our own processes
+only; nothing that was read is ever interpreted as such.
 """
 
 from __future__ import annotations
 
+import copyreg
+import errno
+import io
+import os
+import socket
+import struct
+import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import numpy as np
 import torch
-import torch.multiprocessing  # teaches ForkingPickler to put tensors into shared memory
 from torch import Tensor
 
 from jest_stream.sources.blocks import Block
 
-_MAX_INLINED_BYTES = 1 << 20
+# Through the socket 64 KiB take as long as through memory of their own, 1 MiB takes three times as
+# long (a process on each of 2 cores).
+_MAX_INLINE_BYTES = 1 << 16
+_ALIGNMENT = 64
+_HEADER = struct.Struct("!QQ?")  # bytes of the object, bytes in all, whether they are in memory
 
 
 @dataclass(frozen=True)
@@ -37,66 +51,198 @@ class WorkerTraceback(Exception):
         return f"\n\n{self.args[0]}"
 
 
-def dump_block(block: Block) -> Any:
-    """Returns a block as bytes."""
-    return _dump(replace(block, items=_map_tensors(block.items, _inlined)))
+class Message:
+    """A block or failure on its way out. Owns the memory that it lies in, until it is sent."""
+
+    def __init__(self, value: Block | Failure, tensors: list[np.ndarray[Any, Any]]) -> None:
+        pickled = io.BytesIO()
+        _Pickler(pickled).dump(value)
+        parts: list[Any] = [pickled.getbuffer()]
+        for tensor in tensors:
+            parts += [bytes(-parts[-1].nbytes % _ALIGNMENT), tensor]
+        self._num_object_bytes = pickled.tell()
+        self.num_bytes = sum(memoryview(part).nbytes for part in parts)
+        """How much memory it takes."""
+        self._parts = parts
+        self._memory: int | None = None
+        if self.num_bytes > _MAX_INLINE_BYTES:
+            self._parts = []
+            self._memory = new_memory()
+            try:
+                for part in parts:
+                    _write(self._memory, part)
+            except BaseException:
+                os.close(self._memory)
+                raise
+
+    def send(self, connection: socket.socket) -> None:
+        """Sends it, and lets go of it. Waits while the other side does not read."""
+        header = _HEADER.pack(self._num_object_bytes, self.num_bytes, self._memory is not None)
+        if self._memory is None:
+            connection.sendall(b"".join([header, *self._parts]))
+            return
+        try:
+            while True:
+                try:
+                    socket.send_fds(connection, [header], [self._memory])
+                    return
+                except OSError as error:
+                    if error.errno != errno.ETOOMANYREFS:
+                        raise
+                    time.sleep(0.01)  # until the other side has taken some of those on their way
+        finally:
+            os.close(self._memory)
 
 
-def dump_failure(error: Exception) -> Any:
-    """Returns an error as bytes; as a `RuntimeError` where it cannot travel itself."""
+def dump_block(block: Block) -> Message:
+    """Returns a block as a message."""
+    tensors: list[np.ndarray[Any, Any]] = []
+    offset = 0
+
+    def place(tensor: Tensor) -> Any:
+        """Returns what stands for a tensor: where its bytes lie."""
+        nonlocal offset
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            return tensor  # travels as its own way of being copied says
+        plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        start = offset
+        if plain.numel() > 0:
+            tensors.append(plain.flatten().view(torch.uint8).numpy())
+            offset += -(-tensors[-1].nbytes // _ALIGNMENT) * _ALIGNMENT
+        return _Placed(start, tuple(plain.shape), plain.dtype)
+
+    return Message(replace(block, items=_map_tensors(block.items, place)), tensors)
+
+
+def dump_failure(error: Exception) -> Message:
+    """Returns an error as a message; as a `RuntimeError` where it cannot travel itself."""
     text = "".join(traceback.format_exception(error))
     try:
-        message = _dump(Failure(error, text))
-        arrived = ForkingPickler.loads(message).error  # some can be sent but not received
+        sent = io.BytesIO()
+        _Pickler(sent).dump(error)
+        arrived = ForkingPickler.loads(sent.getbuffer())  # some can be sent but not received
         if type(arrived) is type(error) and str(arrived) == str(error):
-            return message
+            return Message(Failure(error, text), [])
     except Exception:
         pass
-    return _dump(Failure(RuntimeError(f"{type(error).__name__}: {error}"), text))
+    return Message(Failure(RuntimeError(f"{type(error).__name__}: {error}"), text), [])
 
 
-def load(message: bytes) -> Block | Failure:
-    """Returns what was dumped; tensors own their memory."""
-    loaded: Block | Failure = ForkingPickler.loads(message)
+def receive(connection: socket.socket, sentinel: int, timeout_s: float) -> Block | Failure:
+    """Returns the next message; its tensors own their memory.
+
+    Args:
+      connection: where it comes from; does not block.
+      sentinel: of the process that sends it: ready when that is gone.
+      timeout_s: longest wait for all of it.
+
+    Raises:
+      TimeoutError: if it did not come.
+      EOFError: if the process is gone, or has closed its side.
+    """
+    deadline = time.monotonic() + timeout_s
+    header, memory = b"", None
+    while len(header) < _HEADER.size:
+        _wait(connection, sentinel, deadline)
+        data, memories, flags, _ = socket.recv_fds(connection, _HEADER.size - len(header), 1)
+        memory = memories[0] if memories else memory
+        if flags & socket.MSG_CTRUNC:
+            raise OSError(errno.EMFILE, "too many open files to receive a block: raise ulimit -n")
+        if not data:
+            raise EOFError
+        header += data
+    num_object_bytes, num_bytes, is_in_memory = _HEADER.unpack(header)
+    content: Any = np.empty(num_bytes, np.uint8)
+    view = memoryview(content)
+    if is_in_memory:
+        assert memory is not None
+        try:
+            for start in range(0, num_bytes, 1 << 30):  # a read takes less than 2 GiB
+                os.preadv(memory, [view[start : start + (1 << 30)]], start)
+        finally:
+            os.close(memory)
+    else:
+        _receive_into(view, connection, sentinel, deadline)
+    loaded: Block | Failure = ForkingPickler.loads(view[:num_object_bytes])
     if isinstance(loaded, Failure):
         return loaded
-    return replace(loaded, items=_map_tensors(loaded.items, _restored))
+    tensors = content[-(-num_object_bytes // _ALIGNMENT) * _ALIGNMENT :]
+
+    def restore(value: Any) -> Tensor:
+        """Returns the tensor that a place stands for."""
+        return value.of(tensors) if isinstance(value, _Placed) else value
+
+    return replace(loaded, items=_map_tensors(loaded.items, restore))
 
 
-def _dump(message: Block | Failure) -> Any:
-    return ForkingPickler.dumps(message, 5)  # 5: arrays are copied once less
+def new_memory() -> int:
+    """Returns the descriptor of memory that can be shared, and ends with its last descriptor."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("jest_stream")  # unlike /dev/shm, no container limits it
+    descriptor, path = tempfile.mkstemp(prefix="jest_stream")
+    os.unlink(path)
+    return descriptor
+
+
+def _receive_into(
+    view: memoryview, connection: socket.socket, sentinel: int, deadline: float
+) -> None:
+    position = 0
+    while position < len(view):
+        try:
+            num_bytes = connection.recv_into(view[position:])
+        except BlockingIOError:
+            _wait(connection, sentinel, deadline)
+            continue
+        if num_bytes == 0:
+            raise EOFError
+        position += num_bytes
+
+
+def _wait(connection: socket.socket, sentinel: int, deadline: float) -> None:
+    """Returns when there is something to read; raises if there never will be."""
+    ready = wait([connection, sentinel], max(deadline - time.monotonic(), 0))
+    if not ready:
+        raise TimeoutError
+    if connection not in ready:
+        raise EOFError
+
+
+def _write(memory: int, data: Any) -> None:
+    view = memoryview(data)
+    while view.nbytes:
+        view = view[os.write(memory, view) :]
+
+
+class _Pickler(ForkingPickler):
+    """Tensors within objects of other people travel as bytes, not in named shared memory."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, 5)  # 5: arrays are copied once less
+        self.dispatch_table = copyreg.dispatch_table
 
 
 @dataclass(frozen=True)
-class _Inlined:
-    """A small tensor on its way between processes."""
+class _Placed:
+    """A tensor on its way between processes: where its bytes are, behind the object."""
 
-    array: Any
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
-
-def _inlined(tensor: Tensor) -> Any:
-    """Returns what to send in place of a tensor.
-
-    Fetching a tensor from shared memory takes 0.8 ms however small it is; through the pipe 0.8 MB
-    take 0.3 ms and 10 MB take 13 (2 busy cores).
-    """
-    is_small = tensor.numel() * tensor.element_size() <= _MAX_INLINED_BYTES
-    if is_small and tensor.dtype != torch.bfloat16 and tensor.layout == torch.strided:
-        return _Inlined(tensor.detach().numpy())
-    return tensor
-
-
-def _restored(value: Any) -> Tensor:
-    if isinstance(value, _Inlined):
-        return torch.from_numpy(value.array)
-    # Out of shared memory: every tensor there holds a file descriptor for as long as it lives.
-    copy: Tensor = value.clone()
-    return copy
+    def of(self, memory: np.ndarray[Any, Any]) -> Tensor:
+        """Returns the tensor."""
+        count = int(np.prod(self.shape))
+        if count == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.frombuffer(memory, dtype=self.dtype, count=count, offset=self.offset).reshape(
+            self.shape
+        )
 
 
 def _map_tensors(value: Any, function: Callable[[Any], Any]) -> Any:
     """Returns the value with `function` applied to the tensors in its dicts, lists and tuples."""
-    if isinstance(value, (Tensor, _Inlined)):
+    if isinstance(value, (Tensor, _Placed)):
         return function(value)
     if isinstance(value, dict):
         return {key: _map_tensors(entry, function) for key, entry in value.items()}

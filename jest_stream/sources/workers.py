@@ -1,46 +1,41 @@
 """Lanes read block by block, in this process or in worker processes: the same blocks either way.
 
 In: a source, the lanes to read and where each goes on. Out: `Block`s, one lane after the other.
-This module alone starts processes. Each worker owns some of the lanes and a pipe of its own; the
-reader takes the next block from the worker that owns the next lane, so the order needs no
-agreement between workers, and workers need not divide lanes.
+Each worker owns some of the lanes and a socket of its own; the reader takes the next block from
+the worker that owns the next lane, so the order needs no agreement between workers, and workers
+need not divide lanes.
 
 Why not torch's DataLoader: it reports a killed worker by raising from a signal handler, wherever
 the training loop happens to be, and waits for ever for workers that were killed while they wrote
-to the queue that they share. A pipe of its own ends when its worker does.
+to the queue that they share. A socket of its own ends when its worker does.
 """
 
 from __future__ import annotations
 
-import gc
+import logging
 import os
-import queue
-import signal
-import sys
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import Connection, wait
+from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 import torch.multiprocessing
 
-from jest_stream.errors import ConfigError, StalledError, WorkerDiedError
-from jest_stream.sources import transport
-from jest_stream.sources.blocks import Block, BlockSettings, LaneBlocks
+from jest_stream.errors import BadExampleLimitError, ConfigError
+from jest_stream.sources import process, transport
+from jest_stream.sources.blocks import Block, BlockSettings, LaneBlocks, take_counts
+from jest_stream.sources.process import Worker, WorkerSettings
+from jest_stream.sources.watch import Watchdog
 from jest_stream.types import Cursor, Example, Source
 
 __all__ = ["Block", "BlockReader"]
 
-# A worker reads one turn over its lanes ahead: with blocks of one super-batch or less per turn,
-# about as much as is being scored meanwhile. The bounds are for few lanes, and for descriptors,
-# of which every tensor that waits holds one.
-_MIN_AHEAD, _MAX_AHEAD = 2, 32
+_LOG = logging.getLogger("jest_stream")
 
-_STOP_TIMEOUT_S = 5.0
+_NUM_ON_PROBATION = 1000  # examples, before their rate of bad ones says anything
 
 
 class BlockReader:
@@ -57,8 +52,13 @@ class BlockReader:
       collate: makes the `items` of a block from the items of its examples.
       end_epoch: the epoch not to begin; None for endless lanes.
       on_bad_example: `"skip"` leaves bad examples out and names them in the block.
+      on_bad_shard: `"skip"` leaves the rest of a shard that cannot be read out of the epoch, names
+        it in the block and logs it.
+      max_bad_fraction: share of bad examples, of a thousand or more, above which skipping ends.
       num_workers: processes; more than there are lanes are not started. 0: this one reads.
-      timeout_s: longest wait for a worker's block.
+      timeout_s: longest wait for a worker's block; when reading here takes longer, it is logged.
+      max_ahead_bytes: most bytes of blocks that each worker holds ready.
+      reported_shards: names of bad shards that were logged before; those logged now are added.
     """
 
     def __init__(
@@ -74,8 +74,12 @@ class BlockReader:
         collate: Callable[[list[Any]], Any],
         end_epoch: int | None,
         on_bad_example: Literal["raise", "skip"],
+        on_bad_shard: Literal["raise", "skip"] = "raise",
+        max_bad_fraction: float = 0.01,
         num_workers: int,
         timeout_s: float,
+        max_ahead_bytes: int = 256 << 20,
+        reported_shards: set[str] | None = None,
     ) -> None:
         self._settings = BlockSettings(
             source=source,
@@ -86,13 +90,19 @@ class BlockReader:
             collate=collate,
             end_epoch=end_epoch,
             on_bad_example=on_bad_example,
+            on_bad_shard=on_bad_shard,
         )
+        self._max_bad_fraction = max_bad_fraction
         self._num_workers = num_workers
         self._timeout_s = timeout_s
+        self._max_ahead_bytes = max_ahead_bytes
+        self._reported_shards = set() if reported_shards is None else reported_shards
         self._turns = deque(lanes)  # lanes that have not ended; the next one first
         self._local: dict[int, LaneBlocks] = {}
-        self._workers: dict[int, _Worker] = {}  # by lane
-        self._stop_workers: Callable[[], object] | None = None
+        self._workers: dict[int, Worker] = {}  # by lane
+        self._watchdog: Watchdog | None = None  # while lanes are read here
+        self._stop: Callable[[], object] | None = None
+        self._num_good = self._num_bad = 0
         self.cursors: dict[int, Cursor] = {lane: cursors[lane] for lane in lanes}
         """Per lane, what comes behind the last block handed out."""
 
@@ -105,6 +115,7 @@ class BlockReader:
         Raises:
           WorkerDiedError: for a worker process that is gone.
           StalledError: for one that gave nothing for `timeout_s`.
+          BadExampleLimitError: if too many examples are bad, in a row or in all.
           ConfigError: if the settings cannot be sent to a worker process.
           Exception: what the source or `prepare` raised, with its own type.
         """
@@ -112,10 +123,11 @@ class BlockReader:
             self.close()
             return None
         try:
+            self._check_rate()
             if not self._local and not self._workers:
                 self._open()
             lane = self._turns[0]
-            block = self._local[lane].read() if self._local else self._receive(lane)
+            block = self._read_here(lane) if self._local else self._receive(lane)
         except BaseException:
             self.close()
             raise
@@ -124,6 +136,9 @@ class BlockReader:
             self._turns.append(lane)
         if block.cursors:
             self.cursors[lane] = block.cursors[-1]
+        self._num_good += block.num_examples
+        self._num_bad += len(block.skipped)
+        self._report(block)
         return block
 
     def close(self) -> None:
@@ -132,9 +147,10 @@ class BlockReader:
             lane.close()
         self._local = {}
         self._workers = {}
-        if self._stop_workers is not None:
-            self._stop_workers()
-            self._stop_workers = None
+        self._watchdog = None
+        if self._stop is not None:
+            self._stop()
+            self._stop = None
 
     def __repr__(self) -> str:
         workers = len(set(self._workers.values()))
@@ -144,6 +160,10 @@ class BlockReader:
         lanes = list(self._turns)
         num_workers = min(self._num_workers, len(lanes))
         if num_workers == 0:
+            watchdog = Watchdog(self._timeout_s, f"reading {self._settings.source!r}")
+            # Also runs when the reader is dropped, and at interpreter exit.
+            self._stop = weakref.finalize(self, watchdog.close)
+            self._watchdog = watchdog
             self._local = {
                 lane: LaneBlocks(self._settings, lane, self.cursors[lane]) for lane in lanes
             }
@@ -151,165 +171,54 @@ class BlockReader:
         context = torch.multiprocessing.get_context()
         if context.get_start_method() != "fork":
             _check_picklable(self._settings)
-        workers: list[_Worker] = []
-        # Also runs when the reader is dropped, and at interpreter exit.
-        self._stop_workers = weakref.finalize(self, _stop, workers, os.getpid())
+        workers: list[Worker] = []
+        self._stop = weakref.finalize(self, process.stop, workers, os.getpid())
         for number in range(num_workers):
-            own = {lane: self.cursors[lane] for lane in lanes[number::num_workers]}
-            worker = _Worker(context, f"{number} of {num_workers}", self._settings, own)
+            own = WorkerSettings(
+                blocks=self._settings,
+                cursors={lane: self.cursors[lane] for lane in lanes[number::num_workers]},
+                max_ahead_bytes=self._max_ahead_bytes,
+            )
+            worker = Worker(context, f"{number} of {num_workers}", own)
             workers.append(worker)
-            self._workers.update(dict.fromkeys(own, worker))
+            self._workers.update(dict.fromkeys(own.cursors, worker))
+
+    def _read_here(self, lane: int) -> Block:
+        assert self._watchdog is not None
+        with self._watchdog:
+            return self._local[lane].read()
 
     def _receive(self, lane: int) -> Block:
         message = self._workers[lane].receive(self._timeout_s)
         if isinstance(message, transport.Failure):
             raise message.error from transport.WorkerTraceback(message.traceback)
         assert message.lane == lane
-        return message
+        counts = dict(message.counts)
+        for name, amount in take_counts(self._settings.source).items():  # of this process
+            counts[name] = counts.get(name, 0) + amount
+        return replace(message, counts=counts)
 
-
-class _Worker:
-    """A worker process, as the training process sees it."""
-
-    def __init__(
-        self,
-        context: Any,
-        name: str,
-        settings: BlockSettings,
-        cursors: Mapping[int, Cursor],
-    ) -> None:
-        self._name = name
-        self._lanes = list(cursors)
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_work, args=(theirs, settings, cursors), name=f"jest_stream worker {name}"
+    def _check_rate(self) -> None:
+        """Raises if too many of the examples handed out so far were bad; begins anew then."""
+        total, num_bad = self._num_good + self._num_bad, self._num_bad
+        if total < _NUM_ON_PROBATION or num_bad <= self._max_bad_fraction * total:
+            return
+        self._num_good = self._num_bad = 0
+        raise BadExampleLimitError(
+            f"{num_bad:,} of {total:,} examples are bad, more than "
+            f"max_bad_fraction={self._max_bad_fraction:g}. Look at the metrics named skipped/..., "
+            "and repair or filter the data, or raise max_bad_fraction if that many are expected."
         )
-        self._process.daemon = True
-        try:
-            self._process.start()
-        finally:
-            theirs.close()  # so that the pipe ends when the worker does
 
-    def receive(self, timeout_s: float) -> Block | transport.Failure:
-        """Returns the worker's next message."""
-        ready = wait([self._connection, self._process.sentinel], timeout_s)
-        if not ready:
-            raise StalledError(
-                f"{self._title()} gave nothing for timeout_s={timeout_s:g} seconds. A transform "
-                "that hangs, or storage that does? If it is only slow, raise timeout_s or use "
-                "more workers."
-            )
-        try:
-            message = transport.load(self._connection.recv_bytes())
-            self._connection.send_bytes(b"")  # it may read one more block ahead
-        except (EOFError, OSError) as error:
-            self._process.join(_STOP_TIMEOUT_S)
-            if self._process.exitcode is None:
-                raise  # it lives: the error is ours
-            self._raise_died(error)
-        return message
-
-    def ask_to_stop(self) -> None:
-        """Lets the process end, whatever it is doing."""
-        self._process.terminate()
-
-    def join(self) -> None:
-        """Waits until the process is gone, and lets go of its descriptors."""
-        self._process.join(_STOP_TIMEOUT_S)
-        if self._process.exitcode is None:
-            self._process.kill()
-            self._process.join()
-        self._process.close()
-        self._connection.close()
-
-    def _title(self) -> str:
-        lanes = ", ".join(map(str, self._lanes[:8])) + (", ..." if len(self._lanes) > 8 else "")
-        return f"worker {self._name} (process {self._process.pid}), which reads lanes {lanes},"
-
-    def _raise_died(self, cause: BaseException) -> NoReturn:
-        status = self._process.exitcode
-        how, why = f"ended with status {status}", "A transform that calls exit?"
-        if status < 0:
-            how = f"was killed by {signal.Signals(-status).name}"
-            why = "Look for the reason in the system log."
-        if status == -signal.SIGKILL:
-            why = "Often the system is out of memory: use fewer workers or a smaller super-batch."
-        elif status == -signal.SIGBUS:
-            why = "Often /dev/shm is full: give the container more shared memory (--shm-size)."
-        raise WorkerDiedError(f"{self._title()} {how}. {why}") from cause
-
-
-def _stop(workers: list[_Worker], owner_pid: int) -> None:
-    """Ends all workers; does nothing in a process that was forked off their owner."""
-    if os.getpid() != owner_pid:
-        return
-    for worker in workers:
-        worker.ask_to_stop()
-    for worker in workers:
-        worker.join()
-    workers.clear()
-
-
-def _work(connection: Connection, settings: BlockSettings, cursors: Mapping[int, Cursor]) -> None:
-    """What a worker process does: blocks of its lanes in turn, until it is stopped."""
-    is_stopped = False
-
-    def stop(*_: object) -> None:
-        """Unwinds, so that nothing is left behind."""
-        nonlocal is_stopped
-        is_stopped = True  # what is raised here may be swallowed: Cython's imports do
-        sys.exit()
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process
-    # What was inherited is never collected here: its destructors may touch the GPU.
-    gc.freeze()
-    torch.set_num_threads(1)
-    parent_pid = os.getppid()
-    outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    # Writing waits while the training process computes; reading and decoding go on meanwhile.
-    threading.Thread(target=_send, args=(connection, outbox), daemon=True).start()
-    lanes = {lane: LaneBlocks(settings, lane, cursor) for lane, cursor in cursors.items()}
-    turns = deque(lanes)
-    num_free = min(max(_MIN_AHEAD, len(turns)), _MAX_AHEAD)
-    while turns and not is_stopped:
-        lane = turns.popleft()
-        try:
-            block = lanes[lane].read()
-            message = transport.dump_block(block)
-        except Exception as error:
-            message = transport.dump_failure(error)
-            turns.clear()
-        else:
-            if not block.is_end:
-                turns.append(lane)
-        if num_free == 0:
-            _wait_for_parent(connection, parent_pid)
-            num_free += 1
-        num_free -= 1
-        outbox.put(message)
-    while not is_stopped:  # tensors live here until they are fetched: wait to be stopped
-        _wait_for_parent(connection, parent_pid)
-
-
-def _send(connection: Connection, outbox: queue.SimpleQueue[Any]) -> None:
-    try:
-        while True:
-            connection.send_bytes(outbox.get())
-    except OSError:
-        pass  # nobody reads any more; the main thread will notice
-
-
-def _wait_for_parent(connection: Connection, parent_pid: int) -> None:
-    """Returns when the training process has taken a block; exits when it is gone."""
-    # Its end of the pipe may have been inherited by another worker and outlive it: look for it.
-    while not connection.poll(1.0):
-        if os.getppid() != parent_pid:
-            sys.exit(1)
-    try:
-        connection.recv_bytes()
-    except (EOFError, OSError):
-        sys.exit(1)
+    def _report(self, block: Block) -> None:
+        """Logs bad shards, each once."""
+        for _, skip in block.skipped_shards:
+            if skip.shard not in self._reported_shards:
+                self._reported_shards.add(skip.shard)
+                _LOG.warning(
+                    'on_bad_shard="skip" leaves the rest of a shard out of this epoch: %s',
+                    skip.message,
+                )
 
 
 def _check_picklable(settings: BlockSettings) -> None:

@@ -1,11 +1,13 @@
-"""Samples per second of `TarSource` against webdataset: same shards, same decoding, one run.
+"""Samples per second of `TarSource` against webdataset and `datasets`: same shards, same decoding.
 
     python tests/benchmarks/bench_sources.py [--shards 8] [--examples 1000] [--rounds 7]
 
-Rounds alternate between the two, so that noise of the machine hits both; medians and the median
-of the paired ratios are printed. `encoded` reads members only, `decoded` also makes a PIL image,
-a str and parsed json of each example. Workers: our `BlockReader` against webdataset in torch's
-`DataLoader`, both handing over the decoded image as a tensor.
+The shards are real: the demo's icons at 96 px as JPEG, with their names and a json. Rounds
+alternate between two readers, so that noise of the machine hits both; medians and the median of
+the paired ratios are printed, and the machine's load before and after. `encoded` reads members
+only, `decoded` also makes a PIL image, a str and parsed json of each example. Workers: our
+`BlockReader` against webdataset in torch's `DataLoader`, both handing over the decoded image as a
+tensor. `datasets` is told not to decode images: the same function does.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +34,9 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shards import write_shards  # noqa: E402
+from shards import members, write_tar  # noqa: E402
 
+from jest_stream.demo import data  # noqa: E402
 from jest_stream.sources import TarSource  # noqa: E402
 from jest_stream.sources.decode import Decoded  # noqa: E402
 from jest_stream.sources.workers import BlockReader  # noqa: E402
@@ -95,6 +100,43 @@ def theirs(paths: list[str], decode: Callable[[Any], Any] | None) -> Iterator[An
         yield decode(example) if decode else example
 
 
+def streamed(paths: list[str]) -> Iterator[Any]:
+    """Yields what `datasets` streams; it parses text and json by itself."""
+    from datasets import load_dataset
+
+    files = {"train": paths}
+    stream = load_dataset("webdataset", data_files=files, split="train", streaming=True)
+    for example in stream.decode(False):
+        image = Image.open(io.BytesIO(example["jpg"]["bytes"])).convert("RGB")
+        yield {"image": image, "text": example["txt"], "json": example["json"]}
+
+
+def write_icons(folder: Path, *, num_shards: int, examples_per_shard: int, size: int) -> list[str]:
+    """Writes the demo's icons as JPEGs of `size` pixels with text and json; returns the paths."""
+    source = TarSource(data.unpack(folder / "unpacked"))
+    examples = (example for shard in range(source.num_shards) for example, _ in source.read(shard))
+    paths = []
+    for shard in range(num_shards):
+        rows = []
+        for example in islice(examples, examples_per_shard):
+            decoded = Decoded(example)
+            name = next(name for name in ("png", "webp", "jpg") if name in decoded)
+            stream = io.BytesIO()
+            image = decoded[name].resize((size, size), Image.Resampling.BICUBIC)
+            image.save(stream, "JPEG", quality=90)
+            record = {"text": decoded["txt"], "size": size, "key": example["__key__"]}
+            rows.append(
+                {
+                    "__key__": f"{shard:03d}{len(rows):05d}",
+                    "jpg": stream.getvalue(),
+                    "txt": example["txt"],
+                    "json": json.dumps(record).encode(),
+                }
+            )
+        paths.append(write_tar(folder / f"icons-{shard:05d}.tar", members(rows)))
+    return paths
+
+
 def our_workers(paths: list[str], num_workers: int) -> Iterator[int]:
     source = TarSource(paths)
     lanes = range(len(paths))
@@ -129,14 +171,16 @@ def rate(samples: Iterator[Any]) -> float:
     return count / (time.perf_counter() - start)
 
 
-def compare(name: str, rounds: int, our: Callable[[], Any], their: Callable[[], Any]) -> float:
+def compare(
+    name: str, rounds: int, our: Callable[[], Any], their: Callable[[], Any], who: str
+) -> float:
     """Prints the medians of both and returns the median of the paired ratios."""
     rate(our())
     rate(their())
     pairs = [(rate(our()), rate(their())) for _ in range(rounds)]
     our_rate, their_rate = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
-    print(f"{name:<22} ours {our_rate:8,.0f}/s  webdataset {their_rate:8,.0f}/s  x{ratio:.2f}")
+    print(f"{name:<22} ours {our_rate:8,.0f}/s  {who:<10} {their_rate:8,.0f}/s  x{ratio:.2f}")
     return ratio
 
 
@@ -150,28 +194,37 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module="webdataset")
     torch.set_num_threads(1)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before `datasets` is imported
+    print("load", *(f"{load:.2f}" for load in os.getloadavg()), "before")
     with tempfile.TemporaryDirectory() as folder:
-        paths = arguments.paths or write_shards(
+        os.environ.setdefault("HF_DATASETS_CACHE", folder)
+        paths = arguments.paths or write_icons(
             Path(folder),
             num_shards=arguments.shards,
             examples_per_shard=arguments.examples,
             size=arguments.size,
         )
-        rounds = arguments.rounds
-        compare("encoded", rounds, lambda: ours(paths, None), lambda: theirs(paths, None))
+        compare_all(paths, arguments.rounds)
+    print("load", *(f"{load:.2f}" for load in os.getloadavg()), "after")
+
+
+def compare_all(paths: list[str], rounds: int) -> None:
+    """Prints every comparison."""
+    compare("encoded", rounds, lambda: ours(paths, None), lambda: theirs(paths, None), "webdataset")
+
+    def decoded() -> Iterator[Any]:
+        return ours(paths, our_decode)
+
+    compare("decoded", rounds, decoded, lambda: theirs(paths, plain_decode), "webdataset")
+    compare("decoded", rounds, decoded, lambda: streamed(paths), "datasets")
+    for num_workers in (1, 2):
         compare(
-            "decoded",
+            f"decoded, {num_workers} workers",
             rounds,
-            lambda: ours(paths, our_decode),
-            lambda: theirs(paths, plain_decode),
+            lambda n=num_workers: our_workers(paths, n),
+            lambda n=num_workers: their_workers(paths, n),
+            "webdataset",
         )
-        for num_workers in (1, 2):
-            compare(
-                f"decoded, {num_workers} workers",
-                rounds,
-                lambda n=num_workers: our_workers(paths, n),
-                lambda n=num_workers: their_workers(paths, n),
-            )
 
 
 if __name__ == "__main__":

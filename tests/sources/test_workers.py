@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 import torch.multiprocessing
+from leaks import children, no_leaks
 from shards import write_shards
 
 from jest_stream.errors import ConfigError
@@ -21,6 +22,9 @@ from jest_stream.sources import IterableSource, TarSource
 from jest_stream.sources.decode import Decoded
 from jest_stream.sources.workers import Block, BlockReader
 from jest_stream.types import Cursor, Example, Source
+
+__all__ = ["no_leaks"]
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 LANES = 5  # which neither 2 nor 3 workers divide
 
@@ -80,16 +84,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> TarSource:
     """11 shards of 9 examples: lanes of 3, 2, 2, 2, 2 shards."""
     folder = tmp_path_factory.mktemp("shards")
     return TarSource(write_shards(folder, num_shards=11, examples_per_shard=9, size=8))
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_behind() -> Iterator[None]:
-    """No child process and no descriptor may survive a test."""
-    process = psutil.Process()
-    before = process.num_fds()
-    yield
-    assert process.children() == []
-    assert process.num_fds() <= before + 1  # torch opens /dev/urandom once
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 9])
@@ -169,7 +163,7 @@ def test_closing_between_any_two_blocks_changes_nothing(source: Source, num_work
         if len(blocks) % 4 == 1 or num_workers == 0:
             reader.close()
             reader.close()
-            assert psutil.Process().children() == []
+            assert children() == []
     assert blocks == expected
     assert reader.read() is None
 
@@ -244,6 +238,9 @@ def rows_of_every_kind(example: Example) -> dict[str, Any]:
         "tokens": {"ids": torch.randint(9, (5,)), "empty": torch.zeros(0)},
         "bytes": ("jpg", example["jpg"]),
         "tuple": (torch.ones(2), "x"),
+        "complex": torch.tensor([1 + 2j]).conj(),
+        "sparse": torch.eye(2).to_sparse(),
+        "transposed": torch.arange(6.0).reshape(2, 3).t(),
     }
 
 
@@ -276,6 +273,8 @@ def test_tensors_of_every_kind_arrive_whole_and_hold_no_descriptor(source: Sourc
             assert torch.equal(row["tokens"]["ids"], other["tokens"]["ids"])
             row["tokens"]["ids"].add_(1)  # writable, and nobody else's
             assert row["tokens"]["empty"].shape == (0,)
+            for name in ("complex", "sparse", "transposed"):
+                assert torch.equal(row[name].to_dense(), other[name].to_dense()), name
 
 
 @pytest.mark.parametrize("make", [list, iter])
@@ -314,6 +313,65 @@ def test_workers_read_ahead_while_nobody_asks(tmp_path: Path, source: Source) ->
     pause.wait(0.2)  # in which it could overrun
     assert len(list(tmp_path.iterdir())) == ahead
     reader.close()
+
+
+@pytest.mark.parametrize(
+    ("max_ahead_bytes", "num_waiting"),
+    [(3 << 20, 3), (1, 1), (1 << 40, LANES)],
+    ids=["three blocks", "less than one", "no limit"],
+)
+def test_what_waits_is_bounded_in_bytes_too(
+    tmp_path: Path, source: Source, max_ahead_bytes: int, num_waiting: int
+) -> None:
+    """Blocks of 0.9 MB. One may always wait, or nothing would ever arrive."""
+
+    def note(example: Example) -> torch.Tensor:
+        (tmp_path / example["__key__"]).touch()
+        return torch.zeros(900_000, dtype=torch.uint8)
+
+    reader = open_reader(
+        source,
+        num_workers=1,
+        prepare=note,
+        collate=list,
+        block_size=1,
+        end_epoch=None,
+        max_ahead_bytes=max_ahead_bytes,
+    )
+    assert reader.read() is not None
+    ahead = 1 + num_waiting + 1  # the block taken, those that wait, the one being held back
+    pause, deadline = threading.Event(), time.monotonic() + 20
+    while len(list(tmp_path.iterdir())) < ahead and time.monotonic() < deadline:
+        pause.wait(0.01)
+    pause.wait(0.2)  # in which it could overrun
+    assert len(list(tmp_path.iterdir())) == ahead
+    reader.close()
+
+
+@pytest.mark.parametrize("max_ahead_bytes", [1, 10_000])
+def test_the_limit_of_bytes_changes_no_block(source: Source, max_ahead_bytes: int) -> None:
+    expected = [content(block) for block in read_all(open_reader(source))]
+    reader = open_reader(source, num_workers=3, max_ahead_bytes=max_ahead_bytes)
+    assert [content(block) for block in read_all(reader)] == expected
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 65_000, 66_000, 5_000_000])
+def test_blocks_of_every_size_arrive_whole(source: Source, num_bytes: int) -> None:
+    def prepare(example: Example) -> Any:
+        generator = np.random.default_rng(int(example["__key__"]))
+        data = generator.integers(256, size=num_bytes, dtype=np.uint8)
+        return data.tobytes() + b"!", torch.from_numpy(data)
+
+    settings: dict[str, Any] = {"prepare": prepare, "collate": list, "block_size": 1}
+    expected = open_reader(source, **settings)
+    reader = open_reader(source, num_workers=2, **settings)
+    for _ in range(20):
+        ours, theirs = reader.read(), expected.read()
+        assert ours is not None and theirs is not None
+        assert ours.items[0][0] == theirs.items[0][0]
+        assert torch.equal(ours.items[0][1], theirs.items[0][1])
+    reader.close()
+    expected.close()
 
 
 def test_repr_shows_the_live_state(source: Source) -> None:
