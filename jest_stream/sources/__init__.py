@@ -14,30 +14,45 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from jest_stream.errors import ConfigError
+from jest_stream.sources.huggingface import HuggingFaceSource, is_dataset, is_repository
 from jest_stream.sources.iterable import IterableSource
 from jest_stream.sources.tar import TarSource
+from jest_stream.storage import StorageConfig
 from jest_stream.types import Source
 
-__all__ = ["IterableSource", "TarSource", "open_source"]
+__all__ = ["HuggingFaceSource", "IterableSource", "TarSource", "open_source"]
 
 
-def open_source(source: Any) -> Source:
+def open_source(source: Any, *, storage: StorageConfig | None = None) -> Source:
     """Returns the source that `source` stands for.
 
     Args:
-      source: paths, patterns or `file://` addresses of tar shards, alone or in a list; a `Source`,
-        which is returned as it is; or any iterable of examples or `(image, text)` pairs.
+      source: addresses of tar shards or of manifests (paths, patterns, `s3://`, `https://`, ...),
+        alone or in a list; `"hf://datasets/org/name"`; a dataset of `datasets`; a `Source`, which
+        is returned as it is; or any iterable of examples or `(image, text)` pairs.
+      storage: how addresses are read; of no use for anything else.
 
     Raises:
       ConfigError: for anything else, with what to pass instead.
       UnsafeDataError: for an address outside the allow-list.
       ShardUnavailableError: for a shard that does not exist.
     """
+    if is_repository(source):
+        return HuggingFaceSource(source, storage=storage)
     if isinstance(source, (str, os.PathLike)) or _is_list_of_paths(source):
-        return TarSource(source)
+        return TarSource(source, storage=storage)
+    if storage is not None:
+        raise ConfigError(
+            f"storage=... says how addresses are read, but source is a {type(source).__name__}. "
+            "Pass storage to the source itself, where it takes one, or leave it out."
+        )
     if all(hasattr(source, name) for name in ("num_shards", "fingerprint", "shard_name", "read")):
         opened: Source = source
         return opened
+    if is_dataset(source) or (
+        isinstance(source, Mapping) and any(map(is_dataset, source.values()))
+    ):
+        return HuggingFaceSource(source)
     if isinstance(source, DataLoader):
         raise ConfigError(
             "source is a DataLoader, which yields batches: examples could not be chosen one by "

@@ -1,0 +1,221 @@
+"""`HuggingFaceSource`: repositories of the Hugging Face Hub, and objects of `datasets`.
+
+In: `"hf://datasets/org/name"`, a `datasets.IterableDataset` or a `datasets.Dataset`. Out: examples
+as every source gives them, undecoded. Chooses the reader: ours for the tars and Parquet files of a
+repository, which notices damage and seeks; that of `datasets` for its own objects.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from jest_stream.errors import BadExampleError, ConfigError
+from jest_stream.sources.hub import HubFiles, find_files, parse_repository
+from jest_stream.sources.parquet import ParquetFile, ParquetSource
+from jest_stream.sources.stream import StreamSource
+from jest_stream.sources.table import TableSource
+from jest_stream.sources.tar import TarSource
+from jest_stream.storage import StorageConfig
+from jest_stream.types import Example, Source
+
+
+class HuggingFaceSource:
+    """Image-text pairs of the Hugging Face Hub, or of a dataset of the `datasets` library.
+
+    A repository of tars (webdataset) or Parquet files is resolved once, where the source is made:
+    the revision becomes a commit, the files of the split are listed, and workers are sent the
+    result. From then on it is read like any shards: strictly (a file that was cut is an error) and
+    resumed exactly, tars by byte offset, Parquet files by row. Nothing of a repository is executed.
+
+    An object of `datasets` is read by `datasets`. Where exactness ends:
+
+    - A `Dataset` is read by row, and resumes exactly.
+    - An `IterableDataset` resumes at the position within each of its shards, by passing over what
+      came before (`datasets` reads it again). That is exact as long as the dataset gives the same
+      examples in the same order every time: not with a random `map` or an unseeded
+      `interleave_datasets`. After `take`, `skip`, `repeat` or `interleave_datasets` it is one
+      shard, since its shards alone would give other examples. What it reads is trusted: `datasets`
+      takes a tar that was cut between two members for a shorter one. Pass the repository's name
+      instead where you can.
+    - A dataset after `.shuffle()` is refused: its buffer is in no checkpoint. Shards are shuffled
+      and mixed here. So is one after `split_dataset_by_node`: lanes are dealt to ranks here.
+
+    Examples hold `image` (the file's bytes), `text`, and the columns that are numbers, strings, or
+    lists or structs of these, under their own names; of tars, all members. Null values are left
+    out, so that a null caption is a bad example.
+
+    Args:
+      dataset_or_name: `"hf://datasets/org/name"`, perhaps with `@revision`; or `"org/name"`; or a
+        `datasets.IterableDataset` or `datasets.Dataset`.
+      split: of a repository.
+      config: configuration of a repository that has several.
+      revision: branch, tag or commit of a repository. Name a commit to be able to resume after the
+        branch has moved.
+      token: for a private or gated repository. Default: that of the environment (`HF_TOKEN`, or
+        `hf auth login`), which never leaves the processes that read.
+      image_key: column of the images; of tables only. Default: the column that is declared to hold
+        images, or the only one that can.
+      text_key: column of the texts, likewise. A column within a struct is written `"meta.caption"`.
+      storage: how a repository is read; `StorageConfig(options={"hf": {"endpoint": ...}})` for a
+        Hub of your own.
+
+    Raises:
+      ConfigError: if there is no such repository, revision, configuration, split or column, it may
+        not be read, it needs a script, or the dataset has no order; with what to do.
+      ShardUnavailableError: if the Hub cannot be reached.
+    """
+
+    def __init__(
+        self,
+        dataset_or_name: Any,
+        *,
+        split: str = "train",
+        config: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        image_key: str | None = None,
+        text_key: str | None = None,
+        storage: StorageConfig | None = None,
+    ) -> None:
+        keys: dict[str, str | None] = {"image_key": image_key, "text_key": text_key}
+        self._files: HubFiles | None = None
+        self._source: Source
+        if not isinstance(dataset_or_name, str | os.PathLike):
+            self._source = _source_of(dataset_or_name, keys)
+            return
+        name, written_revision = _repository(str(dataset_or_name))
+        if revision and written_revision and revision != written_revision:
+            raise ConfigError(
+                f"revision={revision!r} contradicts the address, which says {written_revision!r}. "
+                "Name it once."
+            )
+        storage = _with_token(storage or StorageConfig(), token)
+        self._files = find_files(
+            name,
+            split=split,
+            config=config,
+            revision=revision or written_revision,
+            storage=storage,
+        )
+        if self._files.kind == "tar":
+            _refuse_keys(keys)
+            self._source = TarSource(self._files.urls, storage=storage)
+        else:
+            shards = [
+                ParquetFile(url, info, path.rpartition(".")[0])
+                for url, info, path in zip(
+                    self._files.urls, self._files.infos, self._files.paths, strict=True
+                )
+            ]
+            self._source = ParquetSource(
+                shards, image_key=image_key, text_key=text_key, storage=storage
+            )
+
+    @property
+    def num_shards(self) -> int:
+        """Files of the repository, shards of the stream, or parts of the dataset."""
+        return self._source.num_shards
+
+    @property
+    def num_examples(self) -> Sequence[int] | None:
+        """Examples of each shard, where that is cheap to know: not of tars, nor of streams.
+
+        The first access reads the footers of all Parquet files.
+        """
+        counts: Sequence[int] | None = getattr(self._source, "num_examples", None)
+        return counts
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that a repository is read at; None for an object."""
+        return None if self._files is None else self._files.commit
+
+    @property
+    def fingerprint(self) -> str:
+        """Of a repository: names, lengths and ids of the files, and the columns; not the commit."""
+        if self._files is None or self._files.kind == "tar":
+            return self._source.fingerprint if self._files is None else self._files.digest
+        return f"{self._files.digest}|{self._source.fingerprint.partition('|')[2]}"
+
+    def shard_name(self, shard: int) -> str:
+        """Returns what to call a shard in a message."""
+        return self._source.shard_name(shard)
+
+    def read(
+        self, shard: int, *, offset: int = 0, index: int = 0
+    ) -> Iterator[tuple[Example | BadExampleError, int]]:
+        """Yields the examples from `offset` or behind the first `index`; see `types.Source`."""
+        return self._source.read(shard, offset=offset, index=index)
+
+    def take_counts(self) -> dict[str, int]:
+        """Returns what storage counted in this process since the last call."""
+        take = getattr(self._source, "take_counts", None)
+        return {} if take is None else take()
+
+    def __repr__(self) -> str:
+        if self._files is None:
+            return f"<HuggingFaceSource {self.num_shards} shards | {self.shard_name(0)} ...>"
+        where = f"{self._files.repository}@{self._files.commit[:12]}"
+        return f"<HuggingFaceSource {where} | {self.num_shards} {self._files.kind} files>"
+
+
+def is_dataset(source: Any) -> bool:
+    """Whether an object is a `Dataset` or `IterableDataset` of the `datasets` library."""
+    datasets = sys.modules.get("datasets")  # where it is not imported, there is no object of it
+    return datasets is not None and isinstance(source, datasets.Dataset | datasets.IterableDataset)
+
+
+def is_repository(source: Any) -> bool:
+    """Whether an address names a repository of datasets, not files within one."""
+    return (
+        isinstance(source, str)
+        and source.lower().startswith("hf://datasets/")
+        and parse_repository(source) is not None
+    )
+
+
+def _source_of(dataset: Any, keys: Mapping[str, str | None]) -> Source:
+    datasets = sys.modules.get("datasets")
+    if isinstance(dataset, Mapping) and dataset and all(map(is_dataset, dataset.values())):
+        raise ConfigError(
+            f"the dataset has the splits {', '.join(map(str, dataset))}: pass one of them, such as "
+            f"dataset[{next(iter(dataset))!r}]."
+        )
+    if datasets is None or not is_dataset(dataset):
+        raise ConfigError(
+            f"HuggingFaceSource takes 'hf://datasets/org/name', a datasets.IterableDataset or a "
+            f"datasets.Dataset, got a {type(dataset).__name__}."
+        )
+    if isinstance(dataset, datasets.IterableDataset):
+        return StreamSource(dataset, image_key=keys["image_key"], text_key=keys["text_key"])
+    return TableSource(dataset, image_key=keys["image_key"], text_key=keys["text_key"])
+
+
+def _repository(address: str) -> tuple[str, str | None]:
+    found = parse_repository(address)
+    if found is None:
+        raise ConfigError(
+            f"{address!r} is no repository of datasets: it is written hf://datasets/org/name, or "
+            "hf://datasets/org/name@revision. Single tars are read by TarSource."
+        )
+    return found
+
+
+def _refuse_keys(keys: Mapping[str, str | None]) -> None:
+    given = [f"{name}={key!r}" for name, key in keys.items() if key is not None]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)} name columns of tables, but this repository holds tars. Pass them "
+            "to JESTDataset, where they name members."
+        )
+
+
+def _with_token(storage: StorageConfig, token: str | None) -> StorageConfig:
+    if token is None:
+        return storage
+    hub = {**storage.options.get("hf", {}), "token": token}
+    return replace(storage, options={**storage.options, "hf": hub})

@@ -1,0 +1,160 @@
+"""A streaming `datasets.IterableDataset` as a source: its shards, its order, its way of reading.
+
+In: an `IterableDataset`. Out: examples with undecoded images. Resumes by position within a shard:
+`datasets` reads the shard from its start and passes over what came before, undecoded. No threads of
+ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+from jest_stream.errors import BadExampleError, ConfigError
+from jest_stream.sources.columns import columns_of, columns_of_row, example_of
+from jest_stream.sources.images import ImageFiles
+from jest_stream.types import Example
+
+# Steps that do to each shard what they do to the whole. Others (take, skip, repeat, interleave)
+# give other examples shard by shard: `skip(7)` would be dealt out over the shards.
+_PER_SHARD = frozenset(
+    "NoneType ExamplesIterable ArrowExamplesIterable RebatchedArrowExamplesIterable "
+    "SelectColumnsIterable TypedExamplesIterable MappedExamplesIterable FilteredExamplesIterable "
+    "FormattedExamplesIterable VerticallyConcatenatedMultiSourcesExamplesIterable".split()
+)
+
+
+class StreamSource:
+    """The shards of a `datasets.IterableDataset`; one shard where its steps cannot be split.
+
+    Args:
+      dataset: the dataset, neither shuffled nor split by node.
+      image_key: column of the images; None to find it.
+      text_key: column of the texts, likewise.
+
+    Raises:
+      ConfigError: if the columns cannot be told, the dataset is empty, shuffled, or split by node.
+    """
+
+    def __init__(self, dataset: Any, *, image_key: str | None, text_key: str | None) -> None:
+        _check_order(dataset)
+        is_splittable = _kinds(dataset) <= _PER_SHARD
+        self._num_shards = int(dataset.num_shards) if is_splittable else 1
+        dataset = dataset.with_format(None)
+        features = dataset.features
+        self._name = _name_of(dataset)
+        if features is None:
+            row = next(iter(dataset.take(1)), None)
+            if row is None:
+                raise ConfigError(f"{self._name} is empty.")
+            self._columns = columns_of_row(row, image_key, text_key, self._name)
+        else:
+            self._columns = columns_of(features.arrow_schema, image_key, text_key, self._name)
+            dataset = _undecoded(dataset.select_columns(list(self._columns.names)))
+        self._dataset = dataset
+        known = f"{self._name}|{self._num_shards}|{features}|{dataset.split}"
+        self._fingerprint = hashlib.blake2b(known.encode(), digest_size=16).hexdigest()
+
+    @property
+    def num_shards(self) -> int:
+        """How many shards the dataset has; 1 if its shards alone give other examples."""
+        return self._num_shards
+
+    @property
+    def num_examples(self) -> None:
+        """None: how many examples a stream gives is not known before its end."""
+        return None
+
+    @property
+    def fingerprint(self) -> str:
+        """Name, split, columns and number of shards: what they hold cannot be told."""
+        return self._fingerprint
+
+    def shard_name(self, shard: int) -> str:
+        """Returns the name of the dataset and the number of the shard."""
+        return f"{self._name}, shard {shard} of {self.num_shards}"
+
+    def read(
+        self, shard: int, *, offset: int = 0, index: int = 0
+    ) -> Iterator[tuple[Example | BadExampleError, int]]:
+        """Yields the examples behind the first `index` of the shard: see `types.Source`."""
+        del offset
+        name, files = self.shard_name(shard), ImageFiles()
+        # Always a dataset of its own: `_behind` sets its state.
+        part = self._dataset.with_format(None)
+        if self._num_shards > 1:
+            part = part.shard(num_shards=self._num_shards, index=shard)
+        rows = iter(_behind(part, index))
+        try:
+            for row in rows:
+                example = example_of(
+                    row, self._columns, key=f"{shard}/{index}", shard=name, load=files.load
+                )
+                index += 1
+                yield example, index
+        finally:
+            rows.close()
+
+    def __repr__(self) -> str:
+        return f"<StreamSource {self.num_shards} shards | {self._name}>"
+
+
+def _behind(part: Any, index: int) -> Any:
+    """Returns a dataset without its first `index` examples."""
+    if index == 0:
+        return part
+    state = part.state_dict()
+    plain = state["examples_iterable"]
+    is_count = set(plain) == {"shard_idx", "shard_example_idx", "type"}
+    if is_count and plain["type"] == "ExamplesIterable" and part.num_shards == 1:
+        # Its state is a count of examples and no more: they are passed over before any is made.
+        plain["shard_example_idx"] = index
+        part.load_state_dict(state)
+        return part
+    return part.skip(index)
+
+
+def _undecoded(dataset: Any) -> Any:
+    """Returns the dataset with images as the bytes that they are stored as."""
+    datasets = importlib.import_module("datasets")
+    for name, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image) and feature.decode:
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    return dataset
+
+
+def _check_order(dataset: Any) -> None:
+    """Refuses what has no order of its own that could be gone back to."""
+    shuffled = sorted(kind for kind in _kinds(dataset) if "Shuffle" in kind)
+    if shuffled or getattr(dataset, "_shuffling", None) is not None:
+        raise ConfigError(
+            "the dataset was shuffled with .shuffle(), whose buffer no checkpoint holds: resuming "
+            "would lose what is in it. Pass it as it was before; shards are shuffled and mixed "
+            "here, by seed."
+        )
+    if getattr(dataset, "_distributed", None) is not None:
+        raise ConfigError(
+            "the dataset was split by split_dataset_by_node, so that each rank has another part. "
+            "Pass the whole dataset on every rank; its shards are dealt to the ranks here."
+        )
+
+
+def _kinds(dataset: Any) -> set[str]:
+    """Returns the names of the steps that a dataset goes through."""
+    waiting, kinds = [getattr(dataset, "_ex_iterable", None)], set()
+    while waiting:
+        step = waiting.pop()
+        kinds.add(type(step).__name__)
+        for value in vars(step).values() if hasattr(step, "__dict__") else ():
+            listed = value if isinstance(value, list) else [value]
+            waiting += [item for item in listed if type(item).__name__.endswith("Iterable")]
+    return kinds
+
+
+def _name_of(dataset: Any) -> str:
+    info = dataset.info
+    name = getattr(info, "dataset_name", None) or getattr(info, "builder_name", None) or "stream"
+    config = getattr(info, "config_name", None)
+    return f"dataset {name}" + (f" ({config})" if config and config != "default" else "")
