@@ -12,6 +12,7 @@ dataset     hands it to the training loop, and remembers where it was
 
 from jest_stream.config import Quota, SelectionConfig, TargetSimilarity, Term
 from jest_stream.dataset import JESTDataset
+from jest_stream.distributed import gather_state_dict
 from jest_stream.presets import preset
 from jest_stream.selection import (
     Groups,
@@ -21,7 +22,9 @@ from jest_stream.selection import (
     select_jointly,
     select_uniformly,
 )
-from jest_stream.sources import IterableSource, TarSource, open_source
+from jest_stream.sources import HuggingFaceSource, IterableSource, TarSource, open_source
+from jest_stream.sources.decode import Limits
+from jest_stream.storage import StorageConfig
 from jest_stream.types import Embeddings
 
 __version__ = "0.1.0"
@@ -29,14 +32,18 @@ __version__ = "0.1.0"
 __all__ = [
     "Embeddings",
     "Groups",
+    "HuggingFaceSource",
     "IterableSource",
     "JESTDataset",
+    "Limits",
     "Quota",
     "SelectionConfig",
+    "StorageConfig",
     "TarSource",
     "TargetSimilarity",
     "Term",
     "WeightedScore",
+    "gather_state_dict",
     "gumbel_top_k",
     "open_source",
     "preset",

@@ -1,4 +1,4 @@
-"""The command line: `jest-stream demo`.
+"""The command line: `jest-stream demo`, `jest-stream index`.
 
 Exit status 0 only on success, 1 on an error of ours (its message on standard error), 2 on a wrong
 command line, 130 on Ctrl-C.
@@ -21,13 +21,21 @@ example:
   jest-stream demo --steps 400 --seed 1 --out my_demo
 """
 
+_INDEX = """\
+Count the examples of tar shards and write a manifest, which then serves as the source: with counts,
+repeat=False works on several ranks, and a shard that holds less than it should is noticed.
+
+example:
+  jest-stream index "pairs-{00000..00999}.tar" --out sizes.json
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        _demo(options)
+        options.run(options)
     except JESTError as error:
         print(f"jest-stream: {error}", file=sys.stderr)
         return 1
@@ -53,7 +61,30 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--filter-ratio", type=float, default=0.8, help="share of candidates to drop (default 0.8)"
     )
+    demo.set_defaults(run=_demo)
+    index = commands.add_parser(
+        "index",
+        help="count the examples of shards, and write a manifest",
+        description=_INDEX,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    index.add_argument("source", nargs="+", help="shards: paths, patterns or addresses")
+    index.add_argument("--out", type=Path, required=True, help="the manifest, a .json file")
+    index.set_defaults(run=_index)
     return parser
+
+
+def _index(options: argparse.Namespace) -> None:
+    from jest_stream.sources.manifest import write_manifest
+    from jest_stream.sources.tar import TarSource
+
+    source = TarSource(options.source)
+    try:
+        write_manifest(source, options.out)
+    finally:
+        source.close()
+    counts = TarSource(options.out).num_examples or []
+    print(f"{options.out}: {len(counts):,} shards, {sum(counts):,} examples")
 
 
 def _demo(options: argparse.Namespace) -> None:

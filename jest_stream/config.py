@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from jest_stream.errors import ConfigError
 Method = Literal["joint", "independent", "uniform"]
 Loss = Literal["auto", "sigmoid", "softmax"]
 OnBadExample = Literal["raise", "skip"]
+OnBadShard = Literal["raise", "skip"]
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 """Score of each pair of a tile, from the learner's and the reference's pair losses."""
 Metadata = str | Callable[[Mapping[str, Any]], Any]
@@ -38,7 +40,7 @@ class Term:
     """Factor on it; the product counts as nats, before the gain."""
 
     def __post_init__(self) -> None:
-        _require_finite("Term.weight", self.weight)
+        _set(self, "weight", _finite("Term.weight", self.weight))
         if not isinstance(self.value, str) and not callable(self.value):
             raise ConfigError(
                 f"Term.value must be a metadata key or a function of the decoded example, got "
@@ -64,7 +66,7 @@ class TargetSimilarity:
     """Infinity: the similarity to the nearest target. 2: the root of the sum of their squares."""
 
     def __post_init__(self) -> None:
-        _require_finite("TargetSimilarity.weight", self.weight)
+        _set(self, "weight", _finite("TargetSimilarity.weight", self.weight))
         _require_one_of("TargetSimilarity.tower", self.tower, ("image", "text"))
         if self.norm not in (2, math.inf):
             raise ConfigError(f"TargetSimilarity.norm must be 2 or infinity, got {self.norm}")
@@ -98,7 +100,9 @@ class Quota:
 
     def __post_init__(self) -> None:
         for name, value in (("floor", self.floor), ("cap", self.cap), ("share", self.share)):
-            if value is not None and not 0 <= value <= 1:
+            if name == "share" and value is None:
+                continue
+            if not 0 <= as_number(f"Quota.{name}", value) <= 1:
                 raise ConfigError(f"Quota.{name} must be a share in [0, 1], got {value}")
         if self.share is not None and (self.floor, self.cap) != (0, 1):
             raise ConfigError(
@@ -135,6 +139,10 @@ class SelectionConfig:
     num_chunks: int = 16
     """Sequential draws, each conditioned on those before; never more than the batch has examples.
     16 is the paper's default, 1 is independent selection."""
+    num_sweeps: int = 0
+    """How often all chunks are drawn again, one at a time given all others, so that what was drawn
+    first does not steer the rest. Each sweep costs one more selection, next to nothing beside
+    scoring; 2 are enough."""
     gain: float = 1.0
     """Factor on the scores before sampling. Larger is greedier; infinity takes the best."""
     effective_support: float | None = None
@@ -162,15 +170,17 @@ class SelectionConfig:
         _require_one_of("selection.loss", self.loss, ("auto", "sigmoid", "softmax"))
         if not callable(self.score):
             _require_one_of("selection.score", self.score, _SCORES, "or a function of two tiles")
-        require_at_least("selection.num_chunks", self.num_chunks, 1)
-        require_at_least("selection.start_step", self.start_step, 0)
+        integers = {"num_chunks": 1, "num_sweeps": 0, "start_step": 0, "micro_batch_size": 1}
+        for name, least in integers.items():
+            _set(self, name, as_integer(f"selection.{name}", getattr(self, name), least))
+        if self.stop_step is not None:
+            _set(self, "stop_step", as_integer("selection.stop_step", self.stop_step, 0))
         if self.stop_step is not None and self.stop_step <= self.start_step:
             raise ConfigError(
                 f"selection.stop_step={self.stop_step} is not after "
                 f"start_step={self.start_step}, so nothing would ever be selected. Use "
                 f"method='uniform' for that."
             )
-        require_at_least("selection.micro_batch_size", self.micro_batch_size, 1)
         if self.autocast_dtype not in (None, torch.bfloat16, torch.float16):
             raise ConfigError(
                 f"selection.autocast_dtype must be torch.bfloat16, torch.float16 or None, got "
@@ -193,31 +203,96 @@ class StreamConfig:
     num_workers: int
     lanes: int | None
     on_bad_example: OnBadExample
+    on_bad_shard: OnBadShard
+    max_bad_fraction: float
     timeout_s: float
 
     def __post_init__(self) -> None:
-        require_at_least("refresh_every", self.refresh_every, 1)
-        require_at_least("lookahead", self.lookahead, 0)
-        require_at_least("num_workers", self.num_workers, 0)
-        require_at_least("seed", self.seed, 0)
+        integers = {"refresh_every": 1, "lookahead": 0, "num_workers": 0, "seed": 0}
+        for name, least in integers.items():
+            _set(self, name, as_integer(name, getattr(self, name), least))
+        for name in ("lanes", "steps_per_epoch"):
+            if getattr(self, name) is not None:
+                _set(self, name, as_integer(name, getattr(self, name), 1))
         _require_one_of("on_bad_example", self.on_bad_example, ("raise", "skip"))
-        if self.lanes is not None:
-            require_at_least("lanes", self.lanes, 1)
-        if not self.timeout_s > 0:
+        _require_one_of("on_bad_shard", self.on_bad_shard, ("raise", "skip"))
+        require_bool("repeat", self.repeat)
+        if not 0 <= as_number("max_bad_fraction", self.max_bad_fraction) <= 1:
+            raise ConfigError(
+                f"max_bad_fraction must be a share in [0, 1], got {self.max_bad_fraction}"
+            )
+        if not as_number("timeout_s", self.timeout_s) > 0:
             raise ConfigError(f"timeout_s must be above 0 seconds, got {self.timeout_s}")
-        if self.steps_per_epoch is not None:
-            require_at_least("steps_per_epoch", self.steps_per_epoch, 1)
-            if not self.repeat:
-                raise ConfigError(
-                    f"steps_per_epoch={self.steps_per_epoch} promises that many batches, "
-                    f"repeat=False ends with the data. Pass one of the two."
-                )
+        if self.steps_per_epoch is not None and not self.repeat:
+            raise ConfigError(
+                f"steps_per_epoch={self.steps_per_epoch} promises that many batches, "
+                f"repeat=False ends with the data. Pass one of the two."
+            )
+
+    @property
+    def skips(self) -> bool:
+        """Whether examples may be left out, so that their number is not known beforehand."""
+        return "skip" in (self.on_bad_example, self.on_bad_shard)
 
 
-def require_at_least(name: str, value: object, least: int) -> None:
-    """Raises `ConfigError` unless `value` is an integer of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def as_integer(name: str, value: object, least: int) -> int:
+    """Returns `value` as an int; numpy's and torch's integers are integers too.
+
+    Raises:
+      ConfigError: unless it is an integer of at least `least`.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or number < least:
         raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return number
+
+
+def as_number(name: str, value: object) -> float:
+    """Returns `value` as a float; `ConfigError` for text, None and what else is no number."""
+    try:
+        if isinstance(value, str | bytes | bool):
+            raise TypeError
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} must be a number, got {value!r}") from None
+
+
+def require_bool(name: str, value: object) -> bool:
+    """Returns `value`, or raises `ConfigError` unless it is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def require_functions(functions: Mapping[str, object]) -> None:
+    """Raises `ConfigError` for what is neither None nor can be called, under its name."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise ConfigError(
+                f"{name} must be a function of one image or text, or None, got {function!r}"
+            )
+
+
+def as_device(name: str, device: object) -> torch.device | None:
+    """Returns what `device` names, or None for None; `ConfigError` if it names nothing."""
+    try:
+        return None if device is None else torch.device(device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"{name} must be a device such as 'cuda:0' or 'cpu', got {device!r}"
+        ) from error
+
+
+def require_key(name: str, key: object) -> None:
+    """Raises `ConfigError` unless `key` names members or is a function of the example."""
+    if not callable(key) and not (isinstance(key, str) and key):
+        raise ConfigError(
+            f"{name} must be the name of a member, alternatives such as 'jpg;png', or a function "
+            f"of the decoded example, got {key!r}"
+        )
 
 
 def require_rule(selection: object) -> SelectionConfig:
@@ -234,7 +309,7 @@ def require_sampling(
     prefix: str, gain: float, effective_support: float | None, uniform_fraction: float
 ) -> None:
     """Raises `ConfigError` unless examples can be drawn like this; `prefix` precedes the names."""
-    if not gain > 0:
+    if not as_number(f"{prefix}gain", gain) > 0:
         raise ConfigError(
             f"{prefix}gain must be above 0, got {gain}: it multiplies the scores before sampling. "
             f"For a choice that ignores them use method='uniform', or select_uniformly."
@@ -245,12 +320,12 @@ def require_sampling(
                 f"{prefix}effective_support={effective_support} finds the gain, but gain={gain} is "
                 f"given too. Pass one of the two."
             )
-        if not 1 <= effective_support < math.inf:
+        if not 1 <= as_number(f"{prefix}effective_support", effective_support) < math.inf:
             raise ConfigError(
                 f"{prefix}effective_support must be a finite number of at least 1, got "
                 f"{effective_support}: 1 is the greediest."
             )
-    if not 0 <= uniform_fraction < 1:
+    if not 0 <= as_number(f"{prefix}uniform_fraction", uniform_fraction) < 1:
         raise ConfigError(
             f"{prefix}uniform_fraction must be in [0, 1), got {uniform_fraction}. For all of the "
             f"batch use method='uniform', or select_uniformly."
@@ -297,9 +372,16 @@ def _require_groups(group_by: object, quotas: Mapping[Hashable, Quota] | None) -
     require_quotas(quotas)
 
 
-def _require_finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
+def _finite(name: str, value: float) -> float:
+    number = as_number(name, value)
+    if not math.isfinite(number):
         raise ConfigError(f"{name} must be finite, got {value}")
+    return number
+
+
+def _set(config: object, name: str, value: object) -> None:
+    """Sets a field of a frozen config to its checked value, while it is made."""
+    object.__setattr__(config, name, value)
 
 
 def _require_one_of(name: str, value: Any, allowed: tuple[str, ...], more: str = "") -> None:

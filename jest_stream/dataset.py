@@ -5,29 +5,44 @@ Iterated in the training process, by the training thread: scoring needs the trai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed
 from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
 
 from jest_stream.config import (
     OnBadExample,
+    OnBadShard,
     SelectionConfig,
     StreamConfig,
     Term,
+    as_device,
+    as_integer,
+    require_bool,
+    require_functions,
+    require_key,
     require_rule,
 )
-from jest_stream.pipeline import Layout, Pipeline
+from jest_stream.distributed import rank_and_world_size
+from jest_stream.errors import ClosedError, ConfigError, WrongProcessError
+from jest_stream.iterator import JESTIterator
+from jest_stream.pipeline import Pipeline
 from jest_stream.reporting.metrics import Metrics
 from jest_stream.selector import Models, Selector
-from jest_stream.sizes import FilterRatio, resolve_sizes
+from jest_stream.sizes import FilterRatio, Layout, resolve_sizes
 from jest_stream.sources import open_source
+from jest_stream.sources.decode import Limits
 from jest_stream.sources.lanes import num_lanes
+from jest_stream.storage import StorageConfig
 from jest_stream.views import Key, ScoreView, TrainView, Transform, view_of
+
+_HOW_TO_KNOW = (
+    "pass steps_per_epoch to give it one, or repeat=False with a source that knows how many "
+    "examples its shards hold (a manifest) and nothing that is skipped"
+)
 
 
 class JESTDataset(IterableDataset[Any]):
@@ -41,6 +56,7 @@ class JESTDataset(IterableDataset[Any]):
     Args:
       source: tar shards (a path, brace or glob pattern, or a list of them), a `TarSource` or
         `IterableSource`, or any iterable of example dicts or of `(image, text)` pairs.
+      storage: how remote shards are reached: cache, read-ahead, time-outs, retries.
       learner: the model being trained, with `encode_image`, `encode_text` and `logit_scale` (as in
         open_clip) or a CLIP or SigLIP of transformers. Never modified; copied at the first `next`.
       reference: a frozen model of the same kind that defines what is learnable. Taken over: put
@@ -62,7 +78,8 @@ class JESTDataset(IterableDataset[Any]):
       refresh_every: steps between copies of the learner's weights.
       lookahead: super-batches scored ahead. A batch is chosen with weights `lookahead` steps old.
       steps_per_epoch: batches per `iter()`, and `len()`. Default: endless.
-      repeat: whether the data starts over. If not, each `iter()` is one pass.
+      repeat: whether the data starts over. If not, each `iter()` is one pass; on several ranks the
+        source must then know its counts, so that all end after the same number of batches.
       seed: of the order of examples, the choice and the train view.
       num_workers: processes that read, decode and transform. 0: the training process does.
       lanes: shards read side by side. Default: up to 64, so that it divides the super-batch.
@@ -71,6 +88,9 @@ class JESTDataset(IterableDataset[Any]):
       as_dict: yield a dict with `image`, `text`, `key` and `weight`, which undoes the selection in
         means over examples (see `Selection.weights`).
       on_bad_example: `"raise"`, or `"skip"` to leave out and count an unreadable example.
+      on_bad_shard: `"raise"`, or `"skip"` to leave out and count the rest of a damaged shard.
+      max_bad_fraction: share of bad examples, of a thousand or more, above which skipping ends.
+      limits: the largest images and texts that are decoded.
       timeout_s: seconds to wait for a worker process.
 
     Raises:
@@ -78,12 +98,14 @@ class JESTDataset(IterableDataset[Any]):
     """
 
     _iterator_token: object = None  # held by the iterator that may draw from the stream
+    _pipeline: Pipeline | None = None  # made at first use: ranks are known by then
     _is_closed = False
 
     def __init__(
         self,
         source: Any,
         *,
+        storage: StorageConfig | None = None,
         learner: nn.Module | None = None,
         reference: nn.Module | None = None,
         transform: Transform | None = None,
@@ -108,6 +130,9 @@ class JESTDataset(IterableDataset[Any]):
         scoring_device: torch.device | str | None = None,
         as_dict: bool = False,
         on_bad_example: OnBadExample = "raise",
+        on_bad_shard: OnBadShard = "raise",
+        max_bad_fraction: float = 0.01,
+        limits: Limits | None = None,
         timeout_s: float = 120.0,
     ) -> None:
         super().__init__()
@@ -122,29 +147,24 @@ class JESTDataset(IterableDataset[Any]):
             num_workers=num_workers,
             lanes=lanes,
             on_bad_example=on_bad_example,
+            on_bad_shard=on_bad_shard,
+            max_bad_fraction=max_bad_fraction,
             timeout_s=timeout_s,
         )
-        self._source = open_source(source)
-        self._score_view = ScoreView(
-            keys=(image_key, text_key),
-            learner=(transform, tokenizer),
-            reference=(reference_transform, reference_tokenizer),
-            keep_image=train_transform is not None,
-            terms=[term for term in self._selection.terms if isinstance(term, Term)],
-            group_by=self._selection.group_by,
-        )
+        views = (transform, tokenizer, reference_transform, reference_tokenizer, train_transform)
+        self._score_view = _score_view(self._selection, (image_key, text_key), views, limits)
+        self._source = open_source(source, storage=storage)
         self._train_transform = train_transform
         self._models = Models(self._selection, learner, reference)
-        self._devices = (device, scoring_device)
-        self._as_dict = as_dict
+        self._devices = as_device("device", device), as_device("scoring_device", scoring_device)
+        self._as_dict = require_bool("as_dict", as_dict)
         self._metrics = Metrics(groups=self._selection.quotas or ())
-        self._pipeline: Pipeline | None = None  # made at first use: ranks are known by then
 
     def __iter__(self) -> JESTIterator:
         """Returns an iterator that continues the stream; an older one stops being usable."""
         worker = get_worker_info()
         if worker is not None:
-            raise RuntimeError(
+            raise WrongProcessError(
                 f"JESTDataset must be iterated in the training process, because it scores with the "
                 f"learner, but it is running in DataLoader worker {worker.id}. Use "
                 f"DataLoader(dataset, batch_size=None, num_workers=0), and "
@@ -157,14 +177,53 @@ class JESTDataset(IterableDataset[Any]):
         return JESTIterator(self, self._iterator_token)
 
     def __len__(self) -> int:
-        """Returns `steps_per_epoch`.
+        """Returns `num_batches`.
 
         Raises:
-          TypeError: for an endless stream, which has no length.
+          TypeError: where that is not known, as for an endless stream.
         """
-        if self._config.steps_per_epoch is None:
-            raise TypeError("this JESTDataset has no length; pass steps_per_epoch to give it one")
-        return self._config.steps_per_epoch
+        num_batches = self._num_batches()
+        if num_batches is None:
+            raise TypeError(f"this JESTDataset has no length; {_HOW_TO_KNOW}")
+        return num_batches
+
+    @property
+    def num_batches(self) -> int:
+        """Batches per epoch on this rank; the same on every rank.
+
+        With `repeat=False` it is known before if the source knows its counts and nothing is
+        skipped. After a resume within an epoch, that epoch gives what is left of it.
+
+        Raises:
+          ConfigError: where nobody knows, as for an endless stream.
+        """
+        num_batches = self._num_batches()
+        if num_batches is None:
+            raise ConfigError(f"num_batches and num_samples are not known; {_HOW_TO_KNOW}")
+        return num_batches
+
+    @property
+    def num_samples(self) -> int:
+        """Examples per epoch that are handed out, over all ranks; raises as `num_batches` does."""
+        return self.num_batches * self._sizes.batch_size * rank_and_world_size()[1]
+
+    def _num_batches(self) -> int | None:
+        # Asked for before there are ranks, a length that was given must not settle how many.
+        return self._config.steps_per_epoch or self._open().num_batches()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells which epoch the next `iter()` is, as trainers do before each one.
+
+        With `repeat=False` it goes to the start of that pass, unless the dataset is there already
+        or a checkpoint of that pass was just loaded, which then goes on where it was.
+
+        A stream goes on wherever it is, whatever the epoch, and so does a loaded checkpoint. Only
+        where nothing was drawn and nothing loaded does it begin elsewhere: each lane in its pass
+        number `epoch`, at step `epoch * steps_per_epoch`. So a trainer that resumes without this
+        dataset's state is not given the data of its first epoch again; for the exact place, load
+        the state.
+        """
+        self._open().set_epoch(as_integer("epoch", epoch, 0))
 
     def refresh(self) -> None:
         """Copies the learner's weights now, whatever `refresh_every` says."""
@@ -177,14 +236,23 @@ class JESTDataset(IterableDataset[Any]):
     def state_dict(self, *, include_learner_copy: bool = False) -> dict[str, Any]:
         """Returns what resumes the stream behind the last batch handed out.
 
-        Plain numbers, strings and small tensors, loadable with `weights_only=True`; of this rank
-        only. Resuming is exact with `refresh_every=1` or at a refresh; else with
-        `include_learner_copy=True`, which adds the copy's weights.
+        Plain numbers and strings, loadable with `weights_only=True`; of this rank only, see
+        `gather_state_dict` for all. Resuming is exact with `refresh_every=1` or at a refresh; else
+        with `include_learner_copy=True`, which adds the copy's weights. A closed dataset still has
+        the state in which it was closed, without the copy.
         """
-        return self._open().state_dict(include_learner_copy=include_learner_copy)
+        is_kept = self._is_closed and self._pipeline is not None and not include_learner_copy
+        pipeline = self._pipeline if is_kept else self._open()
+        assert pipeline is not None
+        return pipeline.state_dict(include_learner_copy=include_learner_copy)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to where `state_dict()` was taken. Nothing is read before the next batch.
+
+        Takes the state that this rank saved; or what `gather_state_dict` gave, which any number
+        of ranks can load, as long as they read as much per step together as the former ones did.
+        Then the super-batches in flight are read and chosen from anew: no example is lost or
+        repeated.
 
         Raises:
           ResumeMismatchError: if it was taken under other settings; names both values.
@@ -196,12 +264,13 @@ class JESTDataset(IterableDataset[Any]):
         self._is_closed = True
         if self._pipeline is not None:
             self._pipeline.close()
+        self._models.release()
 
     def __enter__(self) -> JESTDataset:
         return self
 
     def __del__(self) -> None:
-        if hasattr(self, "_pipeline"):  # the constructor may have failed before
+        if hasattr(self, "_models"):  # the constructor may have failed before
             self.close()
 
     def __exit__(
@@ -231,7 +300,7 @@ class JESTDataset(IterableDataset[Any]):
 
     def __reduce__(self) -> NoReturn:
         """Raises: a copy would score with a learner that nobody trains."""
-        raise RuntimeError(
+        raise WrongProcessError(
             "JESTDataset cannot be copied or sent to another process, because it scores with the "
             "learner that is trained in this one. Use DataLoader(dataset, batch_size=None, "
             "num_workers=0), and JESTDataset(num_workers=...) to read in worker processes."
@@ -239,13 +308,13 @@ class JESTDataset(IterableDataset[Any]):
 
     def _open(self) -> Pipeline:
         if self._is_closed:
-            raise RuntimeError("this JESTDataset is closed; make a new one to read on")
+            raise ClosedError("this JESTDataset is closed; make a new one to read on")
         if self._pipeline is None:
             self._pipeline = self._build()
         return self._pipeline
 
     def _build(self) -> Pipeline:
-        rank, world_size = _rank_and_world_size()
+        rank, world_size = rank_and_world_size()
         config = self._config
         lanes = num_lanes(
             self._source.num_shards, self._sizes.stream_size * world_size, world_size, config.lanes
@@ -258,7 +327,12 @@ class JESTDataset(IterableDataset[Any]):
         )
         train_view = None
         if self._train_transform is not None:
-            train_view = TrainView(transform=self._train_transform, seed=config.seed, rank=rank)
+            train_view = TrainView(
+                transform=self._train_transform,
+                seed=config.seed,
+                rank=rank,
+                limits=self._score_view.limits,
+            )
         return Pipeline(
             config,
             self._sizes,
@@ -284,68 +358,42 @@ class JESTDataset(IterableDataset[Any]):
         if self._pipeline is not None:
             self._pipeline.pause()
 
-    def _next(self) -> Any:
-        """One batch in the user's structure; None at the end of a pass."""
-        columns = self._open().next_batch()
+    def _is_held_by(self, token: object) -> bool:
+        return self._iterator_token is token
+
+    def _next(self) -> tuple[Any, bool]:
+        """One batch in the user's structure, None at the end of a pass; whether the epoch ended."""
+        pipeline = self._open()
+        columns = pipeline.next_batch()
+        has_ended = pipeline.epoch_step == 0
         if columns is None:
-            return None
+            return None, has_ended
         image, text = view_of(columns, "image"), view_of(columns, "text")
         if self._as_dict:
-            weight = columns["weight"]
-            return {"image": image, "text": text, "key": columns["key"], "weight": weight}
-        return image, text
+            keys, weight = columns["key"], columns["weight"]
+            return {"image": image, "text": text, "key": keys, "weight": weight}, has_ended
+        return (image, text), has_ended
 
 
-class JESTIterator(Iterator[Any]):
-    """Draws from the stream of a `JESTDataset`; ends after `steps_per_epoch` batches, if given.
-
-    Dropping it before its end, as `break` does, stops worker processes and closes files; the next
-    `iter(dataset)` goes on where it stopped.
-    """
-
-    def __init__(self, dataset: JESTDataset, token: object) -> None:
-        self._dataset = dataset
-        self._token = token
-        self._has_ended = False
-
-    def __next__(self) -> Any:
-        if self._dataset._iterator_token is not self._token:
-            raise RuntimeError(
-                "this iterator is closed, because a newer iter(dataset) has taken over the "
-                "stream. Use the newest iterator, or one JESTDataset for each loop."
-            )
-        if self._has_ended:
-            raise StopIteration
-        try:
-            batch = self._dataset._next()
-        except StopIteration as error:  # would end the training loop in silence
-            raise RuntimeError("a transform, a score or a model raised StopIteration") from error
-        self._has_ended = self._dataset._open().epoch_step == 0
-        if batch is None:
-            raise StopIteration
-        return batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns `JESTDataset.state_dict()`."""
-        return self._dataset.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to where `state_dict()` was taken; ends where that epoch would have ended."""
-        self._dataset.load_state_dict(state)
-        self._has_ended = False
-
-    def close(self) -> None:
-        """Stops worker processes and closes files, unless a newer iterator uses them."""
-        if self._dataset._iterator_token is self._token:
-            self._dataset._pause()
-
-    def __del__(self) -> None:
-        if not self._has_ended:  # a complete epoch leaves the workers to the next one
-            self.close()
-
-
-def _rank_and_world_size() -> tuple[int, int]:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
+def _score_view(
+    selection: SelectionConfig,
+    keys: tuple[Key, Key],
+    views: tuple[Transform | None, ...],
+    limits: Limits | None,
+) -> ScoreView:
+    """Returns the score view; `views` are named below, in order."""
+    names = "transform tokenizer reference_transform reference_tokenizer train_transform".split()
+    require_functions(dict(zip(names, views, strict=True)))
+    for name, key in zip(("image_key", "text_key"), keys, strict=True):
+        require_key(name, key)
+    if limits is not None and not isinstance(limits, Limits):
+        raise ConfigError(f"limits must be a Limits object or None, got {limits!r}")
+    return ScoreView(
+        keys=keys,
+        learner=(views[0], views[1]),
+        reference=(views[2], views[3]),
+        keep_image=views[4] is not None,
+        terms=[term for term in selection.terms if isinstance(term, Term)],
+        group_by=selection.group_by,
+        limits=limits or Limits(),
+    )

@@ -10,38 +10,32 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from jest_stream.checkpoint import (
+    Progress,
+    Record,
+    all_cursors,
+    deal,
+    lanes_to_resume,
+    read_record,
+    record_of,
+    state_of,
+)
 from jest_stream.config import StreamConfig
+from jest_stream.epochs import PassLength, shard_counts
 from jest_stream.errors import ConfigError, NonFiniteError, ResumeMismatchError
+from jest_stream.feed import Feed
 from jest_stream.randomness import derive_seed
 from jest_stream.reporting.metrics import Metrics
 from jest_stream.selector import Selector
-from jest_stream.sizes import Sizes
-from jest_stream.sources.workers import BlockReader
-from jest_stream.superbatch import Position, SuperBatch, Window, moved, take_rows
+from jest_stream.sizes import Layout, Sizes
+from jest_stream.superbatch import Position, SuperBatch, moved, take_rows
 from jest_stream.types import Cursor, Selection, Source
-from jest_stream.views import Columns, ScoreView, TrainView, collate, columns_of, put_view
-
-_VERSION = 1
-_BLOCK_SIZE = 64  # examples of one lane handed over at once: more only adds latency
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How the stream is laid out over lanes and ranks."""
-
-    num_lanes: int
-    rank: int
-    world_size: int
-
-    @property
-    def lanes(self) -> list[int]:
-        """The lanes of this rank."""
-        return list(range(self.rank, self.num_lanes, self.world_size))
+from jest_stream.views import Columns, ScoreView, TrainView, columns_of, put_view
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +49,7 @@ class Scored:
 
 
 class Pipeline:
-    """Reads, scores and hands out, step by step. Owns the reader, the window and the queue."""
+    """Reads, scores and hands out, step by step. Owns the feed and the queue."""
 
     def __init__(
         self,
@@ -73,8 +67,6 @@ class Pipeline:
         self._config = config
         self._sizes = sizes
         self._source = source
-        self._layout = layout
-        self._score_view = score_view
         self._train_view = train_view
         self._selector = selector
         self._metrics = metrics
@@ -82,21 +74,25 @@ class Pipeline:
         self._device = self._scoring_device = torch.device("cpu")
         # By rank, since each rank chooses among candidates of its own.
         self._key = derive_seed("selection", config.seed, layout.rank)
-        self._reader: BlockReader | None = None
-        self._window: Window | None = None
+        self._feed = Feed(config, sizes, source=source, layout=layout, prepare=score_view)
         self._in_flight: deque[Scored] = deque()
-        self._restored: list[Mapping[str, Any]] = []  # of a checkpoint, not yet read again
+        self._restored: list[Record] = []  # of a checkpoint, not yet read again
         self._error: Exception | None = None  # waits until the batches before it are handed out
-        self._start = self._start_of(0)
         self._tail: SuperBatch | None = None  # too small for a batch: where a pass has ended
+        self._has_begun = False  # whether a batch was handed out or a checkpoint loaded
+        # With repeat=False on several ranks: where the pass ends on all of them.
+        self._pass = PassLength.of(source, config, sizes, layout.world_size)
+        self._epoch_batches: int | None = None
         self.epoch = 0
         """Passes begun before this one, where `repeat=False`."""
         self.epoch_step = 0
-        """Batches handed out in this epoch; 0 again as soon as it is complete."""
+        """Batches handed out in this epoch; 0 again as soon as it is complete, where its length is
+        known before."""
         self.is_resumed = False
         """Whether a checkpoint was loaded and nothing handed out since."""
         self.step = 0
         """Batches handed out."""
+        self._begin_pass(0)
 
     def next_batch(self) -> Columns | None:
         """Returns the next sub-batch as columns on the training device; None at a pass's end."""
@@ -110,17 +106,41 @@ class Pipeline:
         self._count(self._in_flight.popleft())
         self.step += 1
         self.epoch_step += 1
+        self.is_resumed, self._has_begun = False, True
         if self.epoch_step == self._config.steps_per_epoch:
             self.epoch_step = 0
-        self.is_resumed = False
+        elif self.epoch_step == self._epoch_batches:
+            self._end_pass()
         return batch
+
+    def num_batches(self) -> int | None:
+        """Returns the batches of an epoch, at the sizes that hold now; None if nobody knows."""
+        config = self._config
+        if config.steps_per_epoch is not None or config.repeat or config.skips:
+            return config.steps_per_epoch
+        if self._epoch_batches is not None:
+            return self._epoch_batches
+        counts = shard_counts(self._source)
+        if counts is None:
+            return None
+        first_step = self.step - self.epoch_step
+        return self._sizes.num_batches(sum(counts), first_step=first_step)
 
     def begin_epoch(self) -> None:
         """Starts the next epoch: with `repeat=False` the next pass, else the stream goes on."""
         self.epoch_step = 0
         if not self._config.repeat:
-            self.epoch += 1
-            self._go_to(self._start_of(self.epoch), restored=[])
+            self._begin_pass(self.epoch + 1)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Goes to an epoch, unless the stream is there already; see `JESTDataset.set_epoch`."""
+        if not self._config.repeat:
+            is_there = epoch == self.epoch and (self.epoch_step == 0 or self.is_resumed)
+            if not is_there:
+                self._begin_pass(epoch)
+        elif not self._has_begun:
+            self.step = epoch * (self._config.steps_per_epoch or 0)
+            self._go_to(self._start_of(epoch), restored=[])
 
     def refresh(self) -> None:
         """Copies the learner's weights now."""
@@ -136,22 +156,31 @@ class Pipeline:
 
     def pause(self) -> None:
         """Stops workers and closes files. The next call goes on where this one stopped."""
-        if self._reader is not None:
-            self._reader.close()
+        self._feed.pause()
 
     def close(self) -> None:
-        """Stops workers, closes files, lets go of super-batches and models."""
-        self._abandon(self._position)
-        self._in_flight.clear()
+        """Stops workers, closes files, lets go of examples and models; `state_dict` still works."""
+        self._feed.go_to(self._feed.position)
+        for scored in self._in_flight:
+            scored.super_batch.columns.clear()
         self._selector.close()
 
     def _start_of(self, epoch: int) -> Position:
-        return Position({lane: Cursor(epoch, 0, 0, 0) for lane in self._layout.lanes}, 0)
+        return Position({lane: Cursor(epoch, 0, 0, 0) for lane in self._feed.layout.lanes}, 0)
 
-    @property
-    def _position(self) -> Position:
-        """Where the next super-batch to be read starts."""
-        return self._start if self._window is None else self._window.position
+    def _begin_pass(self, epoch: int) -> None:
+        """Goes to the start of a pass; what was in flight of another is counted as abandoned."""
+        lost = [scored.super_batch for scored in self._in_flight]
+        for super_batch in lost if self._tail is None else [*lost, self._tail]:
+            self._metrics.count("epoch_abandoned", super_batch.size)
+            self._count_skipped(super_batch)
+        self._metrics.count("epoch_abandoned", sum(size for size, *_ in self._restored))
+        self.epoch, self.epoch_step = epoch, 0
+        self._go_to(self._start_of(epoch), restored=[])
+        if self._pass is not None:
+            self._epoch_batches = self._pass.batches_from_start(
+                self._feed.layout, epoch=epoch, step=self.step
+            )
 
     def _fill(self) -> None:
         """Reads and scores until `lookahead` super-batches wait behind the one to hand out.
@@ -161,16 +190,19 @@ class Pipeline:
         """
         while self._error is None and self._tail is None:
             restored = self._restored[0] if self._restored else None
-            if restored is None and len(self._in_flight) > self._config.lookahead:
+            num_ready = len(self._in_flight)
+            if restored is None and num_ready > self._config.lookahead:
                 return
-            start = self._position
+            if self.epoch_step + num_ready == self._epoch_batches:
+                return
+            start = self._feed.position
             try:
                 scored = self._restore(restored) if restored else self._score_next()
             except Exception as error:
-                self._abandon(start)
+                self._feed.go_to(start)
                 self._error = error
             except BaseException:
-                self._abandon(start)
+                self._feed.go_to(start)
                 raise
             else:
                 if scored is not None:
@@ -184,8 +216,14 @@ class Pipeline:
         step, batch_size = self.step + len(self._in_flight), self._sizes.batch_size
         super_batch = self._read(self._sizes.at(step))
         if super_batch.size < batch_size:
+            if self._epoch_batches is not None:
+                raise ConfigError(
+                    f"the shards of this rank hold fewer examples than source.num_examples says: "
+                    f"{self._epoch_batches} batches were promised for this pass, and the data "
+                    f"ended after {self.epoch_step + len(self._in_flight)}. Correct the counts."
+                )
             self._tail = super_batch
-            self._abandon(super_batch.start)  # a checkpoint taken now finds the same tail
+            self._feed.go_to(super_batch.start)  # a checkpoint taken now finds the same tail
             return None
         selection, weights_step = self._selector.choose(
             super_batch.columns,
@@ -197,62 +235,33 @@ class Pipeline:
         )
         return Scored(super_batch=super_batch, selection=selection, weights_step=weights_step)
 
-    def _restore(self, record: Mapping[str, Any]) -> Scored:
+    def _restore(self, record: Record) -> Scored:
         """Reads a super-batch of a checkpoint again; its choice is known."""
-        super_batch = self._read(record["size"])
-        if super_batch.size != record["size"]:
+        size: int = record[0]
+        super_batch = self._read(size)
+        if super_batch.size != size:
             raise ResumeMismatchError(
-                f"the checkpoint holds a super-batch of {record['size']} examples in flight, but "
+                f"the checkpoint holds a super-batch of {size} examples in flight, but "
                 f"the shards have {super_batch.size} left there. "
                 f"They have changed since; start anew, or resume from the same data."
             )
-        return Scored(
-            super_batch=super_batch,
-            selection=Selection(
-                **{k: v.to(self._scoring_device, copy=True) for k, v in record["selection"].items()}
-            ),
-            weights_step=record["weights_step"],
-        )
+        _, weights_step, selection = read_record(record, self._scoring_device)
+        return Scored(super_batch=super_batch, selection=selection, weights_step=weights_step)
 
     def _read(self, size: int) -> SuperBatch:
         with self._metrics.timed("data"):
-            if self._window is None:
-                self._open()
-            assert self._window is not None
-            return self._window.take(size, device=self._scoring_device)
+            if not self._feed.is_open:
+                self._place()
+            end_epoch = None if self._config.repeat else self.epoch + 1
+            return self._feed.take(size, device=self._scoring_device, end_epoch=end_epoch)
 
     def _place(self) -> None:
         self._device, self._scoring_device = self._devices()
         self._selector.device = self._scoring_device
 
-    def _open(self) -> None:
-        config, start = self._config, self._start
-        self._place()
-        self._reader = BlockReader(
-            self._source,
-            lanes=self._layout.lanes,
-            num_lanes=self._layout.num_lanes,
-            seed=config.seed,
-            cursors=start.cursors,
-            block_size=max(1, min(_BLOCK_SIZE, self._sizes.largest // len(start.cursors))),
-            prepare=self._score_view,
-            collate=collate,
-            end_epoch=None if config.repeat else self.epoch + 1,
-            on_bad_example=config.on_bad_example,
-            num_workers=config.num_workers,
-            timeout_s=config.timeout_s,
-        )
-        self._window = Window(self._reader, start)
-
-    def _abandon(self, position: Position) -> None:
-        """Closes the reader and drops what it read; reading goes on at `position`."""
-        self.pause()
-        self._reader = self._window = None
-        self._start = position
-
-    def _go_to(self, position: Position, *, restored: list[Mapping[str, Any]]) -> None:
+    def _go_to(self, position: Position, *, restored: list[Record]) -> None:
         """Forgets what is in flight; reading goes on at `position`."""
-        self._abandon(position)
+        self._feed.go_to(position)
         self._in_flight.clear()
         self._restored, self._error, self._tail = restored, None, None
 
@@ -295,35 +304,43 @@ class Pipeline:
     def _count_skipped(self, super_batch: SuperBatch) -> None:
         for reason, amount in super_batch.skipped.items():
             self._metrics.count_skipped(reason, amount)
+        self._metrics.count_source(super_batch.counts)
 
     def _end_pass(self) -> None:
         """Books what is left at the end of a pass: fewer examples than make a sub-batch."""
-        assert self._tail is not None
-        if self.epoch_step == 0:
-            raise ConfigError(
-                f"batch_size={self._sizes.batch_size}, but a whole pass over the data gives this "
-                f"rank {self._tail.size} examples. Use a smaller batch_size, more data, or "
-                f"repeat=True."
-            )
-        self._metrics.count("epoch_tail", self._tail.size)
-        self._count_skipped(self._tail)
+        if self._tail is not None:
+            if self.epoch_step == 0:
+                raise ConfigError(
+                    f"batch_size={self._sizes.batch_size}, but a whole pass over the data gives "
+                    f"this rank {self._tail.size} examples. Use a smaller batch_size, more data, "
+                    f"or repeat=True."
+                )
+            self._metrics.count("epoch_tail", self._tail.size)
+            self._count_skipped(self._tail)
+            self._tail = None
+        elif self._pass is not None:
+            left = self._pass.num_left(self._feed.position.cursors, self._feed.layout, self.epoch)
+            self._metrics.count("epoch_tail", left)
         self.begin_epoch()
 
     def state_dict(self, *, include_learner_copy: bool) -> dict[str, Any]:
         """Returns what describes the last batch handed out: no samples, no open files."""
-        head = self._in_flight[0].super_batch.start if self._in_flight else self._position
-        return {
-            "version": _VERSION,
-            "layout": self._layout_state(),
-            "step": self.step,
-            "epoch": self.epoch,
-            "epoch_step": self.epoch_step,
-            "cursors": {lane: list(cursor) for lane, cursor in head.cursors.items()},
-            "next_lane": head.next_lane,
-            "in_flight": [*map(_record, self._in_flight), *self._restored],
-            "counters": self._metrics.state_dict(),
-            "learner_copy": self._selector.copy_state() if include_learner_copy else None,
-        }
+        in_flight = [
+            record_of(scored.super_batch.size, scored.weights_step, scored.selection)
+            for scored in self._in_flight
+        ]
+        progress = Progress(
+            step=self.step,
+            epoch=self.epoch,
+            epoch_step=self.epoch_step,
+            epoch_batches=self._epoch_batches,
+            position=self._in_flight[0].super_batch.start if in_flight else self._feed.position,
+            in_flight=[*in_flight, *self._restored],
+            counters=self._metrics.state_dict(),
+        )
+        copy = self._selector.copy_state() if include_learner_copy else None
+        layout = self._feed.layout
+        return state_of(progress, self._settings(layout.num_lanes), layout, copy)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to the place of a checkpoint, without reading yet.
@@ -331,62 +348,36 @@ class Pipeline:
         Raises:
           ResumeMismatchError: if it was taken under other settings; names both values.
         """
-        _check_layout(state, self._layout_state(), lanes=self._layout.lanes)
-        cursors = {lane: Cursor(*cursor) for lane, cursor in state["cursors"].items()}
-        self._go_to(Position(cursors, state["next_lane"]), restored=list(state["in_flight"]))
-        self.step, self.epoch = state["step"], state["epoch"]
+        num_lanes = lanes_to_resume(state, self._settings(self._config.lanes))
+        layout = replace(self._feed.layout, num_lanes=num_lanes)
+        progress = deal(state, layout)
+        epoch_batches = progress.epoch_batches
+        if self._pass is not None and epoch_batches is None:  # other ranks: they end elsewhere
+            epoch_batches = progress.epoch_step + self._pass.batches_left(
+                all_cursors(state), layout, epoch=progress.epoch, step=progress.step
+            )
+        self._go_to(progress.position, restored=progress.in_flight)
+        self._feed.layout = layout
+        self.step, self.epoch = progress.step, progress.epoch
         # An epoch may have another length by now.
-        self.epoch_step = state["epoch_step"] % (self._config.steps_per_epoch or sys.maxsize)
-        self.is_resumed = True
-        self._metrics.load_state_dict(state["counters"])
+        self.epoch_step = progress.epoch_step % (self._config.steps_per_epoch or sys.maxsize)
+        self._epoch_batches = epoch_batches
+        self.is_resumed = self._has_begun = True
+        self._metrics.load_state_dict(progress.counters)
         self._selector.load_copy_state(state["learner_copy"])
 
-    def _layout_state(self) -> dict[str, Any]:
+    def _settings(self, num_lanes: int | None) -> dict[str, Any]:
+        """Returns what must be the same where a checkpoint is loaded."""
         config = self._config
         return {
             "source": self._source.fingerprint,
             "num_shards": self._source.num_shards,
             "seed": config.seed,
-            "lanes": self._layout.num_lanes,
-            "world_size": self._layout.world_size,
+            "lanes": num_lanes,
+            "world_size": self._feed.layout.world_size,
             "batch_size": self._sizes.batch_size,
             "super_batch_size": [list(change) for change in self._sizes.changes],
             "lookahead": config.lookahead,
             "repeat": config.repeat,
             "quotas": self._selector.groups,
         }
-
-
-def _record(scored: Scored) -> dict[str, Any]:
-    """What a checkpoint keeps of a super-batch in flight: new weights would choose otherwise."""
-    selection = {
-        field.name: getattr(scored.selection, field.name).to("cpu", copy=True)
-        for field in fields(Selection)
-    }
-    return {
-        "size": scored.super_batch.size,
-        "selection": selection,
-        "weights_step": scored.weights_step,
-    }
-
-
-def _check_layout(
-    state: Mapping[str, Any], expected: Mapping[str, Any], *, lanes: list[int]
-) -> None:
-    if state.get("version") != _VERSION:
-        raise ResumeMismatchError(
-            f"the checkpoint has format version {state.get('version')}, this release reads "
-            f"{_VERSION}. Resume with the release that wrote it."
-        )
-    saved = state["layout"]
-    for name, value in expected.items():
-        if saved[name] != value:
-            raise ResumeMismatchError(
-                f"the checkpoint was taken with {name}={saved[name]!r}, this dataset has "
-                f"{name}={value!r}. Resume with the former value, or start a new run."
-            )
-    if sorted(state["cursors"]) != lanes:
-        raise ResumeMismatchError(
-            f"the checkpoint is of a rank that reads lanes {sorted(state['cursors'])}, this rank "
-            f"reads {lanes}. Load on each rank the state that it saved."
-        )

@@ -56,6 +56,10 @@ class Models:
         self.home = next((m for m in (learner, reference) if isinstance(m, nn.Module)), None)
         """The module on whose device batches are wanted."""
 
+    def release(self) -> None:
+        """Lets go of the modules."""
+        self.learner = self.reference = self.home = None
+
 
 class Selector:
     """Chooses sub-batches by the rule of a `SelectionConfig`."""
@@ -168,6 +172,7 @@ class Selector:
                 reference,
                 batch_size=batch_size,
                 num_chunks=min(config.num_chunks, batch_size),
+                num_sweeps=config.num_sweeps,
                 score=config.score,
                 loss=self._models.loss,
                 rule=rule,
@@ -202,8 +207,9 @@ class Selector:
         self._copy = None
 
     def close(self) -> None:
-        """Lets go of the copy."""
-        self._copy = self._reference = None
+        """Lets go of the copy and of the models."""
+        self._copy = self._reference = self._restored = None
+        self._models.release()
 
     def _embed(self, columns: Columns) -> tuple[Embeddings | None, Embeddings | None]:
         image, text = _scorable(columns, "image"), _scorable(columns, "text")

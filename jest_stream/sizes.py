@@ -1,7 +1,7 @@
 """How many candidates each step chooses from: the ratios that users give, made integers once.
 
 B: super-batch size, b: batch size. b never changes within a run; B may, from given steps on.
-Quotas of groups become numbers of examples here too.
+Quotas of groups become numbers of examples here too, and `Layout` says which lanes are whose.
 """
 
 from __future__ import annotations
@@ -10,11 +10,29 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from jest_stream.config import Quota, SelectionConfig, require_at_least
+from jest_stream.config import Quota, SelectionConfig, as_integer, as_number
 from jest_stream.errors import ConfigError
 
 FilterRatio = float | Mapping[int, float]
 """The share of each super-batch that is discarded; or by first step: `{0: 0.5, 1000: 0.8}`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the stream is laid out over lanes and ranks."""
+
+    num_lanes: int
+    rank: int
+    world_size: int
+
+    @property
+    def lanes(self) -> list[int]:
+        """The lanes of this rank."""
+        return self.lanes_of(self.rank)
+
+    def lanes_of(self, rank: int) -> list[int]:
+        """Returns the lanes of any rank: r, r + W, r + 2 W, ..."""
+        return list(range(rank, self.num_lanes, self.world_size))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +56,22 @@ class Sizes:
         """Returns how many candidates the sub-batch of `step` is chosen from."""
         return next(size for first, size in reversed(self.changes) if first <= step)
 
+    def num_batches(self, num_examples: int, *, first_step: int) -> int:
+        """Returns how many sub-batches one pass over so many examples gives, from a step on.
+
+        The last super-batch may be smaller than B; a rest below b makes no sub-batch.
+        """
+        step = first_step
+        while num_examples >= self.batch_size:
+            size = self.at(step)
+            count = max(1, num_examples // size)
+            changes = [change for change, _ in self.changes if change > step]
+            if changes:
+                count = min(count, changes[0] - step)
+            step += count
+            num_examples -= count * size
+        return step - first_step
+
     def __str__(self) -> str:
         sizes = ", then ".join(str(size) for _, size in self.changes)
         return f"{self.batch_size} of {sizes}"
@@ -58,7 +92,7 @@ def resolve_sizes(
       ConfigError: for a ratio outside [0, 1), a super-batch smaller than a batch, or more floors
         than a batch has room for.
     """
-    require_at_least("batch_size", batch_size, 1)
+    batch_size = as_integer("batch_size", batch_size, 1)
     quota_sizes(list((selection.quotas or {}).values()), batch_size)
     ratios = _checked(filter_ratio if isinstance(filter_ratio, Mapping) else {0: filter_ratio})
     if super_batch_size is None:
@@ -130,18 +164,20 @@ def _checked(ratios: Mapping[int, float]) -> Mapping[int, float]:
             f"filter_ratio must say what holds from step 0 on, got {dict(ratios)}. Write for "
             f"example {{0: 0.5, 1000: 0.8}}."
         )
-    for step, ratio in ratios.items():
-        require_at_least("a step of filter_ratio", step, 0)
+    checked = {}
+    for step, value in ratios.items():
+        ratio = as_number("filter_ratio", value)
         if not 0 <= ratio < 1:
             raise ConfigError(
                 f"filter_ratio must be in [0, 1), got {ratio}: it is the share of each "
                 f"super-batch that is discarded. The paper uses 0.5, 0.8 and 0.9."
             )
-    return ratios
+        checked[as_integer("a step of filter_ratio", step, 0)] = ratio
+    return checked
 
 
 def _at_least_a_batch(super_batch_size: int, batch_size: int) -> int:
-    require_at_least("super_batch_size", super_batch_size, 1)
+    super_batch_size = as_integer("super_batch_size", super_batch_size, 1)
     if super_batch_size < batch_size:
         raise ConfigError(
             f"super_batch_size={super_batch_size} is below batch_size={batch_size}: a sub-batch is "

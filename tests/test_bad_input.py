@@ -5,10 +5,12 @@ pytest tests/test_bad_input.py
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import TinyTwoTower, to_tensor, tokenize
@@ -53,6 +55,23 @@ def jest(source: Any, **options: Any) -> JESTDataset:
         ({"filter_ratio": float("nan")}, "filter_ratio must be in"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ({"batch_size": 2.5}, "batch_size must be an integer of at least 1, got 2.5"),
+        ({"batch_size": True}, "batch_size must be an integer of at least 1, got True"),
+        ({"batch_size": "4"}, "batch_size must be an integer of at least 1, got '4'"),
+        ({"filter_ratio": "0.8"}, "filter_ratio must be a number, got '0.8'"),
+        ({"filter_ratio": {0: None}}, "filter_ratio must be a number, got None"),
+        ({"timeout_s": None}, "timeout_s must be a number, got None"),
+        ({"transform": 3}, "transform must be a function of one image or text, or None, got 3"),
+        ({"reference_tokenizer": "x"}, "reference_tokenizer must be a function"),
+        ({"train_transform": 3}, "train_transform must be a function"),
+        ({"image_key": None}, "image_key must be the name of a member, .* got None"),
+        ({"text_key": ""}, "text_key must be the name of a member, .* got ''"),
+        ({"device": "gpu"}, "device must be a device such as 'cuda:0' or 'cpu', got 'gpu'"),
+        ({"scoring_device": 1.5}, "scoring_device must be a device such as"),
+        ({"repeat": "no"}, "repeat must be True or False, got 'no'"),
+        ({"as_dict": None}, "as_dict must be True or False, got None"),
+        ({"max_bad_fraction": 2}, r"max_bad_fraction must be a share in \[0, 1\], got 2"),
+        ({"on_bad_shard": "ignore"}, "on_bad_shard must be one of 'raise', 'skip'"),
+        ({"limits": 3}, "limits must be a Limits object or None, got 3"),
         ({"super_batch_size": 3}, "super_batch_size=3 is below batch_size=4"),
         ({"refresh_every": 0}, "refresh_every must be an integer of at least 1"),
         ({"lookahead": -1}, "lookahead must be an integer of at least 0"),
@@ -84,6 +103,9 @@ def test_arguments_that_cannot_work_are_refused_at_construction(
         ({"gain": 0.0}, "selection.gain must be above 0, got 0.0"),
         ({"gain": float("nan")}, "selection.gain must be above 0"),
         ({"micro_batch_size": 0}, "selection.micro_batch_size must be"),
+        ({"gain": None}, "selection.gain must be a number, got None"),
+        ({"uniform_fraction": "0.1"}, "selection.uniform_fraction must be a number, got '0.1'"),
+        ({"stop_step": 2.5}, "selection.stop_step must be an integer"),
         ({"autocast_dtype": torch.int8}, "selection.autocast_dtype must be torch.bfloat16"),
     ],
 )
@@ -92,6 +114,24 @@ def test_selection_rules_that_cannot_work_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         SelectionConfig(**options)
+
+
+def test_integers_of_numpy_and_torch_are_integers(shards: list[str]) -> None:
+    rule = SelectionConfig(num_chunks=np.int64(2), micro_batch_size=torch.tensor(64))  # type: ignore[arg-type]
+    dataset = jest(
+        shards,
+        batch_size=np.int64(4),
+        super_batch_size=torch.tensor(8),
+        lookahead=np.int32(1),
+        num_workers=np.int8(0),
+        steps_per_epoch=np.uint8(2),
+        seed=np.int64(5),
+        selection=rule,
+    )
+    assert len(list(dataset)) == 2
+    state = dataset.state_dict()
+    assert type(state["layout"]["batch_size"]) is int and type(state["layout"]["seed"]) is int
+    json.dumps(state)
 
 
 def test_a_missing_shard_is_named_before_training(shards: list[str]) -> None:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,13 @@ from shards import write_shards
 from torch.utils.data import DataLoader
 
 from jest_stream import JESTDataset, SelectionConfig
-from jest_stream.errors import ShardTruncatedError
+from jest_stream.errors import (
+    ClosedError,
+    JESTError,
+    ShardTruncatedError,
+    UserCodeError,
+    WrongProcessError,
+)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +99,36 @@ def test_close_leaves_nothing_and_may_be_called_twice(shards: list[str], num_wor
     assert "closed" in repr(dataset)
     with pytest.raises(RuntimeError, match="this JESTDataset is closed"):
         next(iterator)
+
+
+def test_a_closed_dataset_keeps_its_state_and_lets_go_of_the_models(shards: list[str]) -> None:
+    learner, reference = TinyTwoTower(seed=1), TinyTwoTower(seed=2)
+    dataset = jest(shards, learner=learner, reference=reference, lookahead=2)
+    expected = [batch["key"] for batch in islice(jest(shards, lookahead=2), 5)]
+    assert [batch["key"] for batch in islice(dataset, 2)] == expected[:2]
+    before = dataset.state_dict()
+    dataset.close()
+    assert dataset.state_dict() == before
+    released = weakref.ref(reference), weakref.ref(learner)
+    del reference, learner
+    gc.collect()
+    assert [reference() for reference in released] == [None, None]
+    with pytest.raises(ClosedError, match="this JESTDataset is closed"):
+        dataset.state_dict(include_learner_copy=True)
+    with pytest.raises(ClosedError):
+        dataset.set_epoch(1)
+    resumed = jest(shards, lookahead=2)
+    resumed.load_state_dict(dataset.state_dict())
+    assert [batch["key"] for batch in islice(resumed, 3)] == expected[2:]
+    never_used = jest(shards)
+    never_used.close()
+    with pytest.raises(ClosedError):
+        never_used.state_dict()
+
+
+@pytest.mark.parametrize("kind", [ClosedError, WrongProcessError, UserCodeError])
+def test_errors_of_the_wrong_time_or_place_are_ours_and_pythons(kind: type[Exception]) -> None:
+    assert issubclass(kind, JESTError) and issubclass(kind, RuntimeError)
 
 
 def test_with_closes_and_so_does_dropping_the_last_name(shards: list[str]) -> None:

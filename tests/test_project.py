@@ -9,9 +9,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hub_server import HubServer
+from s3_server import S3Server
 from shards import write_shards
 
 import jest_stream
@@ -30,7 +33,7 @@ def run(*command: str, cwd: Path = ROOT, timeout_s: float = 300) -> str:
         capture_output=True,
         text=True,
         timeout=timeout_s,
-        env={**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
+        env={"HF_HUB_OFFLINE": "1", **os.environ, "OMP_NUM_THREADS": "2"},
     )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -67,9 +70,29 @@ def test_the_top_level_holds_what_was_laid_down() -> None:
     assert shown == {"jest_stream", "tests", "examples", "pyproject.toml", "README.md", "LICENSE"}
 
 
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_every_example_runs(path: Path, tmp_path: Path) -> None:
+def test_every_example_runs(
+    path: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path.name == "stream_from_s3.py":
+        server: S3Server = request.getfixturevalue("s3")
+        bucket = server.put_files(write_shards(tmp_path / "pairs"))
+        for name, value in {**server.environment, "PAIRS": f"{bucket}/*.tar"}.items():
+            monkeypatch.setenv(name, value)
+    if path.name == "stream_from_hub.py":
+        hub: HubServer = request.getfixturevalue("hub")
+        files = map(Path, write_shards(tmp_path / "pairs"))
+        hub.put("acme/pairs", {f"train-{file.name}": file.read_bytes() for file in files})
+        for name, value in hub.environment(tmp_path / "home").items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("HUB_DATASET", "acme/pairs")
     assert run(sys.executable, str(path), cwd=tmp_path).strip()
 
 

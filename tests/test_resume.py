@@ -17,8 +17,11 @@ from shards import write_shards
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from jest_stream import JESTDataset, Quota, SelectionConfig
+from jest_stream import JESTDataset, Quota, SelectionConfig, TarSource
+from jest_stream.checkpoint import record_of
 from jest_stream.errors import ResumeMismatchError
+from jest_stream.testing.resume import assert_resumes
+from jest_stream.types import Selection
 
 NUM_STEPS = 9
 Batch = tuple[list[str], Tensor, Tensor]
@@ -95,21 +98,14 @@ def assert_same(found: list[Batch], expected: list[Batch]) -> None:
 
 
 def assert_resumes_everywhere(shards: list[str], *, include_copy: bool = False, **o: Any) -> None:
-    uninterrupted = train(jest(shards, learner := TinyTwoTower(seed=1), **o), learner, NUM_STEPS)
-    for step in range(NUM_STEPS + 1):
-        learner = TinyTwoTower(seed=1)
-        with jest(shards, learner, **o) as dataset:
-            train(dataset, learner, step)
-            state = dataset.state_dict(include_learner_copy=include_copy)
-        state = through_disk(state)
-        weights = copy.deepcopy(learner.state_dict())
-
-        learner = TinyTwoTower(seed=5)
-        learner.load_state_dict(weights)
-        with jest(shards, learner, **o) as dataset:
-            dataset.load_state_dict(state)
-            tail = train(dataset, learner, NUM_STEPS - step)
-        assert_same(tail, uninterrupted[step:])
+    learner = TinyTwoTower(seed=1)
+    assert_resumes(
+        lambda: jest(shards, learner, **o),
+        num_steps=NUM_STEPS,
+        learner=learner,
+        train_step=lambda batch: train_step(learner, (batch["image"], batch["text"])),
+        include_learner_copy=include_copy,
+    )
 
 
 @pytest.mark.parametrize("lookahead", [0, 1, 2])
@@ -168,7 +164,7 @@ def test_a_state_is_what_was_loaded_until_a_batch_is_drawn(shards: list[str]) ->
     learner = TinyTwoTower(1)
     dataset = jest(shards, learner)
     fresh = dataset.state_dict()
-    assert fresh["step"] == 0 and fresh["in_flight"] == []
+    assert fresh["step"] == 0 and fresh["ranks"]["0"]["in_flight"] == []
     train(dataset, learner, 3)
     saved = dataset.state_dict(include_learner_copy=True)
     resumed = jest(shards, learner)
@@ -237,6 +233,57 @@ def test_counters_go_on_after_a_resume(shards: list[str]) -> None:
         assert {name: resumed.metrics()[name] for name in counted} == expected, step
 
 
+class Counting(TarSource):
+    """Counts the examples that it reads, as a source of one's own may."""
+
+    num_read = 0
+
+    def read(self, shard: int, *, offset: int = 0, index: int = 0) -> Any:
+        for step in super().read(shard, offset=offset, index=index):
+            self.num_read += 1
+            yield step
+
+    def take_counts(self) -> dict[str, int]:
+        counted, self.num_read = self.num_read, 0
+        return {"examples_read": counted}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_a_source_counts_and_skipped_shards_reach_metrics_and_checkpoints(
+    tmp_path: Path, num_workers: int
+) -> None:
+    shards = write_shards(tmp_path, num_shards=4, examples_per_shard=12)
+    Path(shards[1]).write_bytes(Path(shards[1]).read_bytes()[:4096])
+    options: dict[str, Any] = {
+        "selection": SelectionConfig(method="uniform"),
+        "on_bad_shard": "skip",
+        "repeat": False,
+        "num_workers": num_workers,
+        "super_batch_size": 6,
+        "lanes": 2,
+    }
+    with jest(Counting(shards), None, **options) as whole:
+        expected = [batch["key"] for batch in whole]
+        wanted = whole.metrics()
+    assert wanted["shards_skipped"] == 1
+    assert wanted["shards_skipped/truncated"] == 1
+    assert wanted["samples_read"] + wanted["epoch_tail"] >= 36
+    with jest(Counting(shards), None, **options) as first:
+        seen = train(first, None, 3)
+        state = through_disk(first.state_dict())
+        assert state["ranks"]["0"]["counters"]
+        before = first.metrics()["examples_read"]
+    with jest(Counting(shards), None, **options) as resumed:
+        resumed.load_state_dict(state)
+        assert resumed.metrics()["examples_read"] == before > 0
+        assert [keys for keys, _, _ in seen] + [b["key"] for b in resumed] == expected
+        assert resumed.metrics()["shards_skipped"] == 1
+        assert resumed.metrics()["samples_read"] == wanted["samples_read"]
+        # At most what was in flight, or waited in blocks, is read again.
+        again = resumed.metrics()["examples_read"] - wanted["examples_read"]
+        assert again <= 2 * 6 + 2 * 64
+
+
 @pytest.mark.filterwarnings("ignore:.set_vital. is deprecated")  # torchdata 0.11, torch 2.15
 @pytest.mark.parametrize("step", [0, 1, 3, 4, 5])
 def test_torchdatas_stateful_loader_saves_and_resumes(shards: list[str], step: int) -> None:
@@ -284,7 +331,7 @@ def test_other_shards_are_refused(shards: list[str], tmp_path: Path) -> None:
 
 def test_a_state_of_another_release_is_refused(shards: list[str]) -> None:
     state = {**jest(shards, TinyTwoTower()).state_dict(), "version": 0}
-    with pytest.raises(ResumeMismatchError, match="format version 0, this release reads 1"):
+    with pytest.raises(ResumeMismatchError, match="format version 0, this release reads 2"):
         jest(shards, TinyTwoTower()).load_state_dict(state)
 
 
@@ -296,10 +343,7 @@ def test_shards_that_shrank_are_noticed(tmp_path: Path) -> None:
     state = dataset.state_dict()
     dataset = jest(f"{tmp_path}/*.tar", learner, repeat=False)
     state["layout"]["lookahead"] = 1
-    state["in_flight"] = [
-        {"size": 20, "weights_step": 0, "selection": selection_of(6)},
-        {"size": 20, "weights_step": 0, "selection": selection_of(6)},
-    ]
+    state["ranks"]["0"]["in_flight"] = 2 * [record_of(20, 0, selection_of(6))]
     dataset.load_state_dict(state)
     iterator = iter(dataset)
     next(iterator)
@@ -307,17 +351,17 @@ def test_shards_that_shrank_are_noticed(tmp_path: Path) -> None:
         next(iterator)
 
 
-def selection_of(size: int) -> dict[str, Tensor]:
-    return {
-        "indices": torch.arange(size),
-        "weights": torch.ones(size),
-        "effective_support": torch.ones(1),
-        "selected_score": torch.zeros(()),
-        "candidate_score": torch.zeros(()),
-        "group_counts": torch.zeros(0, dtype=torch.int64),
-        "quota_excess": torch.zeros(0, dtype=torch.int64),
-        "is_finite": torch.tensor(True),
-    }
+def selection_of(size: int) -> Selection:
+    return Selection(
+        indices=torch.arange(size),
+        weights=torch.ones(size),
+        effective_support=torch.ones(1),
+        selected_score=torch.zeros(()),
+        candidate_score=torch.zeros(()),
+        group_counts=torch.zeros(0, dtype=torch.int64),
+        quota_excess=torch.zeros(0, dtype=torch.int64),
+        is_finite=torch.tensor(True),
+    )
 
 
 def test_a_resume_into_shorter_epochs_ends_them(shards: list[str]) -> None:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-from jest_stream.errors import ResumeMismatchError
 from jest_stream.types import Selection
 
 _COUNTERS = (
@@ -20,11 +18,31 @@ _COUNTERS = (
     "samples_read",  # usable examples of the source
     "samples_scored",
     "samples_trained",  # handed out
-    "epoch_tail",  # read but too few for a batch at the end of a pass
+    "epoch_tail",  # too few for a batch at the end of a pass, on this rank or on another
+    "epoch_abandoned",  # read for batches that were not handed out: the pass was broken off
     "super_batch_duplicates",  # keys that came again within one super-batch
 )
 _STAGES = ("data", "scoring", "selecting", "yielding")
-_VERSION = 1
+_SKIPPED = "skipped/"
+_OF_GROUPS = ("selected/", "quota_shortfall/", "quota_overrun/")
+
+
+def shared_out(
+    states: Sequence[Mapping[str, int]], *, rank: int, world_size: int
+) -> dict[str, int]:
+    """Returns a rank's share of the counters of all ranks of a former run.
+
+    All steps, since ranks take them together; of everything else one part, so that the sum over
+    the ranks is what it was.
+    """
+    totals: dict[str, int] = {}
+    for state in states:
+        for name, count in state.items():
+            totals[name] = totals.get(name, 0) + count
+    shares = {
+        name: total // world_size + (rank < total % world_size) for name, total in totals.items()
+    }
+    return {**shares, "steps": max(state["steps"] for state in states)}
 
 
 class Metrics:
@@ -38,12 +56,9 @@ class Metrics:
         """
         self._counts = dict.fromkeys(_COUNTERS, 0)
         self._groups = [str(group) for group in groups]
-        self._group_counts = {
-            f"{name}/{group}": 0
-            for name in ("selected", "quota_shortfall", "quota_overrun")
-            for group in self._groups
-        }
+        self._group_counts = {f"{name}{group}": 0 for name in _OF_GROUPS for group in self._groups}
         self._skipped: dict[str, int] = {}
+        self._of_source: dict[str, int] = {}
         self._seconds = dict.fromkeys(_STAGES, 0.0)
         self._stage: str | None = None  # the stage whose time is running,
         self._since = 0.0  # and since when
@@ -57,6 +72,11 @@ class Metrics:
     def count_skipped(self, reason: str, amount: int = 1) -> None:
         """Adds examples that were left out, under the reason's name."""
         self._skipped[reason] = self._skipped.get(reason, 0) + amount
+
+    def count_source(self, counts: Mapping[str, int]) -> None:
+        """Adds what reading counted, under the names that the source gives."""
+        for name, amount in counts.items():
+            self._of_source[name] = self._of_source.get(name, 0) + amount
 
     def count_groups(self, counts: list[int], excess: list[int]) -> None:
         """Adds what was handed out of each group, and by how much that missed its quota."""
@@ -91,7 +111,8 @@ class Metrics:
             self._switch_to(outer)
 
     def as_dict(self) -> dict[str, float | int]:
-        """Returns everything, flat; the same keys each time but for new reasons of skipping.
+        """Returns everything, flat; the same keys each time but for what is first counted later:
+        reasons of skipping, and what the source counts.
 
         Last values are NaN where there is none (before the first batch, or for uniform
         selection). Times are seconds since this object was made; the counters go on after a
@@ -100,9 +121,10 @@ class Metrics:
         nan = math.nan
         last = self._selection
         return {
+            **dict(sorted(self._of_source.items())),
             **self._counts,
             "samples_skipped": sum(self._skipped.values()),
-            **{f"skipped/{reason}": count for reason, count in sorted(self._skipped.items())},
+            **{_SKIPPED + reason: count for reason, count in sorted(self._skipped.items())},
             **self._group_counts,
             "staleness": nan if self._staleness is None else self._staleness,
             "effective_support": float(last.effective_support.mean()) if last else nan,
@@ -111,26 +133,30 @@ class Metrics:
             **{f"{stage}_s": seconds for stage, seconds in self._seconds.items()},
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the counters. Times and last values belong to a process and are not saved."""
+    def state_dict(self) -> dict[str, int]:
+        """Returns the counters, flat. Times and last values belong to a process: not saved."""
         return {
-            "version": _VERSION,
-            "counts": dict(self._counts),
-            "skipped": dict(self._skipped),
-            "groups": dict(self._group_counts),
+            **self._of_source,
+            **self._counts,
+            **{_SKIPPED + reason: count for reason, count in self._skipped.items()},
+            **self._group_counts,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes on counting from `state`."""
-        if state["version"] != _VERSION:
-            raise ResumeMismatchError(
-                f"the metrics in the checkpoint have version {state['version']}, this release "
-                f"reads version {_VERSION}. Resume with the release that wrote it."
-            )
-        self._counts = {name: state["counts"][name] for name in _COUNTERS}
-        self._skipped = dict(state["skipped"])
-        saved = state["groups"]  # quotas may change with a resume: what is new starts at 0
-        self._group_counts = {name: saved.get(name, 0) for name in self._group_counts}
+        self._counts = {name: state[name] for name in _COUNTERS}
+        self._skipped = {
+            name.removeprefix(_SKIPPED): count
+            for name, count in state.items()
+            if name.startswith(_SKIPPED)
+        }
+        # Quotas may change with a resume: what is new starts at 0.
+        self._group_counts = {name: state.get(name, 0) for name in self._group_counts}
+        self._of_source = {
+            name: count
+            for name, count in state.items()
+            if name not in self._counts and not name.startswith((_SKIPPED, *_OF_GROUPS))
+        }
 
     def _switch_to(self, stage: str | None) -> None:
         now = time.perf_counter()

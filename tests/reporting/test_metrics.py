@@ -13,8 +13,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from jest_stream.errors import ResumeMismatchError
 from jest_stream.reporting import Metrics
+from jest_stream.reporting.metrics import shared_out
 from jest_stream.types import Selection
 
 
@@ -53,6 +53,7 @@ def test_a_short_run_as_a_flat_dict():
         "skipped/bad_image": 1,
         "skipped/missing_text": 5,
         "epoch_tail": 0,
+        "epoch_abandoned": 0,
         "super_batch_duplicates": 0,
         "staleness": 2,
         "effective_support": 4.0,  # mean over the chunks of the last sub-batch
@@ -118,7 +119,7 @@ def test_counters_go_on_after_a_resume():
     resumed.count_skipped("bad_image")
     assert resumed.as_dict()["steps"] == 6
     assert resumed.as_dict()["skipped/bad_image"] == 3
-    assert state["counts"]["steps"] == 5
+    assert state["steps"] == 5
 
 
 def test_groups_are_counted_with_what_they_miss_and_go_on_after_a_resume():
@@ -140,10 +141,34 @@ def test_groups_are_counted_with_what_they_miss_and_go_on_after_a_resume():
     assert resumed.as_dict()["selected/sw"] == 8 and resumed.as_dict()["selected/new"] == 1
 
 
-def test_a_state_of_another_version_is_refused():
-    state = {**Metrics().state_dict(), "version": 0}
-    with pytest.raises(ResumeMismatchError, match="have version 0, this release reads version 1"):
-        Metrics().load_state_dict(state)
+def test_what_a_source_counts_is_shown_and_goes_on_after_a_resume():
+    metrics = Metrics()
+    metrics.count_source({"storage_bytes": 100, "storage_retries": 1})
+    metrics.count_source({"storage_bytes": 11})
+    resumed = Metrics()
+    resumed.load_state_dict(metrics.state_dict())
+    resumed.count_source({"storage_bytes": 9, "cache_hits": 1})
+    expected = {"storage_bytes": 120, "storage_retries": 1, "cache_hits": 1}
+    assert expected.items() <= resumed.as_dict().items()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_other_ranks_share_out_what_was_counted(world_size):
+    states = []
+    for samples in (10, 7, 12):
+        metrics = Metrics(groups=["a"])
+        metrics.count("steps", 5)
+        metrics.count("samples_read", samples)
+        metrics.count_skipped("missing_text", samples)
+        metrics.count_source({"storage_bytes": samples})
+        metrics.count_groups([samples], [-samples])
+        states.append(metrics.state_dict())
+    shares = [shared_out(states, rank=rank, world_size=world_size) for rank in range(world_size)]
+    counted = ("samples_read", "skipped/missing_text", "storage_bytes", "quota_shortfall/a")
+    for name in counted:
+        assert sum(share[name] for share in shares) == 29
+        assert max(share[name] for share in shares) - min(share[name] for share in shares) <= 1
+    assert {share["steps"] for share in shares} == {5}
 
 
 def test_an_unknown_counter_or_stage_is_an_error():
