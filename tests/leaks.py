@@ -26,7 +26,7 @@ _SERVERS = {"weed"}  # of the whole session: no test's own
 
 
 def children() -> list[psutil.Process]:
-    """Returns the living processes that this one started, and theirs; no server that tests share."""
+    """Returns the living processes that this one started, and theirs; no shared servers."""
     found = psutil.Process().children(recursive=True)
     return [child for child in found if _counts(child)]
 
