@@ -160,7 +160,7 @@ def _image(data: bytes, limits: Limits) -> Image.Image:
     _check_pixels(_webp_size(data), limits)  # its decoder takes memory for all when opened
     bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
+        image = _opened(data)
         _check_pixels(image.size, limits)  # only the header has been read so far
         image.load()
     except bombs as error:
@@ -174,6 +174,18 @@ def _image(data: bytes, limits: Limits) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the way that PIL does not warn about
     return image.convert("RGB")
+
+
+def _opened(data: bytes) -> Image.Image:
+    """Returns an image of which the header has been read."""
+    from PIL import Image, JpegImagePlugin
+
+    if data.startswith(b"\xff\xd8\xff"):
+        try:  # without asking all formats first: 120 us for one of 96 px instead of 128
+            return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+        except SyntaxError:
+            pass  # what is wrong is said better below
+    return Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
 
 
 def _check_pixels(size: tuple[int, int], limits: Limits) -> None:
