@@ -154,6 +154,8 @@ class JESTDataset(IterableDataset[Any]):
         views = (transform, tokenizer, reference_transform, reference_tokenizer, train_transform)
         self._score_view = _score_view(self._selection, (image_key, text_key), views, limits)
         self._source = open_source(source, storage=storage)
+        is_own = self._source is not source
+        self._close_source = getattr(self._source, "close", None) if is_own else None
         self._train_transform = train_transform
         self._models = Models(self._selection, learner, reference)
         self._devices = as_device("device", device), as_device("scoring_device", scoring_device)
@@ -260,10 +262,15 @@ class JESTDataset(IterableDataset[Any]):
         self._open().load_state_dict(state)
 
     def close(self) -> None:
-        """Stops workers, closes files and lets go of the models. May be called again."""
+        """Stops workers, closes files and connections, lets go of the models.
+
+        May be called again. A `Source` that was passed is left open: others may read from it.
+        """
         self._is_closed = True
         if self._pipeline is not None:
             self._pipeline.close()
+        if self._close_source is not None:
+            self._close_source()
         self._models.release()
 
     def __enter__(self) -> JESTDataset:
@@ -342,17 +349,8 @@ class JESTDataset(IterableDataset[Any]):
             train_view=train_view,
             selector=selector,
             metrics=self._metrics,
-            devices=self._resolve_devices,
+            devices=lambda: self._models.devices(*self._devices),
         )
-
-    def _resolve_devices(self) -> tuple[torch.device, torch.device]:
-        """Returns where batches go and where scoring runs, by the models as they are now."""
-        device, scoring_device = self._devices
-        if device is None and self._models.home is not None:
-            parameter = next(self._models.home.parameters(), None)
-            device = None if parameter is None else parameter.device
-        device = torch.device(device or "cpu")
-        return device, torch.device(scoring_device or device)
 
     def _pause(self) -> None:
         if self._pipeline is not None:

@@ -56,6 +56,20 @@ class Models:
         self.home = next((m for m in (learner, reference) if isinstance(m, nn.Module)), None)
         """The module on whose device batches are wanted."""
 
+    def devices(
+        self, device: torch.device | None, scoring_device: torch.device | None
+    ) -> tuple[torch.device, torch.device]:
+        """Returns where batches go and where scoring runs, by where the models are now.
+
+        Args:
+          device: what the user asked for; None: the learner's, else the reference's, else the CPU.
+          scoring_device: likewise; None: where batches go.
+        """
+        parameter = None if self.home is None else next(self.home.parameters(), None)
+        if device is None:
+            device = torch.device("cpu") if parameter is None else parameter.device
+        return device, scoring_device or device
+
     def release(self) -> None:
         """Lets go of the modules."""
         self.learner = self.reference = self.home = None

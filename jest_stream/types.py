@@ -34,9 +34,10 @@ class Cursor(NamedTuple):
 class Source(Protocol):
     """A fixed list of shards, each readable from any example on.
 
-    Two members more are used where a source has them. `num_examples: Sequence[int] | None` says how
-    many examples each shard holds, where that is known. `take_counts() -> dict[str, int]` returns
-    what was counted in this process since the last call (bytes, retries, ...), for `metrics()`.
+    Three members more are used where a source has them. `num_examples: Sequence[int] | None` says
+    how many examples each shard holds, where that is known. `take_counts() -> dict[str, int]`
+    returns what was counted in this process since the last call (bytes, retries, ...), for
+    `metrics()`. `close()` closes what this process holds open beyond single reads: connections.
     """
 
     @property

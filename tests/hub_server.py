@@ -23,6 +23,8 @@ from types import TracebackType
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+from huggingface_hub.utils import close_session
+
 _API = re.compile(r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree|paths-info|refs)(?:/(.*))?)?")
 _RESOLVE = re.compile(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 _LARGE_BYTES = 4096  # such files lie on the content server
@@ -169,7 +171,8 @@ class HubServer:
             self.requests.append(request)
 
     def close(self) -> None:
-        """Stops serving."""
+        """Stops serving; ends the session that huggingface_hub keeps for the process."""
+        close_session()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

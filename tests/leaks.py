@@ -60,7 +60,7 @@ def nothing_left_behind() -> Iterator[None]:
         if not left or time.monotonic() > deadline:
             break
         pause.wait(0.02)
-    assert left == []
+    assert left == [], f"left behind: {left}"
 
 
 @pytest.fixture

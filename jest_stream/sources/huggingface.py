@@ -156,6 +156,12 @@ class HuggingFaceSource:
         take = getattr(self._source, "take_counts", None)
         return {} if take is None else take()
 
+    def close(self) -> None:
+        """Closes what this process has open, connections too; reading opens it anew."""
+        close = getattr(self._source, "close", None)
+        if close is not None:
+            close()
+
     def __repr__(self) -> str:
         if self._files is None:
             return f"<HuggingFaceSource {self.num_shards} shards | {self.shard_name(0)} ...>"

@@ -145,6 +145,10 @@ class ParquetSource:
         """Returns what storage counted in this process since the last call."""
         return self._storage.take_counts()
 
+    def close(self) -> None:
+        """Closes what this process has open, connections too; reading opens it anew."""
+        self._storage.close()
+
     def __repr__(self) -> str:
         return f"<ParquetSource {self.num_shards} files | {self.shard_name(0)} ...>"
 

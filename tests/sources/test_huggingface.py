@@ -5,11 +5,13 @@ pytest tests/sources/test_huggingface.py
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import pickle
 import tarfile
 import traceback
+import weakref
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -19,6 +21,7 @@ import pytest
 import torch
 from hub_server import Fault, HubServer, parquet_of, tar_of
 from models import TinyTwoTower, to_tensor, tokenize
+from remote import nothing_survives  # noqa: F401
 from shards import make_example
 
 from jest_stream import JESTDataset
@@ -38,6 +41,7 @@ from jest_stream.storage import StorageConfig
 
 TARS, PARQUET = "acme/tars", "acme/parquet"
 NUM_FILES, PER_FILE = 4, 24
+OPENED: weakref.WeakSet[HuggingFaceSource] = weakref.WeakSet()
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 
 
@@ -65,6 +69,9 @@ def hub(files: tuple[dict[str, bytes], dict[str, bytes]]) -> Iterator[HubServer]
         server.put(TARS, files[0])
         server.put(PARQUET, files[1])
         yield server
+        for stream in list(OPENED):
+            stream.close()
+        gc.collect()  # an error that was caught holds what it went through
 
 
 def storage(hub: HubServer, **settings: Any) -> StorageConfig:
@@ -73,7 +80,9 @@ def storage(hub: HubServer, **settings: Any) -> StorageConfig:
 
 
 def source(hub: HubServer, name: str, **options: Any) -> HuggingFaceSource:
-    return HuggingFaceSource(name, storage=storage(hub), **options)
+    stream = HuggingFaceSource(name, storage=storage(hub), **options)
+    OPENED.add(stream)
+    return stream
 
 
 def keys(stream: Any) -> list[str]:

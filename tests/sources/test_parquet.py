@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow
 import pytest
 from hub_server import parquet_of
+from leaks import no_leaks  # noqa: F401
 from pyarrow import parquet
 from shards import make_example
 
@@ -29,6 +30,8 @@ from jest_stream.errors import (
 )
 from jest_stream.sources.decode import Decoded
 from jest_stream.sources.parquet import ParquetFile, ParquetSource
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 IMAGE = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
 

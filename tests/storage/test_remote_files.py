@@ -17,12 +17,16 @@ import sys
 import threading
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import psutil
 import pytest
 from fsspec.asyn import get_loop
+from models import to_tensor, tokenize
 from remote import AT_ONCE, SOON, noise, nothing_survives, until  # noqa: F401
+from shards import write_shards
 
+from jest_stream import JESTDataset, SelectionConfig
 from jest_stream.errors import ConfigError, ShardUnavailableError
 from jest_stream.storage import ObjectInfo, Storage, StorageConfig
 from jest_stream.testing import Fault, FaultServer
@@ -409,3 +413,24 @@ def test_a_program_may_end_with_reads_on_their_way() -> None:
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "10\n", "")
         assert time.monotonic() - start < 15
+
+
+def connections() -> list[object]:
+    return [s for s in psutil.Process().net_connections("tcp") if s.status == "ESTABLISHED"]
+
+
+def test_a_closed_dataset_holds_no_connection_to_what_it_opened_itself(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, num_shards=2, examples_per_shard=16)
+    with FaultServer({Path(path).name: Path(path).read_bytes() for path in shards}) as server:
+        dataset = JESTDataset(
+            [server.url(Path(path).name) for path in shards],
+            selection=SelectionConfig(method="uniform"),
+            transform=to_tensor,
+            tokenizer=tokenize,
+            batch_size=4,
+        )
+        next(iter(dataset))
+        assert dataset.metrics()["storage_bytes"] > 0
+        assert connections()
+        dataset.close()
+        until(lambda: not connections())
