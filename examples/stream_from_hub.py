@@ -17,7 +17,9 @@ from jest_stream import HuggingFaceSource, JESTDataset
 from jest_stream.demo.data import full_view, load_reference
 from jest_stream.demo.model import HashTokenizer, TwoTowerModel
 
-name = sys.argv[1] if len(sys.argv) > 1 else os.environ["HUB_DATASET"]
+name = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("HUB_DATASET")
+if name is None:
+    sys.exit(__doc__)
 source = HuggingFaceSource(
     name,
     split="train",

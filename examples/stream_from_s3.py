@@ -18,11 +18,13 @@ from jest_stream import JESTDataset
 from jest_stream.demo.data import full_view, load_reference
 from jest_stream.demo.model import HashTokenizer, TwoTowerModel
 
+PAIRS = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("PAIRS")
+
 
 def make_dataset(learner: TwoTowerModel) -> JESTDataset:
     """Returns the stream; the same call, after a restart, continues it from a checkpoint."""
     return JESTDataset(
-        sys.argv[1] if len(sys.argv) > 1 else os.environ["PAIRS"],
+        PAIRS,
         learner=learner,
         reference=load_reference(),
         transform=full_view,
@@ -35,6 +37,8 @@ def make_dataset(learner: TwoTowerModel) -> JESTDataset:
 
 
 if __name__ == "__main__":
+    if PAIRS is None:
+        sys.exit(__doc__)
     torch.manual_seed(0)
     model = TwoTowerModel()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
