@@ -1,6 +1,6 @@
 """Every way in which a shard can be broken is a named error, after the examples before it.
 
-On local disk, on a web server and in an object store alike. tarfile, webdataset and datasets take
+On local disk, on a web server, in an object store and on the Hub alike. tarfile, webdataset and datasets take
 most of these for a shorter shard.
 """
 
@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hub_server import HubServer
 from leaks import nothing_left_behind
 from s3_server import S3Server
 from shards import make_example, members, write_tar
 
 from jest_stream.errors import BadExampleError, JESTError, ShardError, ShardTruncatedError
 from jest_stream.sources import TarSource
+from jest_stream.storage import StorageConfig
 from jest_stream.testing import FaultServer
 
 # Three examples of two members, each member one block of header and one of data: an example is
@@ -41,7 +43,7 @@ def bucket(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(params=["local", "http", "s3"])
+@pytest.fixture(params=["local", "http", "s3", "hub"])
 def put(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Put]:
     """Puts the bytes of a shard somewhere and returns a source that reads them there."""
     if request.param == "local":
@@ -63,6 +65,17 @@ def put(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Put]:
                 return TarSource(web.url("shard.tar"))
 
             yield put_http
+        return
+    if request.param == "hub":
+        with HubServer() as hub:
+            config = StorageConfig(options={"hf": {"endpoint": hub.url}})
+
+            def put_hub(data: bytes) -> TarSource:
+                hub.put("acme/faults", {"shard.tar": data})
+                return TarSource("hf://datasets/acme/faults/shard.tar", storage=config)
+
+            put_hub(b"").close()  # huggingface_hub keeps a session for the process
+            yield put_hub
         return
     server: S3Server = request.getfixturevalue("s3")
     bucket: str = request.getfixturevalue("bucket")
