@@ -303,14 +303,17 @@ def test_a_token_opens_what_is_closed_and_is_shown_nowhere(
     assert content and not any(request.token for request in content)
 
 
-def test_a_gated_repository_says_where_to_ask(
-    hub: HubServer, files: tuple[dict[str, bytes], dict[str, bytes]]
+def test_a_gated_repository_says_where_to_ask_and_opens_with_the_token_of_the_environment(
+    hub: HubServer,
+    files: tuple[dict[str, bytes], dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     content = {**files[1], "README.md": b"---\nlicense: mit\n---\n"}
     hub.put("acme/gated", content, token=TOKEN, is_gated=True)
     with pytest.raises(ConfigError, match="is gated.*Ask for access on http.*/datasets/acme/gated"):
         source(hub, "acme/gated")
-    assert source(hub, "acme/gated", token=TOKEN).num_shards == NUM_FILES
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert len(keys(source(hub, "acme/gated"))) == NUM_FILES * PER_FILE
 
 
 FAULTS = {

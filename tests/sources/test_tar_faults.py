@@ -1,7 +1,7 @@
 """Every way in which a shard can be broken is a named error, after the examples before it.
 
-On local disk, on a web server, in an object store and on the Hub alike. tarfile, webdataset and datasets take
-most of these for a shorter shard.
+On local disk, on a web server, in an object store and on the Hub alike. tarfile, webdataset and
+datasets take most of these for a shorter shard.
 """
 
 from __future__ import annotations
