@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,8 @@ class S3Server:
                 self.kill()
                 end = (self._folder / "log").read_text(errors="replace")[-2000:]
                 raise TimeoutError(f"SeaweedFS did not start within {STARTUP_LIMIT_S} s:\n{end}")
-            time.sleep(0.05)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(0.05)
 
     def kill(self) -> None:
         """Ends the server without a chance to say goodbye, as a crash would."""
