@@ -45,6 +45,14 @@ def until(is_so: Callable[[], bool], limit_s: float = 10) -> None:
         pause.wait(0.005)
 
 
+def start_loop() -> None:
+    """Starts fsspec's loop with the helper threads that it would start when it needs them."""
+    loop, barrier = get_loop(), threading.Barrier(5)
+    for _ in range(4):
+        loop.call_soon_threadsafe(loop.run_in_executor, None, barrier.wait, 5)
+    barrier.wait(5)
+
+
 @pytest.fixture(autouse=True)
 def nothing_survives() -> Iterator[None]:
     """Every test ends with the processes, threads, sockets and tasks that it began with.
@@ -52,10 +60,7 @@ def nothing_survives() -> Iterator[None]:
     fsspec's loop is a thread of the process, with a few more for what would block it, such as name
     lookups. They stay, so they are there before the test.
     """
-    loop, barrier = get_loop(), threading.Barrier(5)
-    for _ in range(4):
-        loop.call_soon_threadsafe(loop.run_in_executor, None, barrier.wait, 5)
-    barrier.wait(5)
+    start_loop()
     before = num_tasks()
     with nothing_left_behind():
         yield

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer
 from leaks import nothing_left_behind
+from remote import start_loop
 from s3_server import S3Server
 from shards import make_example, members, write_tar
 
@@ -54,9 +55,7 @@ def put(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Put]:
 
         yield put_local
         return
-    from fsspec.asyn import get_loop
-
-    get_loop()  # its thread stays once it is started
+    start_loop()  # its threads stay
     if request.param == "http":
         with FaultServer({}) as web:
 
