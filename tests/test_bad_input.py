@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from leaks import no_leaks  # noqa: F401
 from models import TinyTwoTower, to_tensor, tokenize
 from shards import make_example, members, write_shards, write_tar
 from torch import nn
@@ -27,6 +28,8 @@ from jest_stream.errors import (
     ShardUnavailableError,
     UnsafeDataError,
 )
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 @pytest.fixture
@@ -130,6 +133,7 @@ def test_integers_of_numpy_and_torch_are_integers(shards: list[str]) -> None:
     )
     assert len(list(dataset)) == 2
     state = dataset.state_dict()
+    dataset.close()
     assert type(state["layout"]["batch_size"]) is int and type(state["layout"]["seed"]) is int
     json.dumps(state)
 

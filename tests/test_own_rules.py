@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from leaks import no_leaks  # noqa: F401
 from models import TinyTwoTower, to_tensor, tokenize, train_step
 from shards import draw, make_example, members, write_shards, write_tar
 from torch import Tensor
@@ -31,6 +32,8 @@ from jest_stream import (
 from jest_stream.errors import BadExampleError, ConfigError
 from jest_stream.scoring.encoders import two_tower
 from jest_stream.selection import select_jointly, target_similarity
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 GREEDY = SelectionConfig(gain=math.inf, num_chunks=4)
 

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from leaks import no_leaks  # noqa: F401
 from shards import make_example
 
 from jest_stream.errors import BadExampleError, UnsafeExampleError
 from jest_stream.sources.decode import Limits
 from jest_stream.views import ScoreView, TrainView, collate
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 N, D, L = 9, 12, 5  # patches, their values, tokens
 

@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from leaks import no_leaks  # noqa: F401
 from PIL import Image
 from shards import draw, encode, make_example
 
 from jest_stream.errors import BadExampleError, UnsafeDataError, UnsafeExampleError
 from jest_stream.sources.decode import Decoded, Limits, decode
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 def decoded(name: str, value: Any, limits: Limits | None = None) -> Any:

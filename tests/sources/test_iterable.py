@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import webdataset
+from leaks import no_leaks  # noqa: F401
 from shards import draw, make_example, write_shards
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -16,6 +17,8 @@ from jest_stream.errors import ConfigError, ShardUnavailableError, UnsafeDataErr
 from jest_stream.sources import IterableSource, TarSource, open_source
 from jest_stream.sources.lanes import Lane
 from jest_stream.types import Cursor
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 class Squares(Dataset[Any]):

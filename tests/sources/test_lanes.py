@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from leaks import no_leaks  # noqa: F401
 
 from jest_stream.errors import BadExampleError, ConfigError, ShardError
 from jest_stream.sources.lanes import Lane, lane_shards, num_lanes, shard_order
 from jest_stream.types import Cursor, Example
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 START = Cursor(0, 0, 0, 0)
 

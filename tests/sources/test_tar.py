@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import webdataset
+from leaks import no_leaks  # noqa: F401
 from shards import make_example, members, write_shards, write_tar
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -23,6 +24,8 @@ from jest_stream.errors import (
     UnsafeDataError,
 )
 from jest_stream.sources import TarSource
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 

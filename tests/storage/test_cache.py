@@ -17,9 +17,12 @@ from pathlib import Path
 import psutil
 import pytest
 from cache_child import content_of
+from leaks import no_leaks  # noqa: F401
 
 from jest_stream.errors import ConfigError, ShardChangedError, StalledError
 from jest_stream.storage.cache import DiskCache
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 CHILD = str(Path(__file__).with_name("cache_child.py"))
 SIZE = 1000
