@@ -10,7 +10,7 @@ selection   draws the sub-batch, chunk by chunk, each conditioned on those befor
 dataset     hands it to the training loop, and remembers where it was
 """
 
-from jest_stream.config import Quota, SelectionConfig, TargetSimilarity, Term
+from jest_stream.config import Quota, ScoringConfig, SelectionConfig, TargetSimilarity, Term
 from jest_stream.dataset import JESTDataset
 from jest_stream.distributed import gather_state_dict
 from jest_stream.presets import preset
@@ -37,6 +37,7 @@ __all__ = [
     "JESTDataset",
     "Limits",
     "Quota",
+    "ScoringConfig",
     "SelectionConfig",
     "StorageConfig",
     "TarSource",

@@ -13,31 +13,25 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
 
+from jest_stream.batches import structured
 from jest_stream.config import (
     OnBadExample,
     OnBadShard,
+    ScoringConfig,
     SelectionConfig,
-    StreamConfig,
-    Term,
-    as_device,
     as_integer,
     require_bool,
-    require_functions,
-    require_key,
-    require_rule,
 )
 from jest_stream.distributed import rank_and_world_size
 from jest_stream.errors import ClosedError, ConfigError, WrongProcessError
 from jest_stream.iterator import JESTIterator
 from jest_stream.pipeline import Pipeline
+from jest_stream.plan import Plan
 from jest_stream.reporting.metrics import Metrics
-from jest_stream.selector import Models, Selector
-from jest_stream.sizes import FilterRatio, Layout, resolve_sizes
-from jest_stream.sources import open_source
+from jest_stream.sizes import FilterRatio
 from jest_stream.sources.decode import Limits
-from jest_stream.sources.lanes import num_lanes
 from jest_stream.storage import StorageConfig
-from jest_stream.views import Key, ScoreView, TrainView, Transform, view_of
+from jest_stream.views import Key, Transform
 
 _HOW_TO_KNOW = (
     "pass steps_per_epoch to give it one, or repeat=False with a source that knows how many "
@@ -75,6 +69,7 @@ class JESTDataset(IterableDataset[Any]):
         the step from which they hold.
       super_batch_size: candidates per batch on this rank; overrides `filter_ratio`.
       selection: how sub-batches are chosen.
+      scoring: how the learner copy and the reference embed candidates: precision, micro-batches.
       refresh_every: steps between copies of the learner's weights.
       lookahead: super-batches scored ahead. A batch is chosen with weights `lookahead` steps old.
       steps_per_epoch: batches per `iter()`, and `len()`. Default: endless.
@@ -119,6 +114,7 @@ class JESTDataset(IterableDataset[Any]):
         filter_ratio: FilterRatio = 0.8,
         super_batch_size: int | None = None,
         selection: SelectionConfig | None = None,
+        scoring: ScoringConfig | None = None,
         refresh_every: int = 1,
         lookahead: int = 1,
         steps_per_epoch: int | None = None,
@@ -135,32 +131,11 @@ class JESTDataset(IterableDataset[Any]):
         limits: Limits | None = None,
         timeout_s: float = 120.0,
     ) -> None:
+        arguments = dict(locals())
         super().__init__()
-        self._selection = SelectionConfig() if selection is None else require_rule(selection)
-        self._sizes = resolve_sizes(self._selection, batch_size, filter_ratio, super_batch_size)
-        self._config = StreamConfig(
-            refresh_every=refresh_every,
-            lookahead=lookahead,
-            steps_per_epoch=steps_per_epoch,
-            repeat=repeat,
-            seed=seed,
-            num_workers=num_workers,
-            lanes=lanes,
-            on_bad_example=on_bad_example,
-            on_bad_shard=on_bad_shard,
-            max_bad_fraction=max_bad_fraction,
-            timeout_s=timeout_s,
-        )
-        views = (transform, tokenizer, reference_transform, reference_tokenizer, train_transform)
-        self._score_view = _score_view(self._selection, (image_key, text_key), views, limits)
-        self._source = open_source(source, storage=storage)
-        is_own = self._source is not source
-        self._close_source = getattr(self._source, "close", None) if is_own else None
-        self._train_transform = train_transform
-        self._models = Models(self._selection, learner, reference)
-        self._devices = as_device("device", device), as_device("scoring_device", scoring_device)
+        self._plan = Plan(arguments)
         self._as_dict = require_bool("as_dict", as_dict)
-        self._metrics = Metrics(groups=self._selection.quotas or ())
+        self._metrics = Metrics(groups=self._plan.selection.quotas or ())
 
     def __iter__(self) -> JESTIterator:
         """Returns an iterator that continues the stream; an older one stops being usable."""
@@ -207,11 +182,11 @@ class JESTDataset(IterableDataset[Any]):
     @property
     def num_samples(self) -> int:
         """Examples per epoch that are handed out, over all ranks; raises as `num_batches` does."""
-        return self.num_batches * self._sizes.batch_size * rank_and_world_size()[1]
+        return self.num_batches * self._plan.sizes.batch_size * rank_and_world_size()[1]
 
     def _num_batches(self) -> int | None:
         # Asked for before there are ranks, a length that was given must not settle how many.
-        return self._config.steps_per_epoch or self._open().num_batches()
+        return self._plan.stream.steps_per_epoch or self._open().num_batches()
 
     def set_epoch(self, epoch: int) -> None:
         """Tells which epoch the next `iter()` is, as trainers do before each one.
@@ -269,15 +244,13 @@ class JESTDataset(IterableDataset[Any]):
         self._is_closed = True
         if self._pipeline is not None:
             self._pipeline.close()
-        if self._close_source is not None:
-            self._close_source()
-        self._models.release()
+        self._plan.release()
 
     def __enter__(self) -> JESTDataset:
         return self
 
     def __del__(self) -> None:
-        if hasattr(self, "_models"):  # the constructor may have failed before
+        if hasattr(self, "_plan"):  # the constructor may have failed before
             self.close()
 
     def __exit__(
@@ -289,12 +262,7 @@ class JESTDataset(IterableDataset[Any]):
         self.close()
 
     def __repr__(self) -> str:
-        rule: str = self._selection.method
-        if rule != "uniform":
-            score = self._selection.score
-            name = score if isinstance(score, str) else getattr(score, "__name__", "own score")
-            rule = f"{rule} {name}, {self._models.loss} loss"
-        parts = [rule, str(self._sizes)]
+        parts = [self._plan.describe()]
         if self._is_closed:
             parts.append("closed")
         elif self._pipeline is not None:
@@ -317,40 +285,9 @@ class JESTDataset(IterableDataset[Any]):
         if self._is_closed:
             raise ClosedError("this JESTDataset is closed; make a new one to read on")
         if self._pipeline is None:
-            self._pipeline = self._build()
+            rank, world_size = rank_and_world_size()
+            self._pipeline = self._plan.build(self._metrics, rank=rank, world_size=world_size)
         return self._pipeline
-
-    def _build(self) -> Pipeline:
-        rank, world_size = rank_and_world_size()
-        config = self._config
-        lanes = num_lanes(
-            self._source.num_shards, self._sizes.stream_size * world_size, world_size, config.lanes
-        )
-        selector = Selector(
-            self._selection,
-            self._models,
-            refresh_every=config.refresh_every,
-            metrics=self._metrics,
-        )
-        train_view = None
-        if self._train_transform is not None:
-            train_view = TrainView(
-                transform=self._train_transform,
-                seed=config.seed,
-                rank=rank,
-                limits=self._score_view.limits,
-            )
-        return Pipeline(
-            config,
-            self._sizes,
-            source=self._source,
-            layout=Layout(num_lanes=lanes, rank=rank, world_size=world_size),
-            score_view=self._score_view,
-            train_view=train_view,
-            selector=selector,
-            metrics=self._metrics,
-            devices=lambda: self._models.devices(*self._devices),
-        )
 
     def _pause(self) -> None:
         if self._pipeline is not None:
@@ -366,32 +303,4 @@ class JESTDataset(IterableDataset[Any]):
         has_ended = pipeline.epoch_step == 0
         if columns is None:
             return None, has_ended
-        image, text = view_of(columns, "image"), view_of(columns, "text")
-        if self._as_dict:
-            keys, weight = columns["key"], columns["weight"]
-            return {"image": image, "text": text, "key": keys, "weight": weight}, has_ended
-        return (image, text), has_ended
-
-
-def _score_view(
-    selection: SelectionConfig,
-    keys: tuple[Key, Key],
-    views: tuple[Transform | None, ...],
-    limits: Limits | None,
-) -> ScoreView:
-    """Returns the score view; `views` are named below, in order."""
-    names = "transform tokenizer reference_transform reference_tokenizer train_transform".split()
-    require_functions(dict(zip(names, views, strict=True)))
-    for name, key in zip(("image_key", "text_key"), keys, strict=True):
-        require_key(name, key)
-    if limits is not None and not isinstance(limits, Limits):
-        raise ConfigError(f"limits must be a Limits object or None, got {limits!r}")
-    return ScoreView(
-        keys=keys,
-        learner=(views[0], views[1]),
-        reference=(views[2], views[3]),
-        keep_image=views[4] is not None,
-        terms=[term for term in selection.terms if isinstance(term, Term)],
-        group_by=selection.group_by,
-        limits=limits or Limits(),
-    )
+        return structured(columns, as_dict=self._as_dict), has_ended

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from jest_stream.batches import Batches
 from jest_stream.checkpoint import (
     Progress,
     Record,
@@ -33,9 +34,9 @@ from jest_stream.randomness import derive_seed
 from jest_stream.reporting.metrics import Metrics
 from jest_stream.selector import Selector
 from jest_stream.sizes import Layout, Sizes
-from jest_stream.superbatch import Position, SuperBatch, moved, take_rows
+from jest_stream.superbatch import Position, SuperBatch
 from jest_stream.types import Cursor, Selection, Source
-from jest_stream.views import Columns, ScoreView, TrainView, columns_of, put_view
+from jest_stream.views import Columns, ScoreView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class Pipeline:
         source: Source,
         layout: Layout,
         score_view: ScoreView,
-        train_view: TrainView | None,
+        batches: Batches,
         selector: Selector,
         metrics: Metrics,
         devices: Callable[[], tuple[torch.device, torch.device]],
@@ -67,7 +68,7 @@ class Pipeline:
         self._config = config
         self._sizes = sizes
         self._source = source
-        self._train_view = train_view
+        self._batches = batches
         self._selector = selector
         self._metrics = metrics
         self._devices = devices  # asked when reading begins: models may be moved until then
@@ -276,13 +277,9 @@ class Pipeline:
                 f"training diverged?), the reference and the autocast dtype."
             )
         with self._metrics.timed("yielding"):
-            image = "image" if self._train_view is None else "raw_image"
-            needed = columns_of(super_batch.columns, (image, "text", "key"))
-            batch = take_rows(needed, selection.indices)
-            batch["weight"] = selection.weights
-            if self._train_view is not None:
-                put_view(batch, "image", self._train_view(batch.pop("raw_image"), step=self.step))
-            return {name: moved(column, self._device) for name, column in batch.items()}
+            return self._batches.make(
+                super_batch.columns, selection, step=self.step, device=self._device
+            )
 
     def _count(self, scored: Scored) -> None:
         """Books what is handed out, when it is: a checkpoint counts what it describes."""

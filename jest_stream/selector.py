@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jest_stream.config import SelectionConfig, TargetSimilarity
+from jest_stream.config import ScoringConfig, SelectionConfig, TargetSimilarity
 from jest_stream.errors import ConfigError
 from jest_stream.reporting.metrics import Metrics
 from jest_stream.scoring.encoders import Input, has_bias, two_tower
@@ -83,10 +83,12 @@ class Selector:
         config: SelectionConfig,
         models: Models,
         *,
+        scoring: ScoringConfig,
         refresh_every: int,
         metrics: Metrics,
     ) -> None:
         self._config = config
+        self._scoring = scoring
         self._models = models
         self._refresh_every = refresh_every
         self.device = torch.device("cpu")
@@ -227,12 +229,10 @@ class Selector:
 
     def _embed(self, columns: Columns) -> tuple[Embeddings | None, Embeddings | None]:
         image, text = _scorable(columns, "image"), _scorable(columns, "text")
-        precision = (self._config.micro_batch_size, self._config.autocast_dtype)
+        size, dtype = self._scoring.micro_batch_size, self._scoring.autocast_dtype
         learner = reference = None
         if self._copy is not None:
-            learner = self._copy.embed(
-                image, text, micro_batch_size=precision[0], autocast_dtype=precision[1]
-            )
+            learner = self._copy.embed(image, text, micro_batch_size=size, autocast_dtype=dtype)
         if self._models.reference is not None:
             if self._reference is None:
                 self._reference = ReferenceModel(
@@ -241,8 +241,8 @@ class Selector:
             reference = self._reference.embed(
                 _own(columns, "reference_image", image),
                 _own(columns, "reference_text", text),
-                micro_batch_size=precision[0],
-                autocast_dtype=precision[1],
+                micro_batch_size=size,
+                autocast_dtype=dtype,
             )
         return learner, reference
 

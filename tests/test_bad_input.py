@@ -18,7 +18,7 @@ from models import TinyTwoTower, to_tensor, tokenize
 from shards import make_example, members, write_shards, write_tar
 from torch import nn
 
-from jest_stream import JESTDataset, SelectionConfig, TarSource
+from jest_stream import JESTDataset, ScoringConfig, SelectionConfig, TarSource
 from jest_stream.errors import (
     BadExampleError,
     BadExampleLimitError,
@@ -105,11 +105,9 @@ def test_arguments_that_cannot_work_are_refused_at_construction(
         ({"num_chunks": 0}, "selection.num_chunks must be an integer of at least 1"),
         ({"gain": 0.0}, "selection.gain must be above 0, got 0.0"),
         ({"gain": float("nan")}, "selection.gain must be above 0"),
-        ({"micro_batch_size": 0}, "selection.micro_batch_size must be"),
         ({"gain": None}, "selection.gain must be a number, got None"),
         ({"uniform_fraction": "0.1"}, "selection.uniform_fraction must be a number, got '0.1'"),
         ({"stop_step": 2.5}, "selection.stop_step must be an integer"),
-        ({"autocast_dtype": torch.int8}, "selection.autocast_dtype must be torch.bfloat16"),
     ],
 )
 def test_selection_rules_that_cannot_work_are_refused(
@@ -119,8 +117,22 @@ def test_selection_rules_that_cannot_work_are_refused(
         SelectionConfig(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"micro_batch_size": 0}, "scoring.micro_batch_size must be an integer of at least 1"),
+        ({"autocast_dtype": torch.int8}, "scoring.autocast_dtype must be torch.bfloat16"),
+    ],
+)
+def test_ways_of_scoring_that_cannot_work_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ScoringConfig(**options)
+
+
 def test_integers_of_numpy_and_torch_are_integers(shards: list[str]) -> None:
-    rule = SelectionConfig(num_chunks=np.int64(2), micro_batch_size=torch.tensor(64))  # type: ignore[arg-type]
+    rule = SelectionConfig(num_chunks=np.int64(2))  # type: ignore[arg-type]
     dataset = jest(
         shards,
         batch_size=np.int64(4),
@@ -130,6 +142,7 @@ def test_integers_of_numpy_and_torch_are_integers(shards: list[str]) -> None:
         steps_per_epoch=np.uint8(2),
         seed=np.int64(5),
         selection=rule,
+        scoring=ScoringConfig(micro_batch_size=torch.tensor(64)),  # type: ignore[arg-type]
     )
     assert len(list(dataset)) == 2
     state = dataset.state_dict()

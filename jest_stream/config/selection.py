@@ -1,27 +1,28 @@
-"""The settings, frozen and checked once.
+"""How sub-batches are chosen: `SelectionConfig`, and what it is made of.
 
-`SelectionConfig` says how sub-batches are chosen and is public, with what it is made of: `Term` and
-`TargetSimilarity`, which add to an example's score, and `Quota`, which bounds a group.
-`StreamConfig` is the rest of what `JESTDataset` was given.
+`Term` and `TargetSimilarity` add to an example's score, `Quota` bounds a group.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
+from jest_stream.config.checks import (
+    as_integer,
+    as_number,
+    finite,
+    require_one_of,
+    set_field,
+)
 from jest_stream.errors import ConfigError
 
 Method = Literal["joint", "independent", "uniform"]
 Loss = Literal["auto", "sigmoid", "softmax"]
-OnBadExample = Literal["raise", "skip"]
-OnBadShard = Literal["raise", "skip"]
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 """Score of each pair of a tile, from the learner's and the reference's pair losses."""
 Metadata = str | Callable[[Mapping[str, Any]], Any]
@@ -40,7 +41,7 @@ class Term:
     """Factor on it; the product counts as nats, before the gain."""
 
     def __post_init__(self) -> None:
-        _set(self, "weight", _finite("Term.weight", self.weight))
+        set_field(self, "weight", finite("Term.weight", self.weight))
         if not isinstance(self.value, str) and not callable(self.value):
             raise ConfigError(
                 f"Term.value must be a metadata key or a function of the decoded example, got "
@@ -66,8 +67,8 @@ class TargetSimilarity:
     """Infinity: the similarity to the nearest target. 2: the root of the sum of their squares."""
 
     def __post_init__(self) -> None:
-        _set(self, "weight", _finite("TargetSimilarity.weight", self.weight))
-        _require_one_of("TargetSimilarity.tower", self.tower, ("image", "text"))
+        set_field(self, "weight", finite("TargetSimilarity.weight", self.weight))
+        require_one_of("TargetSimilarity.tower", self.tower, ("image", "text"))
         if self.norm not in (2, math.inf):
             raise ConfigError(f"TargetSimilarity.norm must be 2 or infinity, got {self.norm}")
         targets = self.targets
@@ -160,149 +161,26 @@ class SelectionConfig:
     """First step whose batch is selected; those before are uniform and score nothing."""
     stop_step: int | None = None
     """First step whose batch is uniform again. None: selection never stops."""
-    micro_batch_size: int = 256
-    """Examples per forward pass when scoring: memory against launches."""
-    autocast_dtype: torch.dtype | None = None
-    """`torch.bfloat16` or `torch.float16` to score under autocast."""
 
     def __post_init__(self) -> None:
-        _require_one_of("selection.method", self.method, ("joint", "independent", "uniform"))
-        _require_one_of("selection.loss", self.loss, ("auto", "sigmoid", "softmax"))
+        require_one_of("selection.method", self.method, ("joint", "independent", "uniform"))
+        require_one_of("selection.loss", self.loss, ("auto", "sigmoid", "softmax"))
         if not callable(self.score):
-            _require_one_of("selection.score", self.score, _SCORES, "or a function of two tiles")
-        integers = {"num_chunks": 1, "num_sweeps": 0, "start_step": 0, "micro_batch_size": 1}
+            require_one_of("selection.score", self.score, _SCORES, "or a function of two tiles")
+        integers = {"num_chunks": 1, "num_sweeps": 0, "start_step": 0}
         for name, least in integers.items():
-            _set(self, name, as_integer(f"selection.{name}", getattr(self, name), least))
+            set_field(self, name, as_integer(f"selection.{name}", getattr(self, name), least))
         if self.stop_step is not None:
-            _set(self, "stop_step", as_integer("selection.stop_step", self.stop_step, 0))
+            set_field(self, "stop_step", as_integer("selection.stop_step", self.stop_step, 0))
         if self.stop_step is not None and self.stop_step <= self.start_step:
             raise ConfigError(
                 f"selection.stop_step={self.stop_step} is not after "
                 f"start_step={self.start_step}, so nothing would ever be selected. Use "
                 f"method='uniform' for that."
             )
-        if self.autocast_dtype not in (None, torch.bfloat16, torch.float16):
-            raise ConfigError(
-                f"selection.autocast_dtype must be torch.bfloat16, torch.float16 or None, got "
-                f"{self.autocast_dtype}"
-            )
         require_sampling("selection.", self.gain, self.effective_support, self.uniform_fraction)
         _require_terms(self.terms)
         _require_groups(self.group_by, self.quotas)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamConfig:
-    """The rest of what `JESTDataset` was asked to do; its docstring explains the fields."""
-
-    refresh_every: int
-    lookahead: int
-    steps_per_epoch: int | None
-    repeat: bool
-    seed: int
-    num_workers: int
-    lanes: int | None
-    on_bad_example: OnBadExample
-    on_bad_shard: OnBadShard
-    max_bad_fraction: float
-    timeout_s: float
-
-    def __post_init__(self) -> None:
-        integers = {"refresh_every": 1, "lookahead": 0, "num_workers": 0, "seed": 0}
-        for name, least in integers.items():
-            _set(self, name, as_integer(name, getattr(self, name), least))
-        for name in ("lanes", "steps_per_epoch"):
-            if getattr(self, name) is not None:
-                _set(self, name, as_integer(name, getattr(self, name), 1))
-        _require_one_of("on_bad_example", self.on_bad_example, ("raise", "skip"))
-        _require_one_of("on_bad_shard", self.on_bad_shard, ("raise", "skip"))
-        require_bool("repeat", self.repeat)
-        if not 0 <= as_number("max_bad_fraction", self.max_bad_fraction) <= 1:
-            raise ConfigError(
-                f"max_bad_fraction must be a share in [0, 1], got {self.max_bad_fraction}"
-            )
-        if not as_number("timeout_s", self.timeout_s) > 0:
-            raise ConfigError(f"timeout_s must be above 0 seconds, got {self.timeout_s}")
-        if self.steps_per_epoch is not None and not self.repeat:
-            raise ConfigError(
-                f"steps_per_epoch={self.steps_per_epoch} promises that many batches, "
-                f"repeat=False ends with the data. Pass one of the two."
-            )
-
-    @property
-    def skips(self) -> bool:
-        """Whether examples may be left out, so that their number is not known beforehand."""
-        return "skip" in (self.on_bad_example, self.on_bad_shard)
-
-
-def as_integer(name: str, value: object, least: int) -> int:
-    """Returns `value` as an int; numpy's and torch's integers are integers too.
-
-    Raises:
-      ConfigError: unless it is an integer of at least `least`.
-    """
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
-    if number is None or number < least:
-        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
-    return number
-
-
-def as_number(name: str, value: object) -> float:
-    """Returns `value` as a float; `ConfigError` for text, None and what else is no number."""
-    try:
-        if isinstance(value, str | bytes | bool):
-            raise TypeError
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name} must be a number, got {value!r}") from None
-
-
-def require_bool(name: str, value: object) -> bool:
-    """Returns `value`, or raises `ConfigError` unless it is True or False."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name} must be True or False, got {value!r}")
-    return value
-
-
-def require_functions(functions: Mapping[str, object]) -> None:
-    """Raises `ConfigError` for what is neither None nor can be called, under its name."""
-    for name, function in functions.items():
-        if function is not None and not callable(function):
-            raise ConfigError(
-                f"{name} must be a function of one image or text, or None, got {function!r}"
-            )
-
-
-def as_device(name: str, device: object) -> torch.device | None:
-    """Returns what `device` names, or None for None; `ConfigError` if it names nothing."""
-    try:
-        return None if device is None else torch.device(device)  # type: ignore[call-overload]
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(
-            f"{name} must be a device such as 'cuda:0' or 'cpu', got {device!r}"
-        ) from error
-
-
-def require_key(name: str, key: object) -> None:
-    """Raises `ConfigError` unless `key` names members or is a function of the example."""
-    if not callable(key) and not (isinstance(key, str) and key):
-        raise ConfigError(
-            f"{name} must be the name of a member, alternatives such as 'jpg;png', or a function "
-            f"of the decoded example, got {key!r}"
-        )
-
-
-def require_rule(selection: object) -> SelectionConfig:
-    """Returns `selection`, or raises `ConfigError` if it is no `SelectionConfig`."""
-    if isinstance(selection, SelectionConfig):
-        return selection
-    raise ConfigError(
-        f"selection must be a SelectionConfig, got {selection!r}. Write for example "
-        f"SelectionConfig(method='uniform'), or **preset('uniform')."
-    )
 
 
 def require_sampling(
@@ -372,19 +250,11 @@ def _require_groups(group_by: object, quotas: Mapping[Hashable, Quota] | None) -
     require_quotas(quotas)
 
 
-def _finite(name: str, value: float) -> float:
-    number = as_number(name, value)
-    if not math.isfinite(number):
-        raise ConfigError(f"{name} must be finite, got {value}")
-    return number
-
-
-def _set(config: object, name: str, value: object) -> None:
-    """Sets a field of a frozen config to its checked value, while it is made."""
-    object.__setattr__(config, name, value)
-
-
-def _require_one_of(name: str, value: Any, allowed: tuple[str, ...], more: str = "") -> None:
-    if value not in allowed:
-        names = ", ".join(repr(item) for item in allowed)
-        raise ConfigError(f"{name} must be one of {names} {more}".rstrip() + f", got {value!r}")
+def require_rule(selection: object) -> SelectionConfig:
+    """Returns `selection`, or raises `ConfigError` if it is no `SelectionConfig`."""
+    if isinstance(selection, SelectionConfig):
+        return selection
+    raise ConfigError(
+        f"selection must be a SelectionConfig, got {selection!r}. Write for example "
+        f"SelectionConfig(method='uniform'), or **preset('uniform')."
+    )

@@ -1,0 +1,54 @@
+"""The settings, frozen and checked once.
+
+`selection` says how sub-batches are chosen, `scoring` how candidates are embedded, `stream` the
+rest of what `JESTDataset` was given; `checks` are shared by all.
+"""
+
+from jest_stream.config.checks import (
+    as_device,
+    as_integer,
+    as_number,
+    require_bool,
+    require_functions,
+    require_key,
+)
+from jest_stream.config.scoring import ScoringConfig, require_scoring
+from jest_stream.config.selection import (
+    Loss,
+    Metadata,
+    Method,
+    Quota,
+    ScoreFunction,
+    SelectionConfig,
+    TargetSimilarity,
+    Term,
+    require_quotas,
+    require_rule,
+    require_sampling,
+)
+from jest_stream.config.stream import OnBadExample, OnBadShard, StreamConfig
+
+__all__ = [
+    "Loss",
+    "Metadata",
+    "Method",
+    "OnBadExample",
+    "OnBadShard",
+    "Quota",
+    "ScoreFunction",
+    "ScoringConfig",
+    "SelectionConfig",
+    "StreamConfig",
+    "TargetSimilarity",
+    "Term",
+    "as_device",
+    "as_integer",
+    "as_number",
+    "require_bool",
+    "require_functions",
+    "require_key",
+    "require_quotas",
+    "require_rule",
+    "require_sampling",
+    "require_scoring",
+]

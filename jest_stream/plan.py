@@ -1,0 +1,153 @@
+"""Everything that a `JESTDataset` was asked for, checked: what its pipeline is built from.
+
+Opens the source; builds when ranks are known. Reads nothing by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from jest_stream.batches import Batches
+from jest_stream.config import (
+    ScoringConfig,
+    SelectionConfig,
+    StreamConfig,
+    Term,
+    as_device,
+    require_functions,
+    require_key,
+    require_rule,
+    require_scoring,
+)
+from jest_stream.errors import ConfigError
+from jest_stream.pipeline import Pipeline
+from jest_stream.reporting.metrics import Metrics
+from jest_stream.selector import Models, Selector
+from jest_stream.sizes import Layout, resolve_sizes
+from jest_stream.sources import open_source
+from jest_stream.sources.decode import Limits
+from jest_stream.sources.lanes import num_lanes
+from jest_stream.views import Key, ScoreView, TrainView, Transform
+
+_Settings = TypeVar("_Settings", StreamConfig, "Views")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """What the user wants made of an example; `JESTDataset` explains the fields."""
+
+    image_key: Key
+    text_key: Key
+    transform: Transform | None
+    tokenizer: Transform | None
+    reference_transform: Transform | None
+    reference_tokenizer: Transform | None
+    train_transform: Transform | None
+    limits: Limits | None
+
+    def __post_init__(self) -> None:
+        functions = "transform tokenizer reference_transform reference_tokenizer train_transform"
+        require_functions({name: getattr(self, name) for name in functions.split()})
+        require_key("image_key", self.image_key)
+        require_key("text_key", self.text_key)
+        if self.limits is not None and not isinstance(self.limits, Limits):
+            raise ConfigError(f"limits must be a Limits object or None, got {self.limits!r}")
+
+    def score_view(self, selection: SelectionConfig) -> ScoreView:
+        """Returns what makes the rows that candidates are scored on."""
+        return ScoreView(
+            keys=(self.image_key, self.text_key),
+            learner=(self.transform, self.tokenizer),
+            reference=(self.reference_transform, self.reference_tokenizer),
+            keep_image=self.train_transform is not None,
+            terms=[term for term in selection.terms if isinstance(term, Term)],
+            group_by=selection.group_by,
+            limits=self.limits or Limits(),
+        )
+
+    def train_view(self, *, seed: int, rank: int) -> TrainView | None:
+        """Returns what makes the image that is trained on; None where that is the score view."""
+        if self.train_transform is None:
+            return None
+        return TrainView(
+            transform=self.train_transform,
+            seed=seed,
+            rank=rank,
+            limits=self.limits or Limits(),
+        )
+
+
+class Plan:
+    """The settings of a run, checked, and the source that was opened for it.
+
+    Args:
+      arguments: of `JESTDataset`, by name.
+
+    Raises:
+      ConfigError: for what cannot work.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        given = arguments
+        selection, scoring = given["selection"], given["scoring"]
+        self.selection = require_rule(SelectionConfig() if selection is None else selection)
+        self.sizes = resolve_sizes(
+            self.selection, given["batch_size"], given["filter_ratio"], given["super_batch_size"]
+        )
+        self.stream = _settings(StreamConfig, given)
+        self._scoring = require_scoring(ScoringConfig() if scoring is None else scoring)
+        self._views = _settings(Views, given)
+        self._devices = tuple(as_device(name, given[name]) for name in ("device", "scoring_device"))
+        self._source = open_source(given["source"], storage=given["storage"])
+        is_own = self._source is not given["source"]
+        self._close_source: Callable[[], None] | None = (
+            getattr(self._source, "close", None) if is_own else None
+        )
+        self._models = Models(self.selection, given["learner"], given["reference"])
+
+    def build(self, metrics: Metrics, *, rank: int, world_size: int) -> Pipeline:
+        """Returns what reads, scores and hands out on this rank."""
+        stream = self.stream
+        lanes = num_lanes(
+            self._source.num_shards, self.sizes.stream_size * world_size, world_size, stream.lanes
+        )
+        selector = Selector(
+            self.selection,
+            self._models,
+            scoring=self._scoring,
+            refresh_every=stream.refresh_every,
+            metrics=metrics,
+        )
+        return Pipeline(
+            stream,
+            self.sizes,
+            source=self._source,
+            layout=Layout(num_lanes=lanes, rank=rank, world_size=world_size),
+            score_view=self._views.score_view(self.selection),
+            batches=Batches(self._views.train_view(seed=stream.seed, rank=rank)),
+            selector=selector,
+            metrics=metrics,
+            devices=lambda: self._models.devices(*self._devices),
+        )
+
+    def release(self) -> None:
+        """Closes the source, unless the user passed a `Source`; lets go of the models."""
+        if self._close_source is not None:
+            self._close_source()
+        self._models.release()
+
+    def describe(self) -> str:
+        """Returns the rule and the sizes, for `repr`."""
+        rule: str = self.selection.method
+        if rule != "uniform":
+            score = self.selection.score
+            name = score if isinstance(score, str) else getattr(score, "__name__", "own score")
+            rule = f"{rule} {name}, {self._models.loss} loss"
+        return f"{rule} | {self.sizes}"
+
+
+def _settings(kind: type[_Settings], arguments: Mapping[str, Any]) -> _Settings:
+    """Returns the settings whose fields are named as arguments are."""
+    return kind(**{field.name: arguments[field.name] for field in fields(kind)})

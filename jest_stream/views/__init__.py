@@ -1,0 +1,35 @@
+"""What is made of an example: the score view of every candidate, the train view of the chosen.
+
+`ScoreView` turns one example into a row, `collate` stacks rows into columns; both run where the
+examples are read, in worker processes if there are any. `TrainView` makes the random view of the
+few that were chosen. What selection wants to know of an example's metadata travels along, as
+`term` and `group`.
+"""
+
+from jest_stream.views.columns import (
+    Columns,
+    View,
+    collate,
+    columns_of,
+    put_view,
+    require_same_fields,
+    view_of,
+)
+from jest_stream.views.metadata import Key
+from jest_stream.views.rows import Transform
+from jest_stream.views.score import ScoreView
+from jest_stream.views.train import TrainView
+
+__all__ = [
+    "Columns",
+    "Key",
+    "ScoreView",
+    "TrainView",
+    "Transform",
+    "View",
+    "collate",
+    "columns_of",
+    "put_view",
+    "require_same_fields",
+    "view_of",
+]

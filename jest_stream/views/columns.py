@@ -1,0 +1,92 @@
+"""Rows of many examples, stacked: few tensors to hand over. Pure functions.
+
+`image` and `text` may each be one tensor or a mapping of tensors (as processors of transformers
+return): a mapping's entries are named `image/pixel_values`, ….
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jest_stream.errors import ConfigError
+from jest_stream.views.rows import Row
+
+Columns = dict[str, Any]
+"""Each value holds one entry per example: a tensor `[n, …]`, or a list."""
+View = Tensor | dict[str, Tensor] | list[Any]
+
+
+def collate(rows: list[Row]) -> Columns:
+    """Returns the rows as columns: one tensor per field, so that a process hands over few.
+
+    Raises:
+      ConfigError: for tensors of different shapes.
+    """
+    require_same_fields([{**row, "key": [row["key"]]} for row in rows], num_dims=0)
+    return {
+        name: torch.stack([row[name] for row in rows])
+        if isinstance(rows[0][name], Tensor)
+        else [row[name] for row in rows]
+        for name in rows[0]
+    }
+
+
+def require_same_fields(parts: Sequence[Columns], *, num_dims: int = 1) -> None:
+    """Raises `ConfigError` unless all parts can be stacked: same names, shapes and dtypes.
+
+    Args:
+      parts: rows, or columns of several; `key` is a list in both.
+      num_dims: leading dimensions in which they may differ.
+    """
+    first = parts[0] if parts else {}
+    for part in parts[1:]:
+        keys = f"{first['key'][0]!r} and {part['key'][0]!r}"
+        if part.keys() != first.keys():
+            differing = sorted(part.keys() ^ first.keys())
+            raise ConfigError(
+                f"the views of {keys} do not have the same entries: {differing} are in one of them "
+                f"only. Let transform and tokenizer return the same names for every example."
+            )
+        for name, value in first.items():
+            is_stacked = isinstance(value, Tensor) or isinstance(part[name], Tensor)
+            if is_stacked and _kind(part[name], num_dims) != _kind(value, num_dims):
+                raise ConfigError(
+                    f"{name} must have one shape and dtype for all examples, to be stacked; "
+                    f"{keys} have {_kind(value, num_dims)} and {_kind(part[name], num_dims)}. Let "
+                    f"the transform resize, crop and convert to RGB, and the tokenizer pad to a "
+                    f"fixed length."
+                )
+
+
+def columns_of(columns: Columns, names: Sequence[str]) -> Columns:
+    """Returns the columns of these names, views that are mappings included."""
+    return {key: column for key, column in columns.items() if key.split("/")[0] in names}
+
+
+def view_of(columns: Columns, name: str) -> View:
+    """Returns the column `name`, or the mapping made of the columns `name/…`."""
+    if name in columns:
+        column: View = columns[name]
+        return column
+    prefix = name + "/"
+    return {key[len(prefix) :]: columns[key] for key in columns if key.startswith(prefix)}
+
+
+def put_view(columns: Columns, name: str, view: View) -> None:
+    """Replaces the view `name` of the columns; the inverse of `view_of`."""
+    for key in [key for key in columns if key == name or key.startswith(name + "/")]:
+        del columns[key]
+    if isinstance(view, dict):
+        columns.update({f"{name}/{key}": value for key, value in view.items()})
+    else:
+        columns[name] = view
+
+
+def _kind(value: Any, num_dims: int) -> str:
+    if isinstance(value, Tensor):
+        return f"{list(value.shape[num_dims:])} {value.dtype}"
+    return type(value).__name__

@@ -1,0 +1,95 @@
+"""What selection and the views look up in a decoded example. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from jest_stream.config import Metadata, Term
+from jest_stream.errors import BadExampleError, ConfigError
+from jest_stream.sources.decode import Decoded
+
+Key = Metadata
+"""Alternatives such as `"jpg;png"`, the first present member counts; or a function of the example,
+which sees decoded members."""
+
+
+def find(decoded: Decoded, key: Key, argument: str, reason: str) -> Any:
+    """Returns the member that `key` means; `BadExampleError` if there is none."""
+    if callable(key):
+        return key(decoded)
+    for name in key.split(";"):
+        if name in decoded:
+            return decoded[name]
+    known = sorted(name for name in decoded if not name.startswith("__"))
+    what = (
+        f"has no member for {argument}={key!r}, only {known} (should {argument} be one of these?)"
+    )
+    raise _bad(decoded, what, reason)
+
+
+def _metadata(decoded: Decoded, key: Metadata, role: str) -> Any:
+    """A member, or else an entry of the `json` member, or what the user's function makes of it."""
+    if callable(key):
+        return key(decoded)
+    if key in decoded:
+        return decoded[key]
+    about = decoded["json"] if "json" in decoded else {}
+    entries = about if isinstance(about, Mapping) else {}
+    if key in entries:
+        return entries[key]
+    known = sorted({name for name in decoded if not name.startswith("__")} | entries.keys())
+    raise _bad(decoded, f"has no {key!r} for {role}, only {known}", f"missing_{role}")
+
+
+def number_of(decoded: Decoded, term: Term) -> float:
+    """Returns the number of a term; `BadExampleError` where the example has none."""
+    value = _metadata(decoded, term.value, "term")
+    if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) != 1:
+        raise ConfigError(
+            f"Term(value={term.value!r}) must give one number per example, got shape "
+            f"{list(value.shape)} for {decoded['__key__']!r}."
+        )
+    if isinstance(value, Sequence | Mapping) and not isinstance(value, str):
+        raise ConfigError(
+            f"Term(value={term.value!r}) must give one number per example, got a "
+            f"{type(value).__name__} for {decoded['__key__']!r}. Pass a function that makes one "
+            f"number of it."
+        )
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise _bad(
+            decoded, f"has {value!r} for {term.value!r}, no number", "unreadable_term"
+        ) from error
+    if not math.isfinite(number):
+        raise _bad(decoded, f"has {number} for {term.value!r}", "non_finite_term")
+    return number
+
+
+def group_of(decoded: Decoded, group_by: Metadata | tuple[str, ...]) -> Hashable:
+    """Returns the group of an example; of several keys, their values in a tuple."""
+    if isinstance(group_by, tuple):
+        return tuple(group_of(decoded, key) for key in group_by)
+    value = _metadata(decoded, group_by, "group")
+    if not isinstance(value, Hashable):
+        raise ConfigError(
+            f"group_by={group_by!r} must give a value that can be a key of quotas, got a "
+            f"{type(value).__name__} for {decoded['__key__']!r}. Pass a function that makes one "
+            f"of it."
+        )
+    return value
+
+
+def _bad(decoded: Decoded, what: str, reason: str) -> BadExampleError:
+    return BadExampleError(
+        f"example {decoded['__key__']!r} {what}. Repair the data, pass a function that does "
+        f'without, or on_bad_example="skip" to leave such examples out and count them.',
+        key=str(decoded["__key__"]),
+        shard=str(decoded.get("__shard__", "")),
+        reason=reason,
+    )

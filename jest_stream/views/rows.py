@@ -1,0 +1,63 @@
+"""What one example becomes: a flat dict of tensors and plain values. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jest_stream.errors import ConfigError
+from jest_stream.sources.decode import Decoded, Limits
+from jest_stream.types import Example
+from jest_stream.views.metadata import Key
+
+Row = dict[str, Any]
+Transform = Callable[[Any], Any]
+
+
+def as_rgb(image: Any, limits: Limits) -> Any:
+    """Pictures that were decoded elsewhere, as ours are; anything else as it is."""
+    if isinstance(image, bytes):  # of a function of the user's
+        image = Decoded({"image": image}, limits)["image"]
+    mode = getattr(image, "mode", "RGB")
+    return image if mode == "RGB" or not hasattr(image, "convert") else image.convert("RGB")
+
+
+def raw_image(example: Example, key: Key, image: Any) -> tuple[str, Any]:
+    """The image as it was read, with the member's name that tells its decoder."""
+    if callable(key):
+        return "image", image
+    name = next(name for name in key.split(";") if name in example)
+    return name, example[name]
+
+
+def add_view(row: Row, name: str, view: Any, argument: str = "") -> None:
+    """Puts a view into the row, without the batch dimension of one that processors add."""
+    is_text = name.endswith("text")
+    single_dim = 1 if is_text else 3
+    if isinstance(view, Mapping):
+        entries = {key: torch.as_tensor(value) for key, value in view.items()}
+        # Of a processor that makes patches, images have two dimensions: all entries tell together.
+        is_batch = len(entries) > 1 and all(
+            entry.dim() > 1 and len(entry) == 1 for entry in entries.values()
+        )
+        for key, entry in entries.items():
+            row[f"{name}/{key}"] = entry[0] if is_batch else _unbatched(entry, single_dim)
+    elif isinstance(view, Tensor | np.ndarray):
+        row[name] = _unbatched(torch.as_tensor(view), single_dim)
+    elif is_text and isinstance(view, str):
+        row[name] = view
+    else:
+        what, usual = ("text", "tokenizer") if is_text else ("image", "transform")
+        raise ConfigError(
+            f"{name} of example {row['key']!r} is a {type(view).__name__}, but models take "
+            f"tensors (or mappings of tensors). Pass {argument or usual}=, a function that turns "
+            f"the {what} into one."
+        )
+
+
+def _unbatched(tensor: Tensor, single_dim: int) -> Tensor:
+    return tensor[0] if tensor.dim() == single_dim + 1 and len(tensor) == 1 else tensor

@@ -1,0 +1,60 @@
+"""The deterministic view that candidates are scored on. Pure; runs where the examples are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from jest_stream.config import Metadata, Term
+from jest_stream.sources.decode import DEFAULT_LIMITS, Decoded, Limits
+from jest_stream.types import Example
+from jest_stream.views.metadata import Key, find, group_of, number_of
+from jest_stream.views.rows import Row, Transform, add_view, as_rgb, raw_image
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreView:
+    """Makes the deterministic view that candidates are scored on, one row per example."""
+
+    keys: tuple[Key, Key]
+    """Where an example's image and text are."""
+    learner: tuple[Transform | None, Transform | None]
+    """Transform and tokenizer. None: the values are tensors already."""
+    reference: tuple[Transform | None, Transform | None]
+    """The reference's own. None: it sees what the learner sees."""
+    keep_image: bool
+    """Whether the undecoded image travels along, for a train view made later."""
+    terms: Sequence[Term] = ()
+    """Numbers of the example's own that count in its score; their weighted sum travels along."""
+    group_by: Metadata | tuple[str, ...] | None = None
+    """What tells the example's group. None: no group travels along."""
+    limits: Limits = DEFAULT_LIMITS
+    """The largest members that are decoded."""
+
+    def __call__(self, example: Example) -> Row:
+        """Returns the row of one example.
+
+        Raises:
+          BadExampleError: for a missing or unreadable member, or metadata that are.
+          ConfigError: for a value that no transform was given for, or a term that is no number.
+        """
+        decoded = Decoded(example, self.limits)
+        image = as_rgb(find(decoded, self.keys[0], "image_key", "missing_image"), self.limits)
+        text = find(decoded, self.keys[1], "text_key", "missing_text")
+        row: Row = {"key": example["__key__"], "shard": example.get("__shard__", "")}
+        add_view(row, "image", image if self.learner[0] is None else self.learner[0](image))
+        add_view(row, "text", text if self.learner[1] is None else self.learner[1](text))
+        if self.reference[0] is not None:
+            add_view(row, "reference_image", self.reference[0](image))
+        if self.reference[1] is not None:
+            add_view(row, "reference_text", self.reference[1](text))
+        if self.keep_image:
+            row["raw_image"] = raw_image(example, self.keys[0], image)
+        if self.terms:
+            total = sum(term.weight * number_of(decoded, term) for term in self.terms)
+            row["term"] = torch.tensor(total, dtype=torch.float32)
+        if self.group_by is not None:
+            row["group"] = group_of(decoded, self.group_by)
+        return row
