@@ -301,6 +301,7 @@ class Pipeline:
         metrics.count("samples_trained", len(selection.indices))
         metrics.count("super_batch_duplicates", super_batch.size - len(set(rows)))
         self._count_skipped(super_batch)
+        metrics.add_device_seconds(scored.choice.device_seconds())
         metrics.count_groups(selection.group_counts.tolist(), selection.quota_excess.tolist())
         metrics.observe(
             selection,

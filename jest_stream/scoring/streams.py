@@ -179,21 +179,25 @@ class Slot:
         pinned.copy_(packed, non_blocking=True)
         reported: Event = self._ring.scoring.record_event()
 
-        def read_back() -> Selection:
+        def _read_back() -> Selection:
             reported.synchronize()
             return packing.unpack(pinned.clone())
 
-        return Choice(packing.unpack(packed), read_back=read_back, marks=self._marks)
+        return Choice(packing.unpack(packed), read_back=_read_back, marks=self._marks)
 
     def restore(self, selection: Selection) -> Choice:
         """Returns a choice of a former run, whose tensors lie on the CPU, as `keep` does."""
-        tensors = {field.name: getattr(selection, field.name) for field in fields(Selection)}
-        on_device = Selection(**{name: moved(t, self._ring.device) for name, t in tensors.items()})
-        self._ring.scoring.wait_event(self._backend.current_stream().record_event())
+        if not self._backend.overlaps:
+            tensors = {field.name: getattr(selection, field.name) for field in fields(Selection)}
+            return Choice(Selection(**{k: moved(v, self._ring.device) for k, v in tensors.items()}))
+        packing = Packing.of(selection)
+        pinned, packed = self._room("", (packing.num_bytes,), torch.uint8)
+        self.settle()  # a choice that was abandoned may still be on its way there
+        packing.pack(selection, out=pinned)
         with self.scoring():
-            choice = self.keep(on_device)
-        choice.on_host()  # what was moved here may go now
-        return choice
+            packed.copy_(pinned, non_blocking=True)
+            self._selected = self._ring.scoring.record_event()
+        return Choice(packing.unpack(packed), read_back=lambda: selection)
 
     @contextmanager
     def handing_out(self) -> Iterator[None]:
@@ -230,7 +234,8 @@ class Slot:
             pinned, on_device = self._rooms[name]
             if pinned.dtype == dtype and pinned.shape[1:] == shape[1:] and len(pinned) >= size:
                 return pinned[:size], on_device[:size]
-            self.settle()  # what is replaced may still be in use
+        # What is replaced may still be in use: by those for whom the copying stream, whose memory
+        # it is, will wait, and by copies from the pinned part, which its allocator watches.
         with self._backend.use(self._ring.copying):
             rooms = self._backend.pinned(shape, dtype), self._backend.buffer(shape, dtype)
         self._rooms[name] = rooms
@@ -254,6 +259,7 @@ class Ring:
         self.readers: dict[object, Event] = {}
         """By the weights that are read: the event behind their last reader."""
         self._slots: list[Slot] = []
+        self._is_finalizing = sys.is_finalizing  # modules may be gone by then
 
     def slot(self, in_use: Collection[Slot] = ()) -> Slot:
         """Returns a slot that is not in use; a new one if all are.
@@ -289,7 +295,7 @@ class Ring:
 
     def drain(self) -> None:
         """Waits until the device does nothing for us: then models may be let go of."""
-        if sys.is_finalizing():  # the driver may be gone
+        if not self.backend.overlaps or self._is_finalizing():  # the driver may be gone
             return
         for slot in self._slots:
             slot.settle()
