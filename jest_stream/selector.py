@@ -5,6 +5,7 @@ Owns the learner copy and the reference. Runs in the training thread, without gr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from jest_stream.config import ScoringConfig, SelectionConfig, TargetSimilarity
 from jest_stream.errors import ConfigError
 from jest_stream.reporting.metrics import Metrics
-from jest_stream.scoring.encoders import Input, has_bias, two_tower
+from jest_stream.scoring.encoders import Input, Pixels, has_bias, two_tower
 from jest_stream.scoring.learner import LearnerCopy
 from jest_stream.scoring.reference import ReferenceModel
 from jest_stream.selection import (
@@ -26,7 +27,7 @@ from jest_stream.selection import (
     uniform_selection,
 )
 from jest_stream.types import Embeddings, Selection
-from jest_stream.views import Columns, view_of
+from jest_stream.views import Columns, Finish, view_of
 
 
 class Models:
@@ -86,6 +87,7 @@ class Selector:
         scoring: ScoringConfig,
         refresh_every: int,
         metrics: Metrics,
+        finishes: Mapping[str, Finish] | None = None,
     ) -> None:
         self._config = config
         self._scoring = scoring
@@ -94,6 +96,7 @@ class Selector:
         self.device = torch.device("cpu")
         """Where scoring runs. To be set before the first choice."""
         self._metrics = metrics
+        self._finishes = finishes or {}  # what is left to do to pixels, by the name of their view
         self._copy: LearnerCopy | None = None
         self._reference: ReferenceModel | None = None
         self._restored: dict[str, Any] | None = None  # a checkpoint's copy, until ours is made
@@ -228,7 +231,8 @@ class Selector:
         self._models.release()
 
     def _embed(self, columns: Columns) -> tuple[Embeddings | None, Embeddings | None]:
-        image, text = _scorable(columns, "image"), _scorable(columns, "text")
+        image = self._finished(_scorable(columns, "image"), "image")
+        text = _scorable(columns, "text")
         size, dtype = self._scoring.micro_batch_size, self._scoring.autocast_dtype
         learner = reference = None
         if self._copy is not None:
@@ -239,12 +243,19 @@ class Selector:
                     self._models.reference, device=self.device, learner=self._models.learner
                 )
             reference = self._reference.embed(
-                _own(columns, "reference_image", image),
+                self._finished(_own(columns, "reference_image", image), "reference_image"),
                 _own(columns, "reference_text", text),
                 micro_batch_size=size,
                 autocast_dtype=dtype,
             )
         return learner, reference
+
+    def _finished(self, view: Input, name: str) -> Input:
+        """A view that is uint8 pixels, with what is left to do to them, slice by slice."""
+        finish = self._finishes.get(name)
+        if finish is None or not isinstance(view, Tensor) or view.dtype != torch.uint8:
+            return view
+        return Pixels(view, finish)
 
 
 def _checked(module: nn.Module | None, role: str, config: SelectionConfig) -> nn.Module:
