@@ -28,7 +28,7 @@ _TO_RGB = frozenset("MaybeConvertMode _convert_to_rgb".split())
 _SMOOTH = frozenset("bilinear bicubic lanczos box hamming".split())
 
 # The decoder gives at least this many pixels for each one that the view keeps, in each direction.
-_MIN_RATIO = 1.4
+_MIN_RATIO = 1.6
 
 
 @dataclass(frozen=True)
