@@ -217,7 +217,8 @@ def _resize_of(step: Any) -> Resize | None:
         return None
     size = getattr(step, "size", None)
     sizes = (size,) if isinstance(size, int) else tuple(size or ())
-    interpolation = str(getattr(getattr(step, "interpolation", None), "value", ""))
+    interpolation = getattr(step, "interpolation", None)
+    interpolation = str(getattr(interpolation, "value", interpolation))
     if len(sizes) not in (1, 2) or interpolation not in _SMOOTH:
         return None
     return Resize(tuple(int(side) for side in sizes), interpolation)
