@@ -26,7 +26,7 @@ from jest_stream.selection import (
     uniform_selection,
 )
 from jest_stream.types import Embeddings, Selection
-from jest_stream.views import Columns, view_of
+from jest_stream.views import Columns, scaled, view_of
 
 
 class Models:
@@ -122,6 +122,7 @@ class Selector:
                 refresh_every=self._refresh_every,
                 device=self.device,
                 step=step,
+                scoring=self._scoring,
             )
             if self._restored is not None:
                 self._copy.load_state_dict(self._restored)
@@ -228,7 +229,8 @@ class Selector:
         self._models.release()
 
     def _embed(self, columns: Columns) -> tuple[Embeddings | None, Embeddings | None]:
-        image, text = _scorable(columns, "image"), _scorable(columns, "text")
+        side = self._scoring.image_size
+        image, text = scaled(_scorable(columns, "image"), side), _scorable(columns, "text")
         size, dtype = self._scoring.micro_batch_size, self._scoring.autocast_dtype
         learner = reference = None
         if self._copy is not None:
@@ -236,10 +238,13 @@ class Selector:
         if self._models.reference is not None:
             if self._reference is None:
                 self._reference = ReferenceModel(
-                    self._models.reference, device=self.device, learner=self._models.learner
+                    self._models.reference,
+                    device=self.device,
+                    learner=self._models.learner,
+                    scoring=self._scoring,
                 )
             reference = self._reference.embed(
-                _own(columns, "reference_image", image),
+                scaled(_own(columns, "reference_image", image), side),
                 _own(columns, "reference_text", text),
                 micro_batch_size=size,
                 autocast_dtype=dtype,

@@ -50,6 +50,7 @@ ONLY_IN = {
     "webdataset": {"sources"},
     "datasets": {"sources"},
     "open_clip": {"scoring/encoders.py"},
+    "timm": {"scoring/resampling.py"},
     "transformers": {"scoring/encoders.py"},
     "pickle": set(),
     "torch.multinomial": set(),

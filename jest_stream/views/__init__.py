@@ -2,8 +2,8 @@
 
 `ScoreView` turns one example into a row, `collate` stacks rows into columns; both run where the
 examples are read, in worker processes if there are any. `TrainView` makes the random view of the
-few that were chosen. What selection wants to know of an example's metadata travels along, as
-`term` and `group`.
+few that were chosen, `scaled` a smaller one of the score view. What selection wants to know of an
+example's metadata travels along, as `term` and `group`.
 """
 
 from jest_stream.views.columns import (
@@ -17,6 +17,7 @@ from jest_stream.views.columns import (
 )
 from jest_stream.views.metadata import Key
 from jest_stream.views.rows import Transform
+from jest_stream.views.scaling import scaled
 from jest_stream.views.score import ScoreView
 from jest_stream.views.train import TrainView
 
@@ -31,5 +32,6 @@ __all__ = [
     "columns_of",
     "put_view",
     "require_same_fields",
+    "scaled",
     "view_of",
 ]
