@@ -29,6 +29,7 @@ from jest_stream.sizes import Layout, resolve_sizes
 from jest_stream.sources import open_source
 from jest_stream.sources.decode import Limits
 from jest_stream.sources.lanes import num_lanes
+from jest_stream.two_sizes import TwoSizes
 from jest_stream.views import Key, ScoreView, TrainView, Transform
 
 _Settings = TypeVar("_Settings", StreamConfig, "Views")
@@ -99,6 +100,12 @@ class Plan:
         self.stream = _settings(StreamConfig, given)
         self._scoring = require_scoring(ScoringConfig() if scoring is None else scoring)
         self._views = _settings(Views, given)
+        self._two_sizes = TwoSizes.of(
+            given["score_view_fraction"],
+            self.sizes.batch_size,
+            self._scoring,
+            has_train_view=self._views.train_transform is not None,
+        )
         self._devices = tuple(as_device(name, given[name]) for name in ("device", "scoring_device"))
         self._source = open_source(given["source"], storage=given["storage"])
         is_own = self._source is not given["source"]
@@ -126,7 +133,7 @@ class Plan:
             source=self._source,
             layout=Layout(num_lanes=lanes, rank=rank, world_size=world_size),
             score_view=self._views.score_view(self.selection),
-            batches=Batches(self._views.train_view(seed=stream.seed, rank=rank)),
+            batches=Batches(self._views.train_view(seed=stream.seed, rank=rank), self._two_sizes),
             selector=selector,
             metrics=metrics,
             devices=lambda: self._models.devices(*self._devices),

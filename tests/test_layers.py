@@ -23,6 +23,7 @@ LAYERS = [
     {"sources", "scoring", "selection", "reporting"},
     {"views"},
     {"superbatch", "selector"},
+    {"two_sizes"},
     {"batches", "checkpoint", "epochs", "feed"},
     {"pipeline", "distributed", "iterator"},
     {"plan"},

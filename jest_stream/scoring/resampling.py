@@ -9,6 +9,8 @@ Shapes: T: rows of the position embedding, W: width, C: channels, p: patch side.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -78,5 +80,6 @@ class _Matrix:
         if self._values.device != device:
             with torch.inference_mode(False):
                 self._values = self._values.to(device)
-        with torch.autocast(device.type, enabled=False):
+        has_autocast = torch.amp.is_autocast_available(device.type)  # the meta device has none
+        with torch.autocast(device.type, enabled=False) if has_autocast else nullcontext():
             return self._values @ operand if is_left else operand @ self._values

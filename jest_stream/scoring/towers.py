@@ -73,7 +73,7 @@ class Tower:
             rows = self.get(self.positions).shape[-2]
             grid = self.grid
             if rows != self.num_prefix + grid[0] * grid[1]:
-                return f"has {rows} position embeddings for a grid of {grid[0]} x {grid[1]}"
+                return f"has {rows} position embeddings, not one per patch of the image"
         return ""
 
     def get(self, name: str) -> Any:
