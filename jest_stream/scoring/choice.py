@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -63,6 +63,17 @@ class Choice:
             self._known = self.on_device if self._read_back is None else self._read_back()
         return self._known
 
+    def part(self, on_device: Tensor, on_host: Tensor) -> Choice:
+        """Returns some places of the draw order as a choice; what is said of all of it stays.
+
+        Args:
+          on_device: the places, on the scoring device.
+          on_host: the same, on the CPU.
+        """
+        return Choice(
+            _rows(self.on_device, on_device), read_back=lambda: _rows(self.on_host(), on_host)
+        )
+
     def weights(self, device: torch.device) -> Tensor:
         """Returns the weights on `device`, in memory that nothing here writes to again."""
         weights = self.on_device.weights
@@ -73,6 +84,14 @@ class Choice:
     def device_seconds(self) -> dict[str, float]:
         """Returns how long the device worked on it, by stage. To be called after `on_host`."""
         return {stage: begin.elapsed_time(end) / 1000 for stage, begin, end in self._marks}
+
+
+def _rows(selection: Selection, rows: Tensor) -> Selection:
+    return replace(
+        selection,
+        indices=selection.indices.index_select(0, rows),
+        weights=selection.weights.index_select(0, rows),
+    )
 
 
 @dataclass(frozen=True)
