@@ -14,6 +14,7 @@ from jest_stream.config import Quota, ScoringConfig, SelectionConfig, TargetSimi
 from jest_stream.dataset import JESTDataset
 from jest_stream.distributed import gather_state_dict
 from jest_stream.presets import preset
+from jest_stream.reporting import RunCost, training_flops
 from jest_stream.selection import (
     Groups,
     WeightedScore,
@@ -37,6 +38,7 @@ __all__ = [
     "JESTDataset",
     "Limits",
     "Quota",
+    "RunCost",
     "ScoringConfig",
     "SelectionConfig",
     "StorageConfig",
@@ -51,4 +53,5 @@ __all__ = [
     "select_independently",
     "select_jointly",
     "select_uniformly",
+    "training_flops",
 ]

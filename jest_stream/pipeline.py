@@ -36,7 +36,7 @@ from jest_stream.selector import Selector
 from jest_stream.sizes import Layout, Sizes
 from jest_stream.superbatch import Position, SuperBatch
 from jest_stream.types import Cursor, Selection, Source
-from jest_stream.views import Columns, ScoreView
+from jest_stream.views import Columns, ScoreView, view_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class Pipeline:
                 self._end_pass()
                 return None
             batch = self._hand_out(self._in_flight[0])
-        self._count(self._in_flight.popleft())
+        self._count(self._in_flight.popleft(), batch)
         self.step += 1
         self.epoch_step += 1
         self.is_resumed, self._has_begun = False, True
@@ -142,6 +142,10 @@ class Pipeline:
         elif not self._has_begun:
             self.step = epoch * (self._config.steps_per_epoch or 0)
             self._go_to(self._start_of(epoch), restored=[])
+
+    def price(self) -> None:
+        """Measures what the models' forward passes cost, as far as that is not known."""
+        self._selector.price()
 
     def refresh(self) -> None:
         """Copies the learner's weights now."""
@@ -281,7 +285,7 @@ class Pipeline:
                 super_batch.columns, selection, step=self.step, device=self._device
             )
 
-    def _count(self, scored: Scored) -> None:
+    def _count(self, scored: Scored, batch: Columns) -> None:
         """Books what is handed out, when it is: a checkpoint counts what it describes."""
         super_batch, metrics = scored.super_batch, self._metrics
         rows = list(zip(super_batch.columns["shard"], super_batch.columns["key"], strict=True))
@@ -297,6 +301,9 @@ class Pipeline:
             scored.selection,
             staleness=None if scored.weights_step is None else self.step - scored.weights_step,
         )
+        views = [(view_of(c, "image"), view_of(c, "text")) for c in (batch, super_batch.columns)]
+        was_scored = scored.weights_step is not None
+        metrics.accounting.count_trained(*views[0], scored=views[1] if was_scored else None)
 
     def _count_skipped(self, super_batch: SuperBatch) -> None:
         for reason, amount in super_batch.skipped.items():

@@ -5,6 +5,7 @@ Owns the learner copy and the reference. Runs in the training thread, without gr
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from jest_stream.config import ScoringConfig, SelectionConfig, TargetSimilarity
 from jest_stream.errors import ConfigError
-from jest_stream.reporting.metrics import Metrics
+from jest_stream.reporting import Metrics, Model, Pass, selection_flops
 from jest_stream.scoring.encoders import Input, has_bias, two_tower
+from jest_stream.scoring.forward import embed_once
 from jest_stream.scoring.learner import LearnerCopy
 from jest_stream.scoring.reference import ReferenceModel
 from jest_stream.selection import (
@@ -22,6 +24,7 @@ from jest_stream.selection import (
     independent_selection,
     joint_selection,
     needs,
+    num_conditioned_on,
     target_similarity,
     uniform_selection,
 )
@@ -55,6 +58,8 @@ class Models:
             self.loss = "sigmoid" if has_bias(model) else "softmax"
         self.home = next((m for m in (learner, reference) if isinstance(m, nn.Module)), None)
         """The module on whose device batches are wanted."""
+        self.trained = learner if isinstance(learner, nn.Module) else None
+        """What the user trains, as far as we know, whether or not scoring needs it."""
 
     def devices(
         self, device: torch.device | None, scoring_device: torch.device | None
@@ -72,7 +77,7 @@ class Models:
 
     def release(self) -> None:
         """Lets go of the modules."""
-        self.learner = self.reference = self.home = None
+        self.learner = self.reference = self.home = self.trained = None
 
 
 class Selector:
@@ -151,7 +156,8 @@ class Selector:
                 device=self.device,
             )
             return uniform, None
-        self.refresh(now)
+        with self._metrics.timed("scoring"):
+            self.refresh(now)
         self._has_failed = True
         selection = self._choose_scored(columns, size, batch_size, key, step)
         self._has_failed = False
@@ -164,6 +170,7 @@ class Selector:
         with self._metrics.timed("scoring"):
             learner, reference = self._embed(columns)
         self._metrics.count("samples_scored", size)
+        self._count_choice(learner, reference, size, batch_size)
         with self._metrics.timed("selecting"):
             rule = DrawRule(
                 gain=config.gain,
@@ -195,6 +202,44 @@ class Selector:
                 key=key,
                 step=step,
             )
+
+    def _count_choice(
+        self,
+        learner: Embeddings | None,
+        reference: Embeddings | None,
+        size: int,
+        batch_size: int,
+    ) -> None:
+        """Books what the choice costs: products of embeddings."""
+        config = self._config
+        num_given = 0
+        if config.method == "joint":
+            num_given = num_conditioned_on(
+                batch_size, min(config.num_chunks, batch_size), config.num_sweeps
+            )
+        both = zip((learner, reference), needs(config.score), strict=True)
+        dimensions = [e.image.shape[1] for e, counts in both if counts and e is not None]
+        flops = selection_flops(size, num_given, dimensions)
+        if reference is not None:
+            targets = (t for t in config.terms if isinstance(t, TargetSimilarity))
+            flops += sum(2 * size * term.targets.numel() for term in targets)
+        self._metrics.accounting.count_selection(flops)
+
+    def price(self) -> None:
+        """Measures what the forward passes that were counted cost, where that is not known yet."""
+        accounting = self._metrics.accounting
+        if not accounting.is_unpriced:
+            return
+        passes: dict[Model, Pass] = {}
+        dtype, trained = self._scoring.autocast_dtype, self._models.trained
+        if self._copy is not None:
+            passes["learner"] = partial(self._copy.embed, autocast_dtype=dtype)
+        if self._reference is not None:
+            passes["reference"] = partial(self._reference.embed, autocast_dtype=dtype)
+        if trained is not None:
+            passes["trained"] = partial(embed_once, trained)
+        with self._metrics.timed("yielding"):
+            accounting.price(passes)
 
     def _groups(self, columns: Columns) -> Groups | None:
         quotas = self._config.quotas
@@ -233,17 +278,18 @@ class Selector:
         learner = reference = None
         if self._copy is not None:
             learner = self._copy.embed(image, text, micro_batch_size=size, autocast_dtype=dtype)
+            self._metrics.accounting.count_scored("learner", image, text)
         if self._models.reference is not None:
             if self._reference is None:
                 self._reference = ReferenceModel(
                     self._models.reference, device=self.device, learner=self._models.learner
                 )
+            image = _own(columns, "reference_image", image)
+            text = _own(columns, "reference_text", text)
             reference = self._reference.embed(
-                _own(columns, "reference_image", image),
-                _own(columns, "reference_text", text),
-                micro_batch_size=size,
-                autocast_dtype=dtype,
+                image, text, micro_batch_size=size, autocast_dtype=dtype
             )
+            self._metrics.accounting.count_scored("reference", image, text)
         return learner, reference
 
 

@@ -8,8 +8,9 @@ Norms, softmax and other elementwise work count nothing.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -80,17 +81,20 @@ def _counter() -> Iterator[FlopCounterMode]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepFlops:
-    """FLOPs of one training step, by what they were spent on."""
+class Flops:
+    """FLOPs of a training step or of a whole run, by what they were spent on."""
 
     training: float
-    """The user's step on the sub-batch; all that a uniform step costs."""
+    """The user's steps on the sub-batches; all that uniform training costs."""
     learner_scoring: float
-    """The learner copy's pass over the super-batch."""
+    """The learner copy's passes over the super-batches."""
     reference_scoring: float
-    """The reference's pass over the super-batch; 0 if its embeddings are cached."""
+    """The reference's passes over the super-batches; 0 if its embeddings are cached."""
     selection: float
-    """Pair logits of the chosen with all candidates, both models."""
+    """Pair logits of the chosen with all candidates, of each model that counts."""
+    reusable: float = 0.0
+    """Part of `learner_scoring`: forward passes of the chosen at the size they are trained at. A
+    loader that scores with a copy pays them again in training; the paper counts them once."""
 
     @property
     def total(self) -> float:
@@ -99,8 +103,13 @@ class StepFlops:
 
     @property
     def ratio(self) -> float:
-        """Cost of the step over that of a uniform step of equal batch size."""
-        return self.total / self.training
+        """What was paid over what uniform training on as many examples costs."""
+        return self.total / self.training if self.training else math.nan
+
+    @property
+    def ratio_with_reuse(self) -> float:
+        """The same as the paper counts it: without the reusable forward passes."""
+        return (self.total - self.reusable) / self.training if self.training else math.nan
 
 
 def step_flops(
@@ -112,7 +121,7 @@ def step_flops(
     reference_forward: float = 0.0,
     dimensions: tuple[int, ...] = (),
     num_sweeps: int = 0,
-) -> StepFlops:
+) -> Flops:
     """Returns what one step costs, given what one example costs.
 
     Args:
@@ -124,14 +133,25 @@ def step_flops(
       dimensions: embedding dimension of each model that scores, for the pair logits.
       num_sweeps: how often the chunks are drawn again, each time with as many pair logits.
     """
-    return StepFlops(
+    return Flops(
         training=batch_size * training,
         learner_scoring=super_batch_size * learner_forward,
         reference_scoring=super_batch_size * reference_forward,
-        # Each chosen example meets all candidates twice, as image and as text: two products of
-        # 2 D FLOPs per pair and model.
-        selection=4.0 * super_batch_size * batch_size * sum(dimensions) * (1 + num_sweeps),
+        selection=selection_flops(super_batch_size, batch_size * (1 + num_sweeps), dimensions),
     )
+
+
+def selection_flops(num_candidates: int, num_given: int, dimensions: Iterable[int]) -> int:
+    """Returns the FLOPs of conditioning all candidates on examples that were drawn.
+
+    Args:
+      num_candidates: B.
+      num_given: drawn examples that others were conditioned on, those drawn again included; the
+        last chunk conditions nothing.
+      dimensions: embedding dimension of each model that scores.
+    """
+    # Each meets all candidates twice, as image and as text: two products of 2 D FLOPs per pair.
+    return 4 * num_candidates * num_given * sum(dimensions)
 
 
 def cost_ratio(

@@ -26,7 +26,7 @@ from jest_stream.selection.baselines import (
     uniform_selection,
 )
 from jest_stream.selection.drawing import DrawRule
-from jest_stream.selection.joint import joint_selection, select_jointly
+from jest_stream.selection.joint import joint_selection, num_conditioned_on, select_jointly
 from jest_stream.selection.quotas import Groups
 from jest_stream.selection.sampling import (
     draw_key,
@@ -57,6 +57,7 @@ __all__ = [
     "joint_selection",
     "learnability",
     "needs",
+    "num_conditioned_on",
     "select_independently",
     "select_jointly",
     "select_uniformly",
