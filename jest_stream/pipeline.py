@@ -301,9 +301,11 @@ class Pipeline:
             scored.selection,
             staleness=None if scored.weights_step is None else self.step - scored.weights_step,
         )
-        views = [(view_of(c, "image"), view_of(c, "text")) for c in (batch, super_batch.columns)]
-        was_scored = scored.weights_step is not None
-        metrics.accounting.count_trained(*views[0], scored=views[1] if was_scored else None)
+        metrics.accounting.count_trained(
+            view_of(batch, "image"),
+            view_of(batch, "text"),
+            was_scored=scored.weights_step is not None,
+        )
 
     def _count_skipped(self, super_batch: SuperBatch) -> None:
         for reason, amount in super_batch.skipped.items():

@@ -238,8 +238,7 @@ class Selector:
             passes["reference"] = partial(self._reference.embed, autocast_dtype=dtype)
         if trained is not None:
             passes["trained"] = partial(embed_once, trained)
-        with self._metrics.timed("yielding"):
-            accounting.price(passes)
+        self._metrics.price(passes)
 
     def _groups(self, columns: Columns) -> Groups | None:
         quotas = self._config.quotas

@@ -6,7 +6,6 @@ from jest_stream.reporting.compute import (
     cost_ratio,
     forward_flops,
     selection_flops,
-    step_flops,
     training_flops,
 )
 from jest_stream.reporting.cost import RunCost
@@ -22,6 +21,5 @@ __all__ = [
     "cost_ratio",
     "forward_flops",
     "selection_flops",
-    "step_flops",
     "training_flops",
 ]

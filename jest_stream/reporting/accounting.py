@@ -52,6 +52,7 @@ class Accounting:
         self._training_flops = training_flops
         self._rows: dict[tuple[Role, Shapes], int] = {}
         self._selection = 0
+        self._scored: Shapes | None = None  # by the learner copy, last
         self._prices: dict[tuple[Model, Shapes], float] = {}  # per row; NaN where it failed
 
     @property
@@ -61,23 +62,26 @@ class Accounting:
 
     def count_scored(self, model: Literal["learner", "reference"], image: View, text: View) -> None:
         """Notes that a model embedded the rows of these views."""
-        self._add(model, shapes_of(image, text), _num_rows(image))
+        shapes = shapes_of(image, text)
+        self._add(model, shapes, _num_rows(image))
+        if model == "learner":
+            self._scored = shapes
 
     def count_selection(self, flops: int) -> None:
         """Adds the FLOPs of a choice."""
         self._selection += flops
 
-    def count_trained(self, image: Any, text: Any, *, scored: tuple[Any, Any] | None) -> None:
+    def count_trained(self, image: Any, text: Any, *, was_scored: bool) -> None:
         """Notes that the rows of these views were handed out.
 
         Args:
           image: as handed out; a list where the user has no transform.
           text: likewise.
-          scored: the image and text views that the learner copy scored; None if it did not.
+          was_scored: whether the learner copy embedded their score views.
         """
         shapes = shapes_of(image, text)
         self._add("trained", shapes, _num_rows(image))
-        if scored is not None and shapes_of(*scored) == shapes:
+        if was_scored and shapes == self._scored:
             self._add("reusable", shapes, _num_rows(image))
 
     @property
@@ -121,12 +125,14 @@ class Accounting:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes on counting from `state`, in which other counters may be too."""
         self._selection = state.get(_SELECTION, 0)
-        self._rows = {}
+        self._rows, self._scored = {}, None
         for name, count in state.items():
             role, _, shapes = name.removeprefix(_PREFIX).partition(" ")
             if self.owns(name) and name != _SELECTION:
                 parsed = tuple((n, dtype, tuple(size)) for n, dtype, size in json.loads(shapes))
                 self._rows[role, parsed] = count  # type: ignore[index]
+                if role == "learner":
+                    self._scored = parsed
 
     @staticmethod
     def owns(name: str) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,19 +64,33 @@ def _counter() -> Iterator[FlopCounterMode]:
     has_cuda_state = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = [torch.cuda.current_device()] if has_cuda_state else []
     torch.backends.mha.set_fastpath_enabled(False)
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _OneModule()  # type: ignore[assignment]
     try:
         with (
-            warnings.catch_warnings(),
             torch.inference_mode(False),
             torch.random.fork_rng(devices=devices),
             sdpa_kernel(SDPBackend.MATH),
-            FlopCounterMode(display=False) as counter,
+            counter,
         ):
-            # The counter hooks all modules for the while; compiled ones remark on it.
-            warnings.filterwarnings("ignore", message=".*global hooks on modules")
             yield counter
     finally:
         torch.backends.mha.set_fastpath_enabled(has_fast_path)
+
+
+class _OneModule:
+    """Takes the place of what tells the counter in which module it is.
+
+    That would hook all modules of the process for the while, which compiled ones take ill, and
+    fails without gradients where a module is given a view of a parameter, as timm's attention
+    pool does.
+    """
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,35 +123,6 @@ class Flops:
     def ratio_with_reuse(self) -> float:
         """The same as the paper counts it: without the reusable forward passes."""
         return (self.total - self.reusable) / self.training if self.training else math.nan
-
-
-def step_flops(
-    *,
-    super_batch_size: int,
-    batch_size: int,
-    training: float,
-    learner_forward: float = 0.0,
-    reference_forward: float = 0.0,
-    dimensions: tuple[int, ...] = (),
-    num_sweeps: int = 0,
-) -> Flops:
-    """Returns what one step costs, given what one example costs.
-
-    Args:
-      super_batch_size: examples scored per step.
-      batch_size: examples trained per step.
-      training: FLOPs of a training step per example.
-      learner_forward: FLOPs per example scored by the learner copy; 0 for scores without it.
-      reference_forward: FLOPs per example scored by the reference; 0 if cached.
-      dimensions: embedding dimension of each model that scores, for the pair logits.
-      num_sweeps: how often the chunks are drawn again, each time with as many pair logits.
-    """
-    return Flops(
-        training=batch_size * training,
-        learner_scoring=super_batch_size * learner_forward,
-        reference_scoring=super_batch_size * reference_forward,
-        selection=selection_flops(super_batch_size, batch_size * (1 + num_sweeps), dimensions),
-    )
 
 
 def selection_flops(num_candidates: int, num_given: int, dimensions: Iterable[int]) -> int:

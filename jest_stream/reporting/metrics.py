@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
-from jest_stream.reporting.accounting import Accounting
+from jest_stream.reporting.accounting import Accounting, Model, Pass
 from jest_stream.reporting.cost import RunCost
 from jest_stream.types import Selection
 
@@ -132,6 +132,11 @@ class Metrics:
     def stop_clock(self) -> None:
         """Counts no time until a stage begins: the loop over the dataset has ended."""
         self._switch_to(None)
+
+    def price(self, passes: Mapping[Model, Pass]) -> None:
+        """Measures what is not priced yet, see `Accounting`; within a loop as part of yielding."""
+        with self.timed("yielding") if self._stage else nullcontext():
+            self.accounting.price(passes)
 
     def cost(self) -> RunCost:
         """Returns what the run paid so far, FLOPs as far as they are priced."""
