@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from jest_stream.superbatch import moved, take_rows
-from jest_stream.types import Selection
+from jest_stream.reporting import Accounting
+from jest_stream.scoring.choice import Choice
+from jest_stream.scoring.streams import moved
+from jest_stream.superbatch import take_rows
 from jest_stream.views import Columns, TrainView, columns_of, put_view, view_of
 
 
@@ -27,19 +29,19 @@ class Batches:
         self._train_view = train_view
 
     def make(
-        self, candidates: Columns, selection: Selection, *, step: int, device: torch.device
+        self, candidates: Columns, choice: Choice, *, step: int, device: torch.device
     ) -> Columns:
         """Returns the chosen of the candidates as columns on `device`.
 
         Args:
           candidates: columns of the super-batch.
-          selection: which of its rows were chosen.
+          choice: which of its rows were chosen.
           step: of the batch; names the random state of the train view.
           device: where the batch is wanted.
         """
         image = "image" if self._train_view is None else "raw_image"
-        batch = take_rows(columns_of(candidates, (image, "text", "key")), selection.indices)
-        batch["weight"] = selection.weights
+        batch = take_rows(columns_of(candidates, (image, "text", "key")), choice)
+        batch["weight"] = choice.weights(device)
         if self._train_view is not None:
             put_view(batch, "image", self._train_view(batch.pop("raw_image"), step=step))
         return {name: moved(column, device) for name, column in batch.items()}
@@ -51,3 +53,14 @@ def structured(batch: Columns, *, as_dict: bool) -> Any:
     if as_dict:
         return {"image": image, "text": text, "key": batch["key"], "weight": batch["weight"]}
     return image, text
+
+
+def count_trained(batch: Columns, accounting: Accounting, *, was_scored: bool) -> None:
+    """Books the rows of a batch as trained on.
+
+    Args:
+      batch: as `Batches.make` gave it.
+      accounting: where to.
+      was_scored: whether the learner copy embedded their score views.
+    """
+    accounting.count_trained(view_of(batch, "image"), view_of(batch, "text"), was_scored=was_scored)

@@ -90,6 +90,10 @@ class NonFiniteError(JESTError, ValueError):
     """Embeddings or scores that hold NaN or infinity: a choice among them would mean nothing."""
 
 
+class ScoringMemoryError(JESTError, RuntimeError):
+    """A device that has too little memory to score even one candidate at a time."""
+
+
 class ResumeMismatchError(JESTError):
     """A checkpoint that was taken under other settings than it is loaded into."""
 

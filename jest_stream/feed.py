@@ -6,9 +6,8 @@ the reader below it owns the worker processes.
 
 from __future__ import annotations
 
-import torch
-
 from jest_stream.config import StreamConfig
+from jest_stream.scoring.streams import Slot
 from jest_stream.sizes import Layout, Sizes
 from jest_stream.sources.workers import BlockReader
 from jest_stream.superbatch import Position, SuperBatch, Window
@@ -65,17 +64,17 @@ class Feed:
         self._reader = self._window = None
         self._start = position
 
-    def take(self, size: int, *, device: torch.device, end_epoch: int | None) -> SuperBatch:
-        """Returns the next `size` examples, on `device`; fewer where the stream ends.
+    def take(self, size: int, *, slot: Slot, end_epoch: int | None) -> SuperBatch:
+        """Returns the next `size` examples, in a slot; fewer where the stream ends.
 
         Args:
           size: how many.
-          device: where they are wanted.
+          slot: where they are wanted.
           end_epoch: the epoch not to begin; None for endless lanes. Looked at when lanes open.
         """
         if self._window is None:
             self._window = self._open(end_epoch)
-        return self._window.take(size, device=device)
+        return self._window.take(size, slot=slot)
 
     def pause(self) -> None:
         """Stops workers and closes files. The next `take` goes on where the last one stopped."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from jest_stream.batches import Batches
+from jest_stream.batches import Batches, count_trained
 from jest_stream.checkpoint import (
     Progress,
     Record,
@@ -32,11 +32,13 @@ from jest_stream.errors import ConfigError, NonFiniteError, ResumeMismatchError
 from jest_stream.feed import Feed
 from jest_stream.randomness import derive_seed
 from jest_stream.reporting.metrics import Metrics
+from jest_stream.scoring.choice import Choice
+from jest_stream.scoring.streams import Ring
 from jest_stream.selector import Selector
 from jest_stream.sizes import Layout, Sizes
 from jest_stream.superbatch import Position, SuperBatch
-from jest_stream.types import Cursor, Selection, Source
-from jest_stream.views import Columns, ScoreView, view_of
+from jest_stream.types import Cursor, Source
+from jest_stream.views import Columns, ScoreView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Scored:
     """A super-batch in flight: chosen from, not yet handed out."""
 
     super_batch: SuperBatch
-    selection: Selection
+    choice: Choice
     weights_step: int | None
     """The step whose learner weights it was scored with; None without a learner."""
 
@@ -72,7 +74,8 @@ class Pipeline:
         self._selector = selector
         self._metrics = metrics
         self._devices = devices  # asked when reading begins: models may be moved until then
-        self._device = self._scoring_device = torch.device("cpu")
+        self._device = torch.device("cpu")
+        self._ring = Ring(self._device)  # of the scoring device
         # By rank, since each rank chooses among candidates of its own.
         self._key = derive_seed("selection", config.seed, layout.rank)
         self._feed = Feed(config, sizes, source=source, layout=layout, prepare=score_view)
@@ -167,7 +170,9 @@ class Pipeline:
         """Stops workers, closes files, lets go of examples and models; `state_dict` still works."""
         self._feed.go_to(self._feed.position)
         for scored in self._in_flight:
+            scored.choice.on_host()  # for `state_dict`
             scored.super_batch.columns.clear()
+        self._ring.close()
         self._selector.close()
 
     def _start_of(self, epoch: int) -> Position:
@@ -230,15 +235,16 @@ class Pipeline:
             self._tail = super_batch
             self._feed.go_to(super_batch.start)  # a checkpoint taken now finds the same tail
             return None
-        selection, weights_step = self._selector.choose(
+        choice, weights_step = self._selector.choose(
             super_batch.columns,
+            slot=super_batch.slot,
             size=super_batch.size,
             batch_size=batch_size,
             key=self._key,
             step=step,
             now=self.step,
         )
-        return Scored(super_batch=super_batch, selection=selection, weights_step=weights_step)
+        return Scored(super_batch=super_batch, choice=choice, weights_step=weights_step)
 
     def _restore(self, record: Record) -> Scored:
         """Reads a super-batch of a checkpoint again; its choice is known."""
@@ -250,19 +256,24 @@ class Pipeline:
                 f"the shards have {super_batch.size} left there. "
                 f"They have changed since; start anew, or resume from the same data."
             )
-        _, weights_step, selection = read_record(record, self._scoring_device)
-        return Scored(super_batch=super_batch, selection=selection, weights_step=weights_step)
+        _, weights_step, selection = read_record(record, torch.device("cpu"))
+        choice = super_batch.slot.restore(selection)
+        return Scored(super_batch=super_batch, choice=choice, weights_step=weights_step)
 
     def _read(self, size: int) -> SuperBatch:
         with self._metrics.timed("data"):
             if not self._feed.is_open:
                 self._place()
             end_epoch = None if self._config.repeat else self.epoch + 1
-            return self._feed.take(size, device=self._scoring_device, end_epoch=end_epoch)
+            slot = self._ring.slot(in_use=[each.super_batch.slot for each in self._in_flight])
+            return self._feed.take(size, slot=slot, end_epoch=end_epoch)
 
     def _place(self) -> None:
-        self._device, self._scoring_device = self._devices()
-        self._selector.device = self._scoring_device
+        self._device, scoring_device = self._devices()
+        if scoring_device != self._ring.device:
+            self._ring.drain()
+            self._ring = Ring(scoring_device)
+        self._selector.ring = self._ring
 
     def _go_to(self, position: Position, *, restored: list[Record]) -> None:
         """Forgets what is in flight; reading goes on at `position`."""
@@ -272,40 +283,35 @@ class Pipeline:
 
     def _hand_out(self, scored: Scored) -> Columns:
         """Returns the chosen rows, gathered on the stream that the training loop uses."""
-        super_batch, selection = scored.super_batch, scored.selection
-        is_late = selection.is_finite.device.type != "cpu"  # on a CPU it raised when scoring
-        if is_late and not selection.is_finite:
+        super_batch, choice = scored.super_batch, scored.choice
+        if not choice.on_host().is_finite:  # on a CPU it raised when scoring
             self._go_to(super_batch.start, restored=[])  # to be chosen from again
             raise NonFiniteError(
                 f"scoring for step {self.step} gave NaN or infinity. Check the learner (has "
                 f"training diverged?), the reference and the autocast dtype."
             )
-        with self._metrics.timed("yielding"):
+        with self._metrics.timed("yielding"), super_batch.slot.handing_out():
             return self._batches.make(
-                super_batch.columns, selection, step=self.step, device=self._device
+                super_batch.columns, choice, step=self.step, device=self._device
             )
 
     def _count(self, scored: Scored, batch: Columns) -> None:
         """Books what is handed out, when it is: a checkpoint counts what it describes."""
         super_batch, metrics = scored.super_batch, self._metrics
+        selection = scored.choice.on_host()
         rows = list(zip(super_batch.columns["shard"], super_batch.columns["key"], strict=True))
         metrics.count("steps")
         metrics.count("samples_read", super_batch.size)
-        metrics.count("samples_trained", len(scored.selection.indices))
+        metrics.count("samples_trained", len(selection.indices))
         metrics.count("super_batch_duplicates", super_batch.size - len(set(rows)))
         self._count_skipped(super_batch)
-        metrics.count_groups(
-            scored.selection.group_counts.tolist(), scored.selection.quota_excess.tolist()
-        )
+        metrics.add_device_seconds(scored.choice.device_seconds())
+        metrics.count_groups(selection.group_counts.tolist(), selection.quota_excess.tolist())
         metrics.observe(
-            scored.selection,
+            selection,
             staleness=None if scored.weights_step is None else self.step - scored.weights_step,
         )
-        metrics.accounting.count_trained(
-            view_of(batch, "image"),
-            view_of(batch, "text"),
-            was_scored=scored.weights_step is not None,
-        )
+        count_trained(batch, metrics.accounting, was_scored=scored.weights_step is not None)
 
     def _count_skipped(self, super_batch: SuperBatch) -> None:
         for reason, amount in super_batch.skipped.items():
@@ -332,7 +338,7 @@ class Pipeline:
     def state_dict(self, *, include_learner_copy: bool) -> dict[str, Any]:
         """Returns what describes the last batch handed out: no samples, no open files."""
         in_flight = [
-            record_of(scored.super_batch.size, scored.weights_step, scored.selection)
+            record_of(scored.super_batch.size, scored.weights_step, scored.choice.on_host())
             for scored in self._in_flight
         ]
         progress = Progress(

@@ -12,19 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from jest_stream.config import ScoringConfig, SelectionConfig, TargetSimilarity
-from jest_stream.errors import ConfigError
-from jest_stream.reporting import Metrics, Model, Pass, selection_flops
+from jest_stream.errors import ConfigError, ScoringMemoryError
+from jest_stream.reporting import Metrics, Model, Pass
+from jest_stream.scoring.choice import Choice
 from jest_stream.scoring.encoders import Input, has_bias, two_tower
 from jest_stream.scoring.forward import embed_once
 from jest_stream.scoring.learner import LearnerCopy
 from jest_stream.scoring.reference import ReferenceModel
+from jest_stream.scoring.streams import Ring, Slot, moved
 from jest_stream.selection import (
     DrawRule,
     Groups,
+    choice_flops,
     independent_selection,
     joint_selection,
     needs,
-    num_conditioned_on,
     target_similarity,
     uniform_selection,
 )
@@ -96,9 +98,11 @@ class Selector:
         self._scoring = scoring
         self._models = models
         self._refresh_every = refresh_every
-        self.device = torch.device("cpu")
+        self.ring = Ring(torch.device("cpu"))
         """Where scoring runs. To be set before the first choice."""
         self._metrics = metrics
+        self._micro_batch_size = scoring.micro_batch_size  # smaller once memory has run out
+        self._targets: dict[int, Tensor] = {}  # of terms, on the device
         self._copy: LearnerCopy | None = None
         self._reference: ReferenceModel | None = None
         self._restored: dict[str, Any] | None = None  # a checkpoint's copy, until ours is made
@@ -122,24 +126,54 @@ class Selector:
         if self._models.learner is None:
             return
         if self._copy is None:
+            self._make_copy(self._models.learner, step)
+        assert self._copy is not None
+        if force or self._has_failed or self._copy.is_due(step):
+            with self.ring.writing(self._copy.written_next, self._copy.home):
+                self._copy.refresh(step, force=True)
+
+    def _make_copy(self, learner: nn.Module, step: int) -> None:
+        with self.ring.writing(None, two_tower(learner).device):
             self._copy = LearnerCopy(
-                self._models.learner,
+                learner,
                 refresh_every=self._refresh_every,
-                device=self.device,
+                device=self.ring.device,
                 step=step,
+                has_spare=self.ring.backend.overlaps,
             )
             if self._restored is not None:
                 self._copy.load_state_dict(self._restored)
                 self._restored = None
-        self._copy.refresh(step, force=force or self._has_failed)
+
+    def _prepare(self, now: int) -> None:
+        """Has all that scores ready, by work on the caller's current stream."""
+        self.refresh(now)
+        if self._models.reference is not None and self._reference is None:
+            home = two_tower(self._models.reference).device
+            with self.ring.writing(None, home):
+                self._reference = ReferenceModel(
+                    self._models.reference, device=self.ring.device, learner=self._models.learner
+                )
+                for number, term in enumerate(self._config.terms):
+                    if isinstance(term, TargetSimilarity):
+                        self._targets[number] = moved(term.targets, self.ring.device)
 
     def choose(
-        self, columns: Columns, *, size: int, batch_size: int, key: int, step: int, now: int
-    ) -> tuple[Selection, int | None]:
+        self,
+        columns: Columns,
+        *,
+        slot: Slot,
+        size: int,
+        batch_size: int,
+        key: int,
+        step: int,
+        now: int,
+    ) -> tuple[Choice, int | None]:
         """Returns which of the `size` candidates make the sub-batch of `step`.
 
         Args:
           columns: score views of the candidates, on the scoring device.
+          slot: what keeps their memory.
           key: names the run's noise; with `step` and an example's position it names a draw.
           now: the step at hand, whose learner weights are copied if they are due.
 
@@ -147,31 +181,35 @@ class Selector:
           The choice, and the step of the learner weights behind it; None without a learner.
         """
         if self._config.method == "uniform" or size == batch_size:  # nothing to choose by score
-            uniform = uniform_selection(
-                size,
-                batch_size=batch_size,
-                groups=self._groups(columns),
-                key=key,
-                step=step,
-                device=self.device,
-            )
-            return uniform, None
+            with slot.scoring():
+                uniform = uniform_selection(
+                    size,
+                    batch_size=batch_size,
+                    groups=self._groups(columns),
+                    key=key,
+                    step=step,
+                    device=self.ring.device,
+                )
+                return slot.keep(uniform), None
         with self._metrics.timed("scoring"):
-            self.refresh(now)
+            self._prepare(now)
         self._has_failed = True
-        selection = self._choose_scored(columns, size, batch_size, key, step)
+        with slot.scoring(None if self._copy is None else self._copy.read_now):
+            choice = slot.keep(self._choose_scored(columns, slot, size, batch_size, key, step))
         self._has_failed = False
-        return selection, None if self._copy is None else self._copy.step
+        return choice, None if self._copy is None else self._copy.step
 
     def _choose_scored(
-        self, columns: Columns, size: int, batch_size: int, key: int, step: int
+        self, columns: Columns, slot: Slot, size: int, batch_size: int, key: int, step: int
     ) -> Selection:
         config = self._config
-        with self._metrics.timed("scoring"):
+        with self._metrics.timed("scoring"), slot.timed("scoring"):
             learner, reference = self._embed(columns)
         self._metrics.count("samples_scored", size)
-        self._count_choice(learner, reference, size, batch_size)
-        with self._metrics.timed("selecting"):
+        self._metrics.accounting.count_selection(
+            choice_flops(config, learner, reference, batch_size=batch_size)
+        )
+        with self._metrics.timed("selecting"), slot.timed("selecting"):
             rule = DrawRule(
                 gain=config.gain,
                 effective_support=config.effective_support,
@@ -203,28 +241,6 @@ class Selector:
                 step=step,
             )
 
-    def _count_choice(
-        self,
-        learner: Embeddings | None,
-        reference: Embeddings | None,
-        size: int,
-        batch_size: int,
-    ) -> None:
-        """Books what the choice costs: products of embeddings."""
-        config = self._config
-        num_given = 0
-        if config.method == "joint":
-            num_given = num_conditioned_on(
-                batch_size, min(config.num_chunks, batch_size), config.num_sweeps
-            )
-        both = zip((learner, reference), needs(config.score), strict=True)
-        dimensions = [e.image.shape[1] for e, counts in both if counts and e is not None]
-        flops = selection_flops(size, num_given, dimensions)
-        if reference is not None:
-            targets = (t for t in config.terms if isinstance(t, TargetSimilarity))
-            flops += sum(2 * size * term.targets.numel() for term in targets)
-        self._metrics.accounting.count_selection(flops)
-
     def price(self) -> None:
         """Measures what the forward passes that were counted cost, where that is not known yet."""
         accounting = self._metrics.accounting
@@ -247,42 +263,58 @@ class Selector:
     def _terms(self, columns: Columns, reference: Embeddings | None) -> Tensor | None:
         """Returns the sum of the terms of each candidate: `[B]`; None without any."""
         total: Tensor | None = columns.get("term")
-        for term in self._config.terms:
+        for number, term in enumerate(self._config.terms):
             if not isinstance(term, TargetSimilarity):
                 continue
             assert reference is not None
             rows = reference.image if term.tower == "image" else reference.text
-            targets = term.targets.to(rows.device, non_blocking=True)
-            found = term.weight * target_similarity(rows, targets, norm=term.norm)
+            found = term.weight * target_similarity(rows, self._targets[number], norm=term.norm)
             total = found if total is None else total + found
         return total
 
     def copy_state(self) -> dict[str, Any] | None:
         """Returns the learner copy's weights for a checkpoint, None if there is no copy."""
+        self.ring.drain()  # the copy may have been written to on another stream than the present
         return self._restored if self._copy is None else self._copy.state_dict()
 
     def load_copy_state(self, state: dict[str, Any] | None) -> None:
         """Takes the weights of a checkpoint; None has the copy made anew."""
+        self.ring.drain()  # the copy may be in use
         self._restored = state
         self._copy = None
 
     def close(self) -> None:
         """Lets go of the copy and of the models."""
+        self.ring.drain()
         self._copy = self._reference = self._restored = None
+        self._targets.clear()
         self._models.release()
 
     def _embed(self, columns: Columns) -> tuple[Embeddings | None, Embeddings | None]:
+        """Returns what the models say; in smaller parts, from now on, where memory runs out."""
+        while True:
+            try:
+                return self._embed_by(self._micro_batch_size, columns)
+            except torch.cuda.OutOfMemoryError as error:
+                if self._micro_batch_size == 1:
+                    raise ScoringMemoryError(
+                        f"scoring one candidate at a time needs more memory than "
+                        f"{self.ring.device} has left: {error} Leave more to scoring: a smaller "
+                        f"training batch, a smaller score view, or scoring_device=, another device."
+                    ) from error
+            # Out of the handler, so that the error lets go of what it holds. Never above what the
+            # super-batch fills, or the first halvings would change nothing.
+            size = min(self._micro_batch_size, len(columns["key"]))
+            self._micro_batch_size = max(1, size // 2)
+
+    def _embed_by(self, size: int, columns: Columns) -> tuple[Embeddings | None, Embeddings | None]:
         image, text = _scorable(columns, "image"), _scorable(columns, "text")
-        size, dtype = self._scoring.micro_batch_size, self._scoring.autocast_dtype
+        dtype = self._scoring.autocast_dtype
         learner = reference = None
         if self._copy is not None:
             learner = self._copy.embed(image, text, micro_batch_size=size, autocast_dtype=dtype)
             self._metrics.accounting.count_scored("learner", image, text)
-        if self._models.reference is not None:
-            if self._reference is None:
-                self._reference = ReferenceModel(
-                    self._models.reference, device=self.device, learner=self._models.learner
-                )
+        if self._reference is not None:
             image = _own(columns, "reference_image", image)
             text = _own(columns, "reference_text", text)
             reference = self._reference.embed(

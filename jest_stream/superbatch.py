@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from jest_stream.scoring.choice import Choice
+from jest_stream.scoring.streams import Slot
 from jest_stream.sources.workers import Block, BlockReader
 from jest_stream.types import Cursor
 from jest_stream.views import Columns, require_same_fields
@@ -33,7 +35,9 @@ class SuperBatch:
     """Candidates that are scored together."""
 
     columns: Columns
-    """One entry per candidate, in global order."""
+    """One entry per candidate, in global order; tensors lie on the scoring device."""
+    slot: Slot
+    """What keeps their memory."""
     size: int
     """How many candidates there are."""
     start: Position
@@ -64,8 +68,8 @@ class Window:
         """Where the next super-batch starts."""
         return Position(dict(self._cursors), self._next_lane)
 
-    def take(self, size: int, *, device: torch.device) -> SuperBatch:
-        """Returns the next `size` examples, on `device`; fewer where the stream ends."""
+    def take(self, size: int, *, slot: Slot) -> SuperBatch:
+        """Returns the next `size` examples, in a slot; fewer where the stream ends."""
         start = self.position
         self._skipped, self._counts = {}, {}
         picks: list[tuple[Block, int]] = []
@@ -77,7 +81,8 @@ class Window:
                 break
             self._next_lane = (self._next_lane + 1) % len(self._lanes)
         return SuperBatch(
-            columns={k: moved(v, device) for k, v in _gather_blocks(picks).items()},
+            columns=slot.fill(_gather_blocks(picks, slot)),
+            slot=slot,
             size=len(picks),
             start=start,
             skipped=self._skipped,
@@ -128,28 +133,20 @@ class Window:
         return False
 
 
-def moved(column: Any, device: torch.device) -> Any:
-    """Returns a tensor on `device`; anything else as it is."""
-    if not isinstance(column, Tensor):
-        return column
-    # Towards the CPU a copy that does not block would be read before it is there.
-    return column.to(device, non_blocking=device.type != "cpu")
-
-
-def take_rows(columns: Columns, indices: Tensor) -> Columns:
-    """Returns the rows `indices`, on the device where each column lies."""
+def take_rows(columns: Columns, choice: Choice) -> Columns:
+    """Returns the chosen rows, on the device where each column lies."""
     chosen: list[int] | None = None
     taken: Columns = {}
     for name, column in columns.items():
         if isinstance(column, Tensor):
-            taken[name] = column.index_select(0, indices.to(column.device))
+            taken[name] = column.index_select(0, choice.on_device.indices.to(column.device))
         else:
-            chosen = indices.tolist() if chosen is None else chosen
+            chosen = choice.on_host().indices.tolist() if chosen is None else chosen
             taken[name] = [column[i] for i in chosen]
     return taken
 
 
-def _gather_blocks(picks: Sequence[tuple[Block, int]]) -> Columns:
+def _gather_blocks(picks: Sequence[tuple[Block, int]], slot: Slot) -> Columns:
     """Returns the picked rows as columns, in the order of the picks; each tensor is copied once."""
     rows_of: dict[int, tuple[Mapping[str, Any], list[int], list[int]]] = {}
     for row, (block, taken) in enumerate(picks):
@@ -160,7 +157,7 @@ def _gather_blocks(picks: Sequence[tuple[Block, int]]) -> Columns:
     columns: Columns = {}
     for name, first in picks[0][0].items.items() if picks else ():
         if isinstance(first, Tensor):
-            out = first.new_empty((len(picks), *first.shape[1:]))
+            out = slot.column(name, first, len(picks))
             for items, sources, targets in rows_of.values():
                 out[torch.tensor(targets)] = items[name][torch.tensor(sources)]
             columns[name] = out

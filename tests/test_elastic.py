@@ -27,6 +27,7 @@ from jest_stream import JESTDataset, SelectionConfig, gather_state_dict
 from jest_stream.checkpoint import Progress, deal, merge_states, state_of
 from jest_stream.errors import ConfigError, ResumeMismatchError, StalledError
 from jest_stream.reporting import Metrics
+from jest_stream.scoring.streams import Ring
 from jest_stream.sizes import Layout
 from jest_stream.sources.workers import BlockReader
 from jest_stream.superbatch import Position, Window
@@ -80,7 +81,8 @@ class Rank:
 
     def take(self, size: int) -> list[str]:
         self.step += 1
-        keys: list[str] = self.window.take(size, device=torch.device("cpu")).columns["key"]
+        slot = Ring(torch.device("cpu")).slot()
+        keys: list[str] = self.window.take(size, slot=slot).columns["key"]
         return keys
 
     def state(self) -> dict[str, Any]:

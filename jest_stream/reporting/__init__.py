@@ -5,7 +5,6 @@ from jest_stream.reporting.compute import (
     Flops,
     cost_ratio,
     forward_flops,
-    selection_flops,
     training_flops,
 )
 from jest_stream.reporting.cost import RunCost
@@ -20,6 +19,5 @@ __all__ = [
     "RunCost",
     "cost_ratio",
     "forward_flops",
-    "selection_flops",
     "training_flops",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -123,19 +123,6 @@ class Flops:
     def ratio_with_reuse(self) -> float:
         """The same as the paper counts it: without the reusable forward passes."""
         return (self.total - self.reusable) / self.training if self.training else math.nan
-
-
-def selection_flops(num_candidates: int, num_given: int, dimensions: Iterable[int]) -> int:
-    """Returns the FLOPs of conditioning all candidates on examples that were drawn.
-
-    Args:
-      num_candidates: B.
-      num_given: drawn examples that others were conditioned on, those drawn again included; the
-        last chunk conditions nothing.
-      dimensions: embedding dimension of each model that scores.
-    """
-    # Each meets all candidates twice, as image and as text: two products of 2 D FLOPs per pair.
-    return 4 * num_candidates * num_given * sum(dimensions)
 
 
 def cost_ratio(

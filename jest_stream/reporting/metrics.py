@@ -75,6 +75,7 @@ class Metrics:
         self._skipped: dict[str, int] = {}
         self._of_source: dict[str, int] = {}
         self._seconds = dict.fromkeys(_STAGES, 0.0)
+        self._device_seconds: dict[str, float] = {}
         self._stage: str | None = None  # the stage whose time is running,
         self._since = 0.0  # and since when
         self._selection: Selection | None = None
@@ -100,6 +101,11 @@ class Metrics:
             self._group_counts[f"quota_shortfall/{group}"] += max(0, -above)
             self._group_counts[f"quota_overrun/{group}"] += max(0, above)
 
+    def add_device_seconds(self, seconds: Mapping[str, float]) -> None:
+        """Adds how long the device worked on a stage, where that is not the host's time."""
+        for stage, amount in seconds.items():
+            self._device_seconds[stage] = self._device_seconds.get(stage, 0.0) + amount
+
     def observe(self, selection: Selection, *, staleness: int | None = None) -> None:
         """Replaces the last values by those of the sub-batch handed out now.
 
@@ -116,7 +122,8 @@ class Metrics:
         """Adds the wall time of the block to a stage: data, scoring, selecting, yielding.
 
         Stages nest: the inner one's time is not counted in the outer one, so that they add up.
-        On CUDA this is the host's time; work that was only enqueued is not in it.
+        On CUDA this is the host's time; work that was only enqueued is not in it, see
+        `add_device_seconds`.
         """
         outer = self._stage
         self._switch_to(stage)
@@ -152,12 +159,12 @@ class Metrics:
 
     def as_dict(self) -> dict[str, float | int]:
         """Returns everything, flat; the same keys each time but for what is first counted later:
-        reasons of skipping, and what the source counts.
+        reasons of skipping, what the source counts, and on CUDA `scoring_device_s` and
+        `selecting_device_s`, the device's seconds for the batches that were handed out.
 
         Last values are NaN where there is none (before the first batch, or for uniform
         selection), FLOPs where they are not priced. Times are seconds since this object was made;
-        the counters go on after a resume. Reads tensors, so on CUDA this waits for the scoring of
-        the last batch.
+        the counters go on after a resume.
         """
         nan = math.nan
         last = self._selection
@@ -175,6 +182,7 @@ class Metrics:
             "candidate_score": float(last.candidate_score) if last else nan,
             **{f"flops_{name}": getattr(flops, name) for name in _FLOPS},
             **{f"{stage}_s": seconds for stage, seconds in self._seconds.items()},
+            **{f"{stage}_device_s": amount for stage, amount in self._device_seconds.items()},
         }
 
     def state_dict(self) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """How much is to be learned from each pair: two-tower models in, `Embeddings` out.
 
 `encoders` sees every library's models in one way, `learner` keeps the copy of the module being
-trained, `reference` holds the frozen one.
+trained, `reference` holds the frozen one; `streams` has all of it run beside training on CUDA.
 """
 
 from jest_stream.scoring.encoders import (

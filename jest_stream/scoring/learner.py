@@ -40,6 +40,7 @@ class LearnerCopy:
         refresh_every: int,
         device: torch.device | str | None = None,
         step: int = 0,
+        has_spare: bool = False,
     ) -> None:
         """Copies the weights that `learner` has now.
 
@@ -48,6 +49,8 @@ class LearnerCopy:
           refresh_every: steps between refreshes; 1 keeps the copy equal at every step.
           device: where the copy lives. None: where the learner is.
           step: what the present weights are called.
+          has_spare: hold two sets of weights in turn, so that a refresh writes to the one that is
+            not embedded with: a device that does both at once need not wait.
 
         Raises:
           ConfigError: if the learner is no two-tower module or cannot be copied.
@@ -58,7 +61,23 @@ class LearnerCopy:
         self._learner = tower.module
         self._refresh_every = refresh_every
         self.tower = two_tower(_frozen_copy(self._learner, device))
+        self._spare = two_tower(_frozen_copy(self._learner, device)) if has_spare else self.tower
         self.step = step
+
+    @property
+    def written_next(self) -> int:
+        """Names the set of weights that the next refresh writes to."""
+        return id(self._spare)
+
+    @property
+    def read_now(self) -> int:
+        """Names the set of weights that `embed` uses; the same one if there is but one."""
+        return id(self.tower)
+
+    @property
+    def home(self) -> torch.device:
+        """Where the learner is now."""
+        return two_tower(self._learner).device
 
     def embed(
         self,
@@ -77,6 +96,10 @@ class LearnerCopy:
             autocast_dtype=autocast_dtype,
         )
 
+    def is_due(self, step: int) -> bool:
+        """Returns whether `refresh` would copy at this step."""
+        return step // self._refresh_every > self.step // self._refresh_every
+
     def refresh(self, step: int, *, force: bool = False) -> bool:
         """Copies the learner's weights if they are due; returns whether it did.
 
@@ -89,9 +112,9 @@ class LearnerCopy:
           ConfigError: if the learner's parameters or buffers have other names or shapes than
             when the copy was made. The copy stays as it was.
         """
-        if step // self._refresh_every <= self.step // self._refresh_every and not force:
+        if not (force or self.is_due(step)):
             return False
-        source, target = _named_tensors(self._learner), _named_tensors(self.tower.module)
+        source, target = _named_tensors(self._learner), _named_tensors(self._spare.module)
         if difference := _difference(expected=target, found=source):
             raise ConfigError(
                 f"the learner is not the module that was copied for scoring: {difference}. The "
@@ -99,6 +122,7 @@ class LearnerCopy:
                 f"make a new dataset after it."
             )
         _overwrite(target, source)
+        self.tower, self._spare = self._spare, self.tower
         self.step = step
         return True
 

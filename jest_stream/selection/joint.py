@@ -127,7 +127,8 @@ def joint_selection(
     candidates = check_candidates(learner, reference, score=score, loss=loss)
     batch_size, num_chunks = check_sizes(candidates.num_examples, batch_size, num_chunks)
     num_sweeps = as_integer("num_sweeps", num_sweeps, 0)
-    num_sweeps = _useful_sweeps(num_chunks, num_sweeps)
+    if num_chunks == 1:  # there are no others to be given
+        num_sweeps = 0
     conditional: ConditionalScores
     if exact_marginal and loss == "softmax":
         assert isinstance(candidates.score, WeightedScore)
@@ -153,16 +154,3 @@ def joint_selection(
         key=key,
         step=step,
     )
-
-
-def num_conditioned_on(batch_size: int, num_chunks: int, num_sweeps: int) -> int:
-    """Returns on how many drawn examples all candidates are conditioned; again in each sweep.
-
-    The last chunk that is drawn conditions nothing.
-    """
-    sizes = chunk_sizes(batch_size, num_chunks)
-    return batch_size * (1 + _useful_sweeps(num_chunks, num_sweeps)) - sizes[-1]
-
-
-def _useful_sweeps(num_chunks: int, num_sweeps: int) -> int:
-    return 0 if num_chunks == 1 else num_sweeps  # there are no others to be given

@@ -18,10 +18,9 @@ from jest_stream.reporting import (
     Flops,
     cost_ratio,
     forward_flops,
-    selection_flops,
     training_flops,
 )
-from jest_stream.selection import joint_selection, num_conditioned_on
+from jest_stream.selection import joint_selection, num_conditioned_on, selection_flops
 from jest_stream.types import Embeddings
 
 WIDTH, LAYERS, HEADS, DIMENSION, TOKENS, WORDS = 64, 3, 4, 32, 17, 12

@@ -24,6 +24,7 @@ from jest_stream.errors import (
     ShardUnavailableError,
     UnsafeDataError,
 )
+from jest_stream.scoring.streams import Ring
 from jest_stream.sources import IterableSource, TarSource
 from jest_stream.sources.workers import Block, BlockReader
 from jest_stream.superbatch import Position, Window
@@ -213,7 +214,7 @@ def cut(reader: BlockReader, size: int) -> list[tuple[list[str], dict[str, int],
     window = Window(reader, Position(dict(reader.cursors), 0))
     batches = []
     while True:
-        batch = window.take(size, device=torch.device("cpu"))
+        batch = window.take(size, slot=Ring(torch.device("cpu")).slot())
         batches.append((batch.columns.get("key", []), batch.counts, batch.start))
         if batch.size < size:
             return batches
@@ -238,7 +239,7 @@ def test_super_batches_count_skipped_shards_once_also_when_resumed_anywhere(
     for number, (_, _, position) in enumerate(batches):
         reader = open_reader(TarSource(paths), cursors=position.cursors)
         window = Window(reader, position)
-        resumed = window.take(5, device=torch.device("cpu"))
+        resumed = window.take(5, slot=Ring(torch.device("cpu")).slot())
         assert resumed.columns.get("key", []) == batches[number][0]
         assert shards_only(resumed.counts) == counts[number]
         reader.close()
