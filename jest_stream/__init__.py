@@ -14,6 +14,7 @@ from jest_stream.config import Quota, ScoringConfig, SelectionConfig, TargetSimi
 from jest_stream.dataset import JESTDataset
 from jest_stream.distributed import gather_state_dict
 from jest_stream.presets import preset
+from jest_stream.reporting import RunCost, training_flops
 from jest_stream.scoring import at_score_size
 from jest_stream.selection import (
     Groups,
@@ -38,6 +39,7 @@ __all__ = [
     "JESTDataset",
     "Limits",
     "Quota",
+    "RunCost",
     "ScoringConfig",
     "SelectionConfig",
     "StorageConfig",
@@ -53,4 +55,5 @@ __all__ = [
     "select_independently",
     "select_jointly",
     "select_uniformly",
+    "training_flops",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from jest_stream.reporting import Accounting
 from jest_stream.scoring.choice import Choice
 from jest_stream.scoring.streams import moved
 from jest_stream.superbatch import SuperBatch, take_rows, take_rows_on_host
@@ -118,3 +119,21 @@ def structured(batch: Columns, *, as_dict: bool) -> Any:
         part = structured(small, as_dict=True)
         found.update({f"small_{name}": value for name, value in part.items()})
     return found
+
+
+def count_trained(batch: Columns, accounting: Accounting, *, was_scored: bool) -> None:
+    """Books the rows of a batch as trained on.
+
+    Args:
+      batch: as `Batches.make` gave it.
+      accounting: where to.
+      was_scored: whether the learner copy embedded their score views.
+    """
+    for part, is_small in ((batch, False), (small_part(batch), True)):
+        if part:
+            accounting.count_trained(
+                view_of(part, "image"),
+                view_of(part, "text"),
+                was_scored=was_scored,
+                is_small=is_small,
+            )

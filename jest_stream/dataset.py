@@ -5,6 +5,7 @@ Iterated in the training process, by the training thread: scoring needs the trai
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, NoReturn
@@ -27,12 +28,13 @@ from jest_stream.errors import ClosedError, ConfigError, WrongProcessError
 from jest_stream.iterator import JESTIterator
 from jest_stream.pipeline import Pipeline
 from jest_stream.plan import Plan
-from jest_stream.reporting.metrics import Metrics
+from jest_stream.reporting import Metrics, RunCost
 from jest_stream.sizes import FilterRatio
 from jest_stream.sources.decode import Limits
 from jest_stream.storage import StorageConfig
 from jest_stream.views import Key, ReducedDecoding, TrainViewFrom, Transform
 
+_LOG = logging.getLogger("jest_stream")
 _HOW_TO_KNOW = (
     "pass steps_per_epoch to give it one, or repeat=False with a source that knows how many "
     "examples its shards hold (a manifest) and nothing that is skipped"
@@ -99,6 +101,8 @@ class JESTDataset(IterableDataset[Any]):
       max_bad_fraction: share of bad examples, of a thousand or more, above which skipping ends.
       limits: the largest images and texts that are decoded.
       timeout_s: seconds to wait for a worker process.
+      training_flops: FLOPs of your training step per example, for `metrics()` and `cost()`, as
+        `jest_stream.training_flops` measures them. Default: three forward passes of the learner.
 
     Raises:
       ConfigError: for arguments that cannot work, with the fix.
@@ -145,12 +149,15 @@ class JESTDataset(IterableDataset[Any]):
         max_bad_fraction: float = 0.01,
         limits: Limits | None = None,
         timeout_s: float = 120.0,
+        training_flops: float | None = None,
     ) -> None:
         arguments = dict(locals())
         super().__init__()
         self._plan = Plan(arguments)
         self._as_dict = require_bool("as_dict", as_dict)
-        self._metrics = Metrics(groups=self._plan.selection.quotas or ())
+        self._metrics = Metrics(
+            groups=self._plan.selection.quotas or (), training_flops=training_flops
+        )
 
     def __iter__(self) -> JESTIterator:
         """Returns an iterator that continues the stream; an older one stops being usable."""
@@ -222,8 +229,22 @@ class JESTDataset(IterableDataset[Any]):
         self._open().refresh()
 
     def metrics(self) -> dict[str, float | int]:
-        """Returns what happened so far, as a flat dict for any logger."""
+        """Returns what happened so far, as a flat dict for any logger.
+
+        The first call that finds a model or a size of views for the first time runs one example
+        through the model, to count its FLOPs; nothing of it changes but that its forward hooks
+        see that example. FLOPs are NaN before the first batch, and for what cannot be counted.
+        """
+        self._price()
         return self._metrics.as_dict()
+
+    def cost(self) -> RunCost:
+        """Returns what the run paid so far on this rank, and what that means: `print` it.
+
+        FLOPs are counted as in `metrics()`: ask once before `close()`, which lets go of the models.
+        """
+        self._price()
+        return self._metrics.cost()
 
     def state_dict(self, *, include_learner_copy: bool = False) -> dict[str, Any]:
         """Returns what resumes the stream behind the last batch handed out.
@@ -254,8 +275,15 @@ class JESTDataset(IterableDataset[Any]):
     def close(self) -> None:
         """Stops workers, closes files and connections, lets go of the models.
 
-        May be called again. A `Source` that was passed is left open: others may read from it.
+        May be called again. A `Source` that was passed is left open: others may read from it. What
+        the run cost is logged by the logger `jest_stream`, at level INFO.
         """
+        if not self._is_closed and self._pipeline is not None and _LOG.isEnabledFor(logging.INFO):
+            _LOG.info("%r has ended.\n%s", self, self.cost())
+        self._release()
+
+    def _release(self) -> None:
+        self._metrics.stop_clock()
         self._is_closed = True
         if self._pipeline is not None:
             self._pipeline.close()
@@ -265,8 +293,8 @@ class JESTDataset(IterableDataset[Any]):
         return self
 
     def __del__(self) -> None:
-        if hasattr(self, "_plan"):  # the constructor may have failed before
-            self.close()
+        if hasattr(self, "_metrics"):  # the constructor may have failed before
+            self._release()
 
     def __exit__(
         self,
@@ -304,7 +332,15 @@ class JESTDataset(IterableDataset[Any]):
             self._pipeline = self._plan.build(self._metrics, rank=rank, world_size=world_size)
         return self._pipeline
 
+    def _price(self) -> None:
+        if self._pipeline is not None and not self._is_closed:
+            self._pipeline.price()
+
+    def _rest(self) -> None:
+        self._metrics.stop_clock()
+
     def _pause(self) -> None:
+        self._rest()
         if self._pipeline is not None:
             self._pipeline.pause()
 
@@ -313,13 +349,14 @@ class JESTDataset(IterableDataset[Any]):
 
     def _next(self) -> tuple[Any, bool]:
         """One batch in the user's structure, None at the end of a pass; whether the epoch ended."""
-        pipeline = self._open()
-        try:
-            columns = pipeline.next_batch()
-        except BaseException:
-            pipeline.pause()
-            raise
-        has_ended = pipeline.epoch_step == 0
-        if columns is None:
-            return None, has_ended
-        return structured(columns, as_dict=self._as_dict), has_ended
+        with self._metrics.timed("yielding"):
+            pipeline = self._open()
+            try:
+                columns = pipeline.next_batch()
+            except BaseException:
+                pipeline.pause()
+                raise
+            has_ended = pipeline.epoch_step == 0
+            batch = None if columns is None else structured(columns, as_dict=self._as_dict)
+        self._metrics.hand_over()
+        return batch, has_ended

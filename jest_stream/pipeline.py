@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from jest_stream.batches import Batches
+from jest_stream.batches import Batches, count_trained
 from jest_stream.checkpoint import (
     Progress,
     Record,
@@ -110,7 +110,7 @@ class Pipeline:
                 self._end_pass()
                 return None
             batch = self._hand_out(self._in_flight[0])
-        self._count(self._in_flight.popleft())
+        self._count(self._in_flight.popleft(), batch)
         self.step += 1
         self.epoch_step += 1
         self.is_resumed, self._has_begun = False, True
@@ -148,6 +148,10 @@ class Pipeline:
         elif not self._has_begun:
             self.step = epoch * (self._config.steps_per_epoch or 0)
             self._go_to(self._start_of(epoch), restored=[])
+
+    def price(self) -> None:
+        """Measures what the models' forward passes cost, as far as that is not known."""
+        self._selector.price()
 
     def refresh(self) -> None:
         """Copies the learner's weights now."""
@@ -308,7 +312,7 @@ class Pipeline:
         with self._metrics.timed("yielding"), super_batch.slot.handing_out():
             return self._batches.make(super_batch, choice, step=self.step, device=self._device)
 
-    def _count(self, scored: Scored) -> None:
+    def _count(self, scored: Scored, batch: Columns) -> None:
         """Books what is handed out, when it is: a checkpoint counts what it describes."""
         super_batch, metrics = scored.super_batch, self._metrics
         selection = scored.choice.on_host()
@@ -324,6 +328,7 @@ class Pipeline:
             selection,
             staleness=None if scored.weights_step is None else self.step - scored.weights_step,
         )
+        count_trained(batch, metrics.accounting, was_scored=scored.weights_step is not None)
 
     def _count_skipped(self, super_batch: SuperBatch) -> None:
         for reason, amount in super_batch.skipped.items():

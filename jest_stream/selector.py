@@ -6,6 +6,7 @@ Owns the learner copy and the reference. Runs in the training thread, without gr
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +14,17 @@ from torch import Tensor, nn
 
 from jest_stream.config import ScoringConfig, SelectionConfig, TargetSimilarity
 from jest_stream.errors import ConfigError, ScoringMemoryError
-from jest_stream.reporting.metrics import Metrics
+from jest_stream.reporting import Metrics, Model, Pass
 from jest_stream.scoring.choice import Choice
 from jest_stream.scoring.encoders import Input, Pixels, has_bias, two_tower
+from jest_stream.scoring.forward import embed_once
 from jest_stream.scoring.learner import LearnerCopy
 from jest_stream.scoring.reference import ReferenceModel
 from jest_stream.scoring.streams import Ring, Slot, moved
 from jest_stream.selection import (
     DrawRule,
     Groups,
+    choice_flops,
     independent_selection,
     joint_selection,
     needs,
@@ -58,6 +61,8 @@ class Models:
             self.loss = "sigmoid" if has_bias(model) else "softmax"
         self.home = next((m for m in (learner, reference) if isinstance(m, nn.Module)), None)
         """The module on whose device batches are wanted."""
+        self.trained = learner if isinstance(learner, nn.Module) else None
+        """What the user trains, as far as we know, whether or not scoring needs it."""
 
     def devices(
         self, device: torch.device | None, scoring_device: torch.device | None
@@ -75,7 +80,7 @@ class Models:
 
     def release(self) -> None:
         """Lets go of the modules."""
-        self.learner = self.reference = self.home = None
+        self.learner = self.reference = self.home = self.trained = None
 
 
 class Selector:
@@ -202,7 +207,8 @@ class Selector:
                     device=self.ring.device,
                 )
                 return slot.keep(uniform), None
-        self._prepare(columns, now)
+        with self._metrics.timed("scoring"):
+            self._prepare(columns, now)
         self._has_failed = True
         with slot.scoring(None if self._copy is None else self._copy.read_now):
             choice = slot.keep(self._choose_scored(columns, slot, size, batch_size, key, step))
@@ -216,6 +222,9 @@ class Selector:
         with self._metrics.timed("scoring"), slot.timed("scoring"):
             learner, reference = self._embed(columns)
         self._metrics.count("samples_scored", size)
+        self._metrics.accounting.count_selection(
+            choice_flops(config, learner, reference, batch_size=batch_size)
+        )
         with self._metrics.timed("selecting"), slot.timed("selecting"):
             rule = DrawRule(
                 gain=config.gain,
@@ -247,6 +256,23 @@ class Selector:
                 key=key,
                 step=step,
             )
+
+    def price(self) -> None:
+        """Measures what the forward passes that were counted cost, where that is not known yet."""
+        accounting = self._metrics.accounting
+        if not accounting.is_unpriced:
+            return
+        passes: dict[Model, Pass] = {}
+        dtype, trained = self._scoring.autocast_dtype, self._models.trained
+        if self._copy is not None:
+            passes["learner"] = partial(self._copy.embed, autocast_dtype=dtype)
+        elif trained is not None:  # what is trained at the score size, if anything is
+            passes["learner"] = partial(_embed_at_score_size, trained, self._scoring)
+        if self._reference is not None:
+            passes["reference"] = partial(self._reference.embed, autocast_dtype=dtype)
+        if trained is not None:
+            passes["trained"] = partial(embed_once, trained)
+        self._metrics.price(passes)
 
     def _groups(self, columns: Columns) -> Groups | None:
         quotas = self._config.quotas
@@ -306,6 +332,7 @@ class Selector:
         learner = reference = None
         if self._copy is not None:
             learner = self._copy.embed(image, text, micro_batch_size=size, autocast_dtype=dtype)
+            self._metrics.accounting.count_scored("learner", _shaped(image), _shaped(text))
         if self._reference is not None:
             if _has(columns, "reference_image"):  # a view of its own, else it shares the learner's
                 image = self._scored_view(_scorable(columns, "reference_image"), "reference_image")
@@ -314,6 +341,7 @@ class Selector:
             reference = self._reference.embed(
                 image, text, micro_batch_size=size, autocast_dtype=dtype
             )
+            self._metrics.accounting.count_scored("reference", _shaped(image), _shaped(text))
         return learner, reference
 
     def _scored_view(self, view: Tensor | dict[str, Tensor], name: str) -> Input:
@@ -323,6 +351,12 @@ class Selector:
             return scaled(view, side)
         size = tuple(view.shape[2:]) if side is None else (side, side)
         return Pixels(view, lambda rows: scaled(finish(rows), side), size)
+
+
+def _embed_at_score_size(
+    learner: nn.Module, scoring: ScoringConfig, image: Input, text: Input
+) -> Embeddings:
+    return LearnerCopy(learner, refresh_every=1, scoring=scoring).embed(image, text)
 
 
 def _checked(module: nn.Module | None, role: str, config: SelectionConfig) -> nn.Module:
@@ -346,6 +380,11 @@ def _scorable(columns: Columns, name: str) -> Tensor | dict[str, Tensor]:
             f"takes tensors. Pass tokenizer=, a function that turns the text into one."
         )
     return view
+
+
+def _shaped(view: Input) -> Tensor | Mapping[str, Tensor]:
+    """What tells how many rows there are, and of which shapes."""
+    return view.shaped if isinstance(view, Pixels) else view
 
 
 def _has(columns: Columns, name: str) -> bool:

@@ -31,6 +31,11 @@ class Pixels:
     image_size: tuple[int, ...]
     """Height and width of what it makes."""
 
+    @property
+    def shaped(self) -> Tensor:
+        """What it makes of all rows, without values."""
+        return torch.empty((*self.rows.shape[:2], *self.image_size), device="meta")
+
 
 Input = Tensor | Mapping[str, Tensor] | Pixels
 """What is embedded: one tensor, or named tensors that the tower takes as keywords, or pixels. All
