@@ -6,44 +6,85 @@ Runs in the training thread.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from jest_stream.scoring.choice import Choice
 from jest_stream.scoring.streams import moved
-from jest_stream.superbatch import take_rows
-from jest_stream.views import Columns, TrainView, columns_of, put_view, view_of
+from jest_stream.superbatch import SuperBatch, take_rows, take_rows_on_host
+from jest_stream.views import Columns, Finish, LateViews, columns_of, put_view, view_of
 
 
 class Batches:
-    """Makes batches of chosen rows.
+    """Makes batches of chosen rows. Owns what makes train views ahead of time.
 
     Args:
-      train_view: makes the image that is trained on, from the one that was read. None: it is the
-        score view.
+      late: makes the image that is trained on. None: it is the score view.
+      finishes: what is left to do to pixels, by what they are: `image`, `train`.
     """
 
-    def __init__(self, train_view: TrainView | None) -> None:
-        self._train_view = train_view
+    def __init__(self, late: LateViews | None, finishes: Mapping[str, Finish]) -> None:
+        self._late = late
+        self._finish = finishes.get("image" if late is None else "train")
+
+    def lookahead(self, scoring_device: torch.device) -> int:
+        """Returns how many super-batches to score ahead where the user leaves that open.
+
+        On CUDA a choice reaches the host a call later, which train views of it have to wait for.
+        """
+        return 2 if self._late is not None and scoring_device.type == "cuda" else 1
+
+    def open(self) -> None:
+        """Starts the processes that make train views, if there are to be any."""
+        if self._late is not None:
+            self._late.open()
+
+    def start(self, super_batch: SuperBatch, choice: Choice, *, step: int) -> None:
+        """Has the train views of a step made, unless that was asked before.
+
+        Waits for the choice where it is still being made. Arguments as for `make`.
+        """
+        if self._late is None or self._late.has(step):
+            return
+        selection = choice.on_host()
+        if selection.is_finite:
+            columns = columns_of(super_batch.on_host, self._late.columns)
+            self._late.start(take_rows_on_host(columns, selection.indices), step=step)
 
     def make(
-        self, candidates: Columns, choice: Choice, *, step: int, device: torch.device
+        self, super_batch: SuperBatch, choice: Choice, *, step: int, device: torch.device
     ) -> Columns:
         """Returns the chosen of the candidates as columns on `device`.
 
         Args:
-          candidates: columns of the super-batch.
+          super_batch: the candidates.
           choice: which of its rows were chosen.
           step: of the batch; names the random state of the train view.
           device: where the batch is wanted.
         """
-        image = "image" if self._train_view is None else "raw_image"
-        batch = take_rows(columns_of(candidates, (image, "text", "key")), choice)
+        names = ("text", "key") if self._late is not None else ("image", "text", "key")
+        batch = take_rows(columns_of(super_batch.columns, names), choice)
         batch["weight"] = choice.weights(device)
-        if self._train_view is not None:
-            put_view(batch, "image", self._train_view(batch.pop("raw_image"), step=step))
-        return {name: moved(column, device) for name, column in batch.items()}
+        if self._late is not None:
+            self.start(super_batch, choice, step=step)
+            put_view(batch, "image", self._late.take(step))
+        batch = {name: moved(column, device) for name, column in batch.items()}
+        image = batch.get("image")
+        if self._finish is not None and isinstance(image, torch.Tensor):
+            batch["image"] = self._finish(image)  # of the chosen only, where they are wanted
+        return batch
+
+    def pause(self) -> None:
+        """Stops processes. What was asked for is made anew when it is due."""
+        if self._late is not None:
+            self._late.pause()
+
+    def forget(self) -> None:
+        """Stops processes and forgets the train views that were asked for."""
+        if self._late is not None:
+            self._late.forget()
 
 
 def structured(batch: Columns, *, as_dict: bool) -> Any:

@@ -145,7 +145,8 @@ def lanes_to_resume(state: Mapping[str, Any], settings: Mapping[str, Any]) -> in
 
     Args:
       state: of a rank, or merged.
-      settings: the dataset's own; `lanes` is None where any number is right.
+      settings: the dataset's own; `lanes` and `lookahead` are None where any number is
+        right.
 
     Raises:
       ResumeMismatchError: if it was taken under other settings; names both values.
@@ -154,7 +155,7 @@ def lanes_to_resume(state: Mapping[str, Any], settings: Mapping[str, Any]) -> in
     saved, world_size = state["layout"], settings["world_size"]
     is_same_world = saved["world_size"] == world_size
     for name, value in settings.items():
-        if name == "world_size" or (name == "lanes" and value is None):
+        if name == "world_size" or (name in ("lanes", "lookahead") and value is None):
             continue
         if name in _PER_RANK and not is_same_world:
             _require_same_total(name, saved, settings)

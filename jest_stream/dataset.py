@@ -31,7 +31,7 @@ from jest_stream.reporting.metrics import Metrics
 from jest_stream.sizes import FilterRatio
 from jest_stream.sources.decode import Limits
 from jest_stream.storage import StorageConfig
-from jest_stream.views import Key, Transform
+from jest_stream.views import Key, ReducedDecoding, TrainViewFrom, Transform
 
 _HOW_TO_KNOW = (
     "pass steps_per_epoch to give it one, or repeat=False with a source that knows how many "
@@ -58,7 +58,13 @@ class JESTDataset(IterableDataset[Any]):
       transform: makes the tensor that is scored from the decoded image. Deterministic.
       tokenizer: makes the tensor of token ids from the text.
       train_transform: makes the image that is trained on; may be random. Run for the selected
-        only. Default: the view that was scored.
+        only, ahead of time, in worker processes if there are any. Default: the scored view.
+      train_view_from: what `train_transform` is given: the `"encoded"` image, decoded anew in full;
+        or the pixels of the `"score_view"`. `"auto"`: these, where `transform` is a known Compose
+        that gives uint8 pixels of the same height and width as the train view, else the former.
+      reduced_decoding: whether JPEGs are decoded at a fraction of their size for scoring. `"auto"`:
+        where `transform` is a known Compose that begins with a Resize, and the train view is made
+        of the encoded image.
       reference_transform: the reference's own view of the image. Default: `transform`'s.
       reference_tokenizer: the reference's own tokens. Default: `tokenizer`'s.
       image_key: member that holds the image; alternatives as in `"jpg;png"`, or a function of the
@@ -72,11 +78,13 @@ class JESTDataset(IterableDataset[Any]):
       scoring: how the learner copy and the reference embed candidates: precision, micro-batches.
       refresh_every: steps between copies of the learner's weights.
       lookahead: super-batches scored ahead. A batch is chosen with weights `lookahead` steps old.
+        Default: 1; or 2 with a `train_transform` where scoring runs on CUDA.
       steps_per_epoch: batches per `iter()`, and `len()`. Default: endless.
       repeat: whether the data starts over. If not, each `iter()` is one pass; on several ranks the
         source must then know its counts, so that all end after the same number of batches.
       seed: of the order of examples, the choice and the train view.
-      num_workers: processes that read, decode and transform. 0: the training process does.
+      num_workers: processes that read, decode and transform; with a `train_transform`, as many more
+        make the train views. 0: the training process does.
       lanes: shards read side by side. Default: up to 64, so that it divides the super-batch.
       device: where batches lie. Default: the learner's device, else the reference's, else the CPU.
       scoring_device: where the copy and the reference run. Default: `device`.
@@ -106,6 +114,8 @@ class JESTDataset(IterableDataset[Any]):
         transform: Transform | None = None,
         tokenizer: Transform | None = None,
         train_transform: Transform | None = None,
+        train_view_from: TrainViewFrom = "auto",
+        reduced_decoding: ReducedDecoding = "auto",
         reference_transform: Transform | None = None,
         reference_tokenizer: Transform | None = None,
         image_key: Key = "jpg;jpeg;png;webp;gif;image",
@@ -116,7 +126,7 @@ class JESTDataset(IterableDataset[Any]):
         selection: SelectionConfig | None = None,
         scoring: ScoringConfig | None = None,
         refresh_every: int = 1,
-        lookahead: int = 1,
+        lookahead: int | None = None,
         steps_per_epoch: int | None = None,
         repeat: bool = True,
         seed: int = 0,
@@ -299,7 +309,11 @@ class JESTDataset(IterableDataset[Any]):
     def _next(self) -> tuple[Any, bool]:
         """One batch in the user's structure, None at the end of a pass; whether the epoch ended."""
         pipeline = self._open()
-        columns = pipeline.next_batch()
+        try:
+            columns = pipeline.next_batch()
+        except BaseException:
+            pipeline.pause()
+            raise
         has_ended = pipeline.epoch_step == 0
         if columns is None:
             return None, has_ended

@@ -68,6 +68,7 @@ class Pipeline:
         devices: Callable[[], tuple[torch.device, torch.device]],
     ) -> None:
         self._config = config
+        self._ahead = config.lookahead
         self._sizes = sizes
         self._source = source
         self._batches = batches
@@ -102,6 +103,8 @@ class Pipeline:
         """Returns the next sub-batch as columns on the training device; None at a pass's end."""
         # Whatever mode the caller is in: tensors made in inference mode cannot be trained on.
         with torch.inference_mode(False), torch.no_grad():
+            self._batches.open()
+            self._start_views()  # of former calls: by now their choice is on the host
             self._fill()
             if not self._in_flight:
                 self._end_pass()
@@ -161,13 +164,16 @@ class Pipeline:
     def pause(self) -> None:
         """Stops workers and closes files. The next call goes on where this one stopped."""
         self._feed.pause()
+        self._batches.pause()
 
     def close(self) -> None:
         """Stops workers, closes files, lets go of examples and models; `state_dict` still works."""
         self._feed.go_to(self._feed.position)
+        self._batches.forget()
         for scored in self._in_flight:
             scored.choice.on_host()  # for `state_dict`
             scored.super_batch.columns.clear()
+            scored.super_batch.on_host.clear()
         self._ring.close()
         self._selector.close()
 
@@ -197,9 +203,8 @@ class Pipeline:
         while self._error is None and self._tail is None:
             restored = self._restored[0] if self._restored else None
             num_ready = len(self._in_flight)
-            if restored is None and num_ready > self._config.lookahead:
-                return
-            if self.epoch_step + num_ready == self._epoch_batches:
+            is_full = restored is None and num_ready > self._lookahead()
+            if is_full or self.epoch_step + num_ready == self._epoch_batches:
                 return
             start = self._feed.position
             try:
@@ -214,9 +219,22 @@ class Pipeline:
                 if scored is not None:
                     self._in_flight.append(scored)
                     del self._restored[:1]
+                    if not self._ring.backend.overlaps:  # elsewhere it is not known yet
+                        self._start_views()
         if self._error is not None and not self._in_flight:
             due, self._error = self._error, None
             raise due
+
+    def _start_views(self) -> None:
+        """Has the train views of what is in flight made."""
+        for step, scored in enumerate(self._in_flight, self.step):
+            self._batches.start(scored.super_batch, scored.choice, step=step)
+
+    def _lookahead(self) -> int:
+        """Returns how many super-batches are scored ahead, settled when it is first asked."""
+        if self._ahead is None:
+            self._ahead = self._batches.lookahead(self._devices()[1])
+        return self._ahead
 
     def _score_next(self) -> Scored | None:
         step, batch_size = self.step + len(self._in_flight), self._sizes.batch_size
@@ -274,6 +292,7 @@ class Pipeline:
     def _go_to(self, position: Position, *, restored: list[Record]) -> None:
         """Forgets what is in flight; reading goes on at `position`."""
         self._feed.go_to(position)
+        self._batches.forget()
         self._in_flight.clear()
         self._restored, self._error, self._tail = restored, None, None
 
@@ -287,9 +306,7 @@ class Pipeline:
                 f"training diverged?), the reference and the autocast dtype."
             )
         with self._metrics.timed("yielding"), super_batch.slot.handing_out():
-            return self._batches.make(
-                super_batch.columns, choice, step=self.step, device=self._device
-            )
+            return self._batches.make(super_batch, choice, step=self.step, device=self._device)
 
     def _count(self, scored: Scored) -> None:
         """Books what is handed out, when it is: a checkpoint counts what it describes."""
@@ -347,7 +364,8 @@ class Pipeline:
         )
         copy = self._selector.copy_state() if include_learner_copy else None
         layout = self._feed.layout
-        return state_of(progress, self._settings(layout.num_lanes), layout, copy)
+        settings = self._settings(layout.num_lanes, self._lookahead())
+        return state_of(progress, settings, layout, copy)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to the place of a checkpoint, without reading yet.
@@ -355,7 +373,8 @@ class Pipeline:
         Raises:
           ResumeMismatchError: if it was taken under other settings; names both values.
         """
-        num_lanes = lanes_to_resume(state, self._settings(self._config.lanes))
+        settings = self._settings(self._config.lanes, self._config.lookahead)
+        num_lanes = lanes_to_resume(state, settings)
         layout = replace(self._feed.layout, num_lanes=num_lanes)
         progress = deal(state, layout)
         epoch_batches = progress.epoch_batches
@@ -365,6 +384,7 @@ class Pipeline:
             )
         self._go_to(progress.position, restored=progress.in_flight)
         self._feed.layout = layout
+        self._ahead = state["layout"]["lookahead"]
         self.step, self.epoch = progress.step, progress.epoch
         # An epoch may have another length by now.
         self.epoch_step = progress.epoch_step % (self._config.steps_per_epoch or sys.maxsize)
@@ -373,7 +393,7 @@ class Pipeline:
         self._metrics.load_state_dict(progress.counters)
         self._selector.load_copy_state(state["learner_copy"])
 
-    def _settings(self, num_lanes: int | None) -> dict[str, Any]:
+    def _settings(self, num_lanes: int | None, lookahead: int | None) -> dict[str, Any]:
         """Returns what must be the same where a checkpoint is loaded."""
         config = self._config
         return {
@@ -384,7 +404,7 @@ class Pipeline:
             "world_size": self._feed.layout.world_size,
             "batch_size": self._sizes.batch_size,
             "super_batch_size": [list(change) for change in self._sizes.changes],
-            "lookahead": config.lookahead,
+            "lookahead": lookahead,
             "repeat": config.repeat,
             "quotas": self._selector.groups,
         }

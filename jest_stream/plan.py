@@ -18,6 +18,7 @@ from jest_stream.config import (
     as_device,
     require_functions,
     require_key,
+    require_one_of,
     require_rule,
     require_scoring,
 )
@@ -29,7 +30,17 @@ from jest_stream.sizes import Layout, resolve_sizes
 from jest_stream.sources import open_source
 from jest_stream.sources.decode import Limits
 from jest_stream.sources.lanes import num_lanes
-from jest_stream.views import Key, ScoreView, TrainView, Transform
+from jest_stream.views import (
+    Key,
+    LateViews,
+    Recipe,
+    ReducedDecoding,
+    ScoreView,
+    TrainView,
+    TrainViewFrom,
+    Transform,
+    make_recipe,
+)
 
 _Settings = TypeVar("_Settings", StreamConfig, "Views")
 
@@ -45,6 +56,8 @@ class Views:
     reference_transform: Transform | None
     reference_tokenizer: Transform | None
     train_transform: Transform | None
+    train_view_from: TrainViewFrom
+    reduced_decoding: ReducedDecoding
     limits: Limits | None
 
     def __post_init__(self) -> None:
@@ -52,31 +65,46 @@ class Views:
         require_functions({name: getattr(self, name) for name in functions.split()})
         require_key("image_key", self.image_key)
         require_key("text_key", self.text_key)
+        require_one_of("train_view_from", self.train_view_from, ("auto", "encoded", "score_view"))
+        require_one_of("reduced_decoding", self.reduced_decoding, ("auto", True, False))
         if self.limits is not None and not isinstance(self.limits, Limits):
             raise ConfigError(f"limits must be a Limits object or None, got {self.limits!r}")
 
-    def score_view(self, selection: SelectionConfig) -> ScoreView:
+    def recipe(self) -> Recipe:
+        """Returns how the views are made, decided once."""
+        names = ("transform", "reference_transform", "train_transform")
+        return make_recipe(
+            {name: getattr(self, name) for name in names},
+            image_key=self.image_key,
+            train_view_from=self.train_view_from,
+            reduced_decoding=self.reduced_decoding,
+        )
+
+    def score_view(self, selection: SelectionConfig, recipe: Recipe) -> ScoreView:
         """Returns what makes the rows that candidates are scored on."""
         return ScoreView(
             keys=(self.image_key, self.text_key),
-            learner=(self.transform, self.tokenizer),
-            reference=(self.reference_transform, self.reference_tokenizer),
-            keep_image=self.train_transform is not None,
+            learner=(recipe.transform, self.tokenizer),
+            reference=(recipe.reference_transform, self.reference_tokenizer),
+            keep_image=recipe.train_view_from == "encoded",
             terms=[term for term in selection.terms if isinstance(term, Term)],
             group_by=selection.group_by,
             limits=self.limits or Limits(),
+            reduction=recipe.reduction,
         )
 
-    def train_view(self, *, seed: int, rank: int) -> TrainView | None:
+    def late_views(self, stream: StreamConfig, recipe: Recipe, *, rank: int) -> LateViews | None:
         """Returns what makes the image that is trained on; None where that is the score view."""
-        if self.train_transform is None:
+        if recipe.train_transform is None:
             return None
-        return TrainView(
-            transform=self.train_transform,
-            seed=seed,
+        view = TrainView(
+            transform=recipe.train_transform,
+            seed=stream.seed,
             rank=rank,
+            is_of_score_view=recipe.train_view_from == "score_view",
             limits=self.limits or Limits(),
         )
+        return LateViews(view, num_workers=stream.num_workers, timeout_s=stream.timeout_s)
 
 
 class Plan:
@@ -99,6 +127,7 @@ class Plan:
         self.stream = _settings(StreamConfig, given)
         self._scoring = require_scoring(ScoringConfig() if scoring is None else scoring)
         self._views = _settings(Views, given)
+        self._recipe = self._views.recipe()
         self._devices = tuple(as_device(name, given[name]) for name in ("device", "scoring_device"))
         self._source = open_source(given["source"], storage=given["storage"])
         is_own = self._source is not given["source"]
@@ -109,7 +138,8 @@ class Plan:
 
     def build(self, metrics: Metrics, *, rank: int, world_size: int) -> Pipeline:
         """Returns what reads, scores and hands out on this rank."""
-        stream = self.stream
+        stream, recipe = self.stream, self._recipe
+        finishes = recipe.finishes()
         lanes = num_lanes(
             self._source.num_shards, self.sizes.stream_size * world_size, world_size, stream.lanes
         )
@@ -119,14 +149,15 @@ class Plan:
             scoring=self._scoring,
             refresh_every=stream.refresh_every,
             metrics=metrics,
+            finishes=finishes,
         )
         return Pipeline(
             stream,
             self.sizes,
             source=self._source,
             layout=Layout(num_lanes=lanes, rank=rank, world_size=world_size),
-            score_view=self._views.score_view(self.selection),
-            batches=Batches(self._views.train_view(seed=stream.seed, rank=rank)),
+            score_view=self._views.score_view(self.selection, recipe),
+            batches=Batches(self._views.late_views(stream, recipe, rank=rank), finishes),
             selector=selector,
             metrics=metrics,
             devices=lambda: self._models.devices(*self._devices),
@@ -145,7 +176,7 @@ class Plan:
             score = self.selection.score
             name = score if isinstance(score, str) else getattr(score, "__name__", "own score")
             rule = f"{rule} {name}, {self._models.loss} loss"
-        return f"{rule} | {self.sizes}"
+        return " | ".join([rule, str(self.sizes), *self._recipe.describe()])
 
 
 def _settings(kind: type[_Settings], arguments: Mapping[str, Any]) -> _Settings:

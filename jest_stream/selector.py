@@ -5,6 +5,7 @@ Owns the learner copy and the reference. Runs in the training thread, without gr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from jest_stream.config import ScoringConfig, SelectionConfig, TargetSimilarity
 from jest_stream.errors import ConfigError, ScoringMemoryError
 from jest_stream.reporting.metrics import Metrics
 from jest_stream.scoring.choice import Choice
-from jest_stream.scoring.encoders import Input, has_bias, two_tower
+from jest_stream.scoring.encoders import Input, Pixels, has_bias, two_tower
 from jest_stream.scoring.learner import LearnerCopy
 from jest_stream.scoring.reference import ReferenceModel
 from jest_stream.scoring.streams import Ring, Slot, moved
@@ -28,7 +29,7 @@ from jest_stream.selection import (
     uniform_selection,
 )
 from jest_stream.types import Embeddings, Selection
-from jest_stream.views import Columns, view_of
+from jest_stream.views import Columns, Finish, view_of
 
 
 class Models:
@@ -88,6 +89,7 @@ class Selector:
         scoring: ScoringConfig,
         refresh_every: int,
         metrics: Metrics,
+        finishes: Mapping[str, Finish] | None = None,
     ) -> None:
         self._config = config
         self._scoring = scoring
@@ -98,6 +100,8 @@ class Selector:
         self._metrics = metrics
         self._micro_batch_size = scoring.micro_batch_size  # smaller once memory has run out
         self._targets: dict[int, Tensor] = {}  # of terms, on the device
+        self._has_table: set[str] = set()
+        self._finishes = finishes or {}  # what is left to do to pixels, by the name of their view
         self._copy: LearnerCopy | None = None
         self._reference: ReferenceModel | None = None
         self._restored: dict[str, Any] | None = None  # a checkpoint's copy, until ours is made
@@ -140,9 +144,17 @@ class Selector:
                 self._copy.load_state_dict(self._restored)
                 self._restored = None
 
-    def _prepare(self, now: int) -> None:
+    def _prepare(self, columns: Columns, now: int) -> None:
         """Has all that scores ready, by work on the caller's current stream."""
         self.refresh(now)
+        unmade = [
+            name for name in self._finishes if name in columns and name not in self._has_table
+        ]
+        if unmade:  # batches use the tables too, on the caller's stream
+            with self.ring.writing(None):
+                for name in unmade:
+                    self._finishes[name].table(columns[name].shape[1], self.ring.device)
+            self._has_table.update(unmade)
         if self._models.reference is not None and self._reference is None:
             home = two_tower(self._models.reference).device
             with self.ring.writing(None, home):
@@ -186,7 +198,7 @@ class Selector:
                     device=self.ring.device,
                 )
                 return slot.keep(uniform), None
-        self._prepare(now)
+        self._prepare(columns, now)
         self._has_failed = True
         with slot.scoring(None if self._copy is None else self._copy.read_now):
             choice = slot.keep(self._choose_scored(columns, slot, size, batch_size, key, step))
@@ -284,19 +296,27 @@ class Selector:
             self._micro_batch_size = max(1, size // 2)
 
     def _embed_by(self, size: int, columns: Columns) -> tuple[Embeddings | None, Embeddings | None]:
-        image, text = _scorable(columns, "image"), _scorable(columns, "text")
+        image = self._finished(_scorable(columns, "image"), "image")
+        text = _scorable(columns, "text")
         dtype = self._scoring.autocast_dtype
         learner = reference = None
         if self._copy is not None:
             learner = self._copy.embed(image, text, micro_batch_size=size, autocast_dtype=dtype)
         if self._reference is not None:
             reference = self._reference.embed(
-                _own(columns, "reference_image", image),
+                self._finished(_own(columns, "reference_image", image), "reference_image"),
                 _own(columns, "reference_text", text),
                 micro_batch_size=size,
                 autocast_dtype=dtype,
             )
         return learner, reference
+
+    def _finished(self, view: Input, name: str) -> Input:
+        """A view that is uint8 pixels, with what is left to do to them, slice by slice."""
+        finish = self._finishes.get(name)
+        if finish is None or not isinstance(view, Tensor) or view.dtype != torch.uint8:
+            return view
+        return Pixels(view, finish)
 
 
 def _checked(module: nn.Module | None, role: str, config: SelectionConfig) -> nn.Module:

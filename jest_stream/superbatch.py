@@ -36,6 +36,8 @@ class SuperBatch:
 
     columns: Columns
     """One entry per candidate, in global order; tensors lie on the scoring device."""
+    on_host: Columns
+    """The same in memory of the host, as long as the slot is not used again."""
     slot: Slot
     """What keeps their memory."""
     size: int
@@ -80,8 +82,10 @@ class Window:
             elif len(self._ended) == len(self._lanes):
                 break
             self._next_lane = (self._next_lane + 1) % len(self._lanes)
+        gathered = _gather_blocks(picks, slot)
         return SuperBatch(
-            columns=slot.fill(_gather_blocks(picks, slot)),
+            columns=slot.fill(gathered),
+            on_host=gathered,
             slot=slot,
             size=len(picks),
             start=start,
@@ -144,6 +148,15 @@ def take_rows(columns: Columns, choice: Choice) -> Columns:
             chosen = choice.on_host().indices.tolist() if chosen is None else chosen
             taken[name] = [column[i] for i in chosen]
     return taken
+
+
+def take_rows_on_host(columns: Columns, indices: Tensor) -> Columns:
+    """Returns the rows `indices` of columns that lie on the host, as `indices` do."""
+    chosen = indices.tolist()
+    return {
+        name: column[indices] if isinstance(column, Tensor) else [column[i] for i in chosen]
+        for name, column in columns.items()
+    }
 
 
 def _gather_blocks(picks: Sequence[tuple[Block, int]], slot: Slot) -> Columns:

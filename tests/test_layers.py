@@ -41,7 +41,7 @@ ONLY_IN = {
         "sources/watch.py",
     },
     "subprocess": set(),
-    "threading": {"sources/process.py", "sources/watch.py", "storage", "testing"},
+    "threading": {"sources/reading.py", "sources/watch.py", "storage", "testing"},
     "torch.distributed": {"distributed.py"},
     "torch.cuda.Stream": {"scoring/streams.py"},
     "torch.cuda.Event": {"scoring/streams.py"},

@@ -83,8 +83,9 @@ def test_limits_hold_for_members_functions_and_train_views() -> None:
         with pytest.raises(UnsafeExampleError, match="the limit is 1,023"):
             view(make_example(0))
     train = TrainView(transform=lambda image: image, seed=0, rank=0, limits=limits)
+    chosen = {"raw_image": [("jpg", make_example(0)["jpg"])], "key": ["0"], "shard": [""]}
     with pytest.raises(UnsafeExampleError, match="the limit is 1,023"):
-        train([("jpg", make_example(0)["jpg"])], step=0)
+        train(chosen, step=0, positions=[0])
 
 
 def test_a_missing_member_is_named_with_those_that_are_there() -> None:

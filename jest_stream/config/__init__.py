@@ -11,6 +11,7 @@ from jest_stream.config.checks import (
     require_bool,
     require_functions,
     require_key,
+    require_one_of,
 )
 from jest_stream.config.scoring import ScoringConfig, require_scoring
 from jest_stream.config.selection import (
@@ -47,6 +48,7 @@ __all__ = [
     "require_bool",
     "require_functions",
     "require_key",
+    "require_one_of",
     "require_quotas",
     "require_rule",
     "require_sampling",

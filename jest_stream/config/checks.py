@@ -85,7 +85,7 @@ def set_field(config: object, name: str, value: object) -> None:
     object.__setattr__(config, name, value)
 
 
-def require_one_of(name: str, value: Any, allowed: tuple[str, ...], more: str = "") -> None:
+def require_one_of(name: str, value: Any, allowed: tuple[Any, ...], more: str = "") -> None:
     """Raises `ConfigError` unless `value` is one of the allowed; `more` names what else is."""
     if value not in allowed:
         names = ", ".join(repr(item) for item in allowed)

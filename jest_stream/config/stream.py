@@ -23,7 +23,7 @@ class StreamConfig:
     """The rest of what `JESTDataset` was asked to do; its docstring explains the fields."""
 
     refresh_every: int
-    lookahead: int
+    lookahead: int | None
     steps_per_epoch: int | None
     repeat: bool
     seed: int
@@ -35,12 +35,12 @@ class StreamConfig:
     timeout_s: float
 
     def __post_init__(self) -> None:
-        integers = {"refresh_every": 1, "lookahead": 0, "num_workers": 0, "seed": 0}
+        integers = {"refresh_every": 1, "num_workers": 0, "seed": 0}
         for name, least in integers.items():
             set_field(self, name, as_integer(name, getattr(self, name), least))
-        for name in ("lanes", "steps_per_epoch"):
+        for name, least in {"lanes": 1, "steps_per_epoch": 1, "lookahead": 0}.items():
             if getattr(self, name) is not None:
-                set_field(self, name, as_integer(name, getattr(self, name), 1))
+                set_field(self, name, as_integer(name, getattr(self, name), least))
         require_one_of("on_bad_example", self.on_bad_example, ("raise", "skip"))
         require_one_of("on_bad_shard", self.on_bad_shard, ("raise", "skip"))
         require_bool("repeat", self.repeat)

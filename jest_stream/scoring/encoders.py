@@ -10,7 +10,7 @@ Shapes: B: rows given, D: embedding dimension.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,19 @@ from torch.nn import functional as F
 from jest_stream.errors import ConfigError
 from jest_stream.types import Embeddings
 
-Input = Tensor | Mapping[str, Tensor]
-"""What a tower takes: one tensor, or named tensors that it takes as keywords. All have B rows."""
+
+@dataclass(frozen=True)
+class Pixels:
+    """Images as they were kept, and what makes of some of them what a tower takes."""
+
+    rows: Tensor
+    finish: Callable[[Tensor], Tensor]
+    """Called with a few rows, on the device of the tower."""
+
+
+Input = Tensor | Mapping[str, Tensor] | Pixels
+"""What is embedded: one tensor, or named tensors that the tower takes as keywords, or pixels. All
+have B rows."""
 
 # Preferred first: some models on the hub have transformers' methods for tensors beside an
 # `encode_image` that takes files or PIL images.
@@ -86,6 +97,8 @@ class TwoTower:
 
     def _rows(self, method: str, value: Input) -> Tensor:
         """Returns `[B, D]` unit-norm float32 rows of one tower."""
+        if isinstance(value, Pixels):
+            value = value.finish(value.rows)
         encode = getattr(self.module, method)
         dtype = _weight_dtype(self.module)
         if isinstance(value, Mapping):
@@ -252,6 +265,8 @@ def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _num_rows(value: Input, kind: str, role: str) -> int:
     """Returns B, the first size of every tensor in `value`."""
+    if isinstance(value, Pixels):
+        value = value.rows
     tensors = dict(value) if isinstance(value, Mapping) else {kind: value}
     sizes = {
         name: len(tensor) if isinstance(tensor, Tensor) and tensor.ndim else None
@@ -268,6 +283,10 @@ def _num_rows(value: Input, kind: str, role: str) -> int:
 
 def _slice(value: Input, start: int, stop: int, device: torch.device) -> Input:
     """Returns rows `start` to `stop`, on `device`. From pinned memory the copy does not wait."""
+    if isinstance(value, Pixels):
+        rows = _slice(value.rows, start, stop, device)
+        assert isinstance(rows, Tensor)
+        return value.finish(rows)
     is_asynchronous = device.type != "cpu"  # towards the CPU it would be read before it is there
     if isinstance(value, Mapping):
         return {

@@ -13,7 +13,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -99,12 +99,35 @@ class Decoded(Mapping[str, Any]):
         return f"<Decoded {_title(self._example)} | {_names(self._example)}>"
 
 
-def decode(example: Mapping[str, Any], name: str, limits: Limits = DEFAULT_LIMITS) -> Any:
+class Reduced(NamedTuple):
+    """An image that was decoded at a fraction of its size."""
+
+    image: Image.Image
+    full_size: tuple[int, int]
+    """Width and height before."""
+    box: tuple[float, float, float, float]
+    """Where in the image the full one lies; its last row and column may reach beyond."""
+
+
+Shrink = Callable[[tuple[int, int]], int]
+"""Says by which of 1, 2, 4 and 8 an image of a size may be divided while it is decoded."""
+
+
+def decode(
+    example: Mapping[str, Any],
+    name: str,
+    limits: Limits = DEFAULT_LIMITS,
+    *,
+    shrink: Shrink | None = None,
+) -> Any:
     """Returns the value of a member; its name's last suffix tells how.
 
     `jpg jpeg png webp gif image` (first frame) become a loaded PIL image, RGB; `txt` and `text` a
     str; `json` what it holds; `cls` an int; `npy` an array. Bytes of any other name are returned
     as they are, for the user's own function.
+
+    With `shrink`, JPEGs that it divides become `Reduced`: their decoder leaves out the fine part of
+    the cosine transform. The limits hold for the full size all the same.
 
     Raises:
       BadExampleError: if the member is missing (also a `KeyError`), unreadable, or over a limit
@@ -131,6 +154,8 @@ def decode(example: Mapping[str, Any], name: str, limits: Limits = DEFAULT_LIMIT
     if decoder is None:
         return value
     try:
+        if decoder is _image:
+            return _image(value, limits, shrink)
         return decoder(value, limits)
     except _Unsafe as error:
         raise UnsafeExampleError(
@@ -154,19 +179,32 @@ class _Unsafe(Exception):
     """Why a member must not be decoded."""
 
 
-def _image(data: bytes, limits: Limits) -> Image.Image:
+def _image(data: bytes, limits: Limits, shrink: Shrink | None = None) -> Image.Image | Reduced:
     from PIL import Image
 
     _check_pixels(_webp_size(data), limits)  # its decoder takes memory for all when opened
     bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+    box = None
     try:
         image = _opened(data)
-        _check_pixels(image.size, limits)  # only the header has been read so far
+        full_size = image.size
+        _check_pixels(full_size, limits)  # only the header has been read so far
+        factor = 1 if shrink is None or image.format != "JPEG" else shrink(full_size)
+        if factor > 1:
+            drafted = image.draft(None, (full_size[0] // factor, full_size[1] // factor))
+            box = None if drafted is None else drafted[1]
         image.load()
     except bombs as error:
         raise _Unsafe(
             f"has more pixels than PIL allows, whatever max_pixels says ({error})"
         ) from error
+    image = _as_rgb(image)
+    return image if box is None else Reduced(image, full_size, box)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
     if image.mode == "RGB":
         return image  # `convert` would copy it
     if image.mode.startswith("I"):  # 16 bits: PIL clips to 255, which leaves a white image

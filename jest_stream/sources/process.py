@@ -1,88 +1,88 @@
-"""One worker process, from both sides: what it does, and how the training process sees it.
+"""One worker process, from both sides: how it is started, watched and ended, whatever it does.
 
-In: the settings, some lanes, and where each goes on. Out, over a socket of its own: blocks of these
-lanes in turn. It reads ahead as far as a number of blocks and of bytes allows; one block may always
-be on its way, so that no limit can stop it for good.
+A `Task` travels to the process and runs there, with a socket of its own to the training process.
+Nothing is shared between workers: a socket ends when its worker does.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-import queue
 import select
 import signal
 import socket
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
+import torch.multiprocessing
 
-from jest_stream.errors import StalledError, WorkerDiedError
+from jest_stream.errors import ConfigError, StalledError, WorkerDiedError
 from jest_stream.sources import transport
-from jest_stream.sources.blocks import Block, BlockSettings, LaneBlocks
-from jest_stream.sources.watch import Notes
-from jest_stream.types import Cursor
-
-# A worker reads one turn over its lanes ahead: with blocks of one super-batch or less per turn,
-# about as much as is being scored meanwhile. The bounds are for few lanes, and for descriptors,
-# of which every block that waits holds one.
-_MIN_AHEAD, _MAX_AHEAD = 2, 32
+from jest_stream.sources.watch import Notes, Place
 
 _STOP_TIMEOUT_S = 3.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class WorkerSettings:
-    """What a worker process is started with. Travels to it."""
+class Task(Protocol):
+    """What a worker process does. Travels to it."""
 
-    blocks: BlockSettings
-    cursors: Mapping[int, Cursor]
-    """The lanes that it reads, and where each goes on."""
-    max_ahead_bytes: int
-    """Most bytes of blocks that wait to be taken; one block may be larger."""
+    def run(self, owner: Owner, notes: Notes) -> None:
+        """Works until `owner.wants_more` is False; notes what it is at."""
+
+
+class Job(NamedTuple):
+    """What a worker process is started for."""
+
+    name: str
+    """How messages call the worker, such as "worker 0 of 2"."""
+    task: Task
+    describe: Callable[[Place | None], str]
+    """For messages: what the worker does, and what it was at last. Stays in this process."""
 
 
 class Worker:
-    """A worker process, as the training process sees it. Owns the process and two descriptors."""
+    """A worker process, as the training process sees it. Owns the process and two descriptors.
 
-    def __init__(self, context: Any, name: str, settings: WorkerSettings) -> None:
-        self._name = name
-        self._settings = settings
+    Args:
+      context: of `torch.multiprocessing`, with the start method.
+      job: what it does.
+    """
+
+    def __init__(self, context: Any, job: Job) -> None:
+        self._name = job.name
+        self._describe = job.describe
         self._connection, theirs = socket.socketpair()
         self._connection.setblocking(False)
         self._notes = Notes()
         self._method = context.get_start_method()
         self._process = context.Process(
-            target=work, args=(theirs, self._notes, settings), name=f"jest_stream worker {name}"
+            target=work, args=(theirs, self._notes, job.task), name=f"jest_stream {job.name}"
         )
         self._process.daemon = True
         try:
             self._process.start()
         except EOFError as error:  # of the fork server, which imports the main script
             self._close()
-            raise WorkerDiedError(f"worker {name} could not be started. {_GUARD}") from error
+            raise WorkerDiedError(f"{job.name} could not be started. {_GUARD}") from error
         except BaseException:
             self._close()
             raise
         finally:
             theirs.close()  # so that the connection ends when the worker does
 
-    def receive(self, timeout_s: float) -> Block | transport.Failure:
+    def receive(self, timeout_s: float) -> Any:
         """Returns the worker's next message.
 
         Raises:
-          WorkerDiedError: if it is gone, with what it was reading.
+          WorkerDiedError: if it is gone, with what it was at.
           StalledError: if it gave nothing for `timeout_s`, with its stacks.
         """
         try:
-            message = transport.receive(self._connection, self._process.sentinel, timeout_s)
-            self._connection.send(b"\0")  # it may read one more block ahead
+            return transport.receive(self._connection, self._process.sentinel, timeout_s)
         except TimeoutError:
             raise StalledError(
                 f"{self._title()} gave nothing for timeout_s={timeout_s:g} seconds. A transform "
@@ -90,11 +90,30 @@ class Worker:
                 f"more workers. {self._notes.stacks(self._process.pid)}"
             ) from None
         except (EOFError, ConnectionError) as error:
-            self._process.join(_STOP_TIMEOUT_S)
-            if self._process.exitcode is None:
-                raise  # it lives: the error is ours
-            self._raise_died(error)
-        return message
+            self._check(error)
+            raise
+
+    def answer(self) -> None:
+        """Tells the worker that a message of its was taken.
+
+        Raises:
+          WorkerDiedError: if it is gone.
+        """
+        try:
+            self._connection.send(b"\0")
+        except ConnectionError as error:
+            self._check(error)
+            raise
+
+    def send(self, message: transport.Message) -> None:
+        """Sends a message that is in memory of its own; to a worker that is gone, nothing.
+
+        That it is gone is said by the `receive` that waits for its answer.
+        """
+        try:
+            message.send(self._connection)
+        except ConnectionError:
+            pass
 
     def ask_to_stop(self) -> None:
         """Lets the process end, whatever it is doing."""
@@ -115,14 +134,14 @@ class Worker:
         self._notes.close()
 
     def _title(self) -> str:
-        lanes = list(self._settings.cursors)
-        shown = ", ".join(map(str, lanes[:8])) + (", ..." if len(lanes) > 8 else "")
-        title = f"worker {self._name} (process {self._process.pid}), which reads lanes {shown},"
-        place = self._notes.place
-        if place is not None:
-            shard = self._settings.blocks.source.shard_name(place.shard)
-            title += f" last example {place.num_before} of shard {shard!r},"
-        return title
+        what = self._describe(self._notes.place)
+        return f"{self._name} (process {self._process.pid}), which {what},"
+
+    def _check(self, cause: BaseException) -> None:
+        """Raises if the process is gone; else the error is ours."""
+        self._process.join(_STOP_TIMEOUT_S)
+        if self._process.exitcode is not None:
+            self._raise_died(cause)
 
     def _raise_died(self, cause: BaseException) -> NoReturn:
         status = self._process.exitcode
@@ -159,8 +178,59 @@ def stop(workers: list[Worker], owner_pid: int) -> None:
     workers.clear()
 
 
-def work(connection: socket.socket, notes: Notes, settings: WorkerSettings) -> None:
-    """What a worker process does: blocks of its lanes in turn, until it is stopped."""
+def start(workers: list[Worker], jobs: Sequence[Job]) -> None:
+    """Starts a process for each job and puts them into `workers`, whose owner stops them.
+
+    Raises:
+      ConfigError: if a task cannot be sent to a process, as some start methods need.
+      WorkerDiedError: if one cannot be started.
+    """
+    context = torch.multiprocessing.get_context()
+    if context.get_start_method() != "fork":
+        _require_picklable(jobs[0].task)
+    for job in jobs:
+        workers.append(Worker(context, job))
+
+
+class Owner:
+    """The training process, as a worker sees it.
+
+    Args:
+      connection: to it; blocks.
+      is_stopped: whether this process was asked to end.
+    """
+
+    def __init__(self, connection: socket.socket, is_stopped: Callable[[], bool]) -> None:
+        self.connection = connection
+        """To the training process."""
+        self._is_stopped = is_stopped
+        self._parent_pid = os.getppid()
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether the worker is to go on."""
+        return not self._is_stopped()
+
+    def wait(self) -> None:
+        """Returns when the training process has sent something; exits when it is gone."""
+        # Its end of the socket may have been inherited by another worker and outlive it.
+        while not self._poll.poll(1000):
+            if os.getppid() != self._parent_pid:
+                sys.exit(1)
+
+    def receive(self) -> Any:
+        """Returns the next message of the training process; exits when it is gone."""
+        self.wait()
+        try:
+            return transport.receive(self.connection, None, 60.0)
+        except (EOFError, OSError):
+            sys.exit(1)
+
+
+def work(connection: socket.socket, notes: Notes, task: Task) -> None:
+    """What a worker process does: its task, until it is stopped."""
     is_stopped = False
 
     def leave(*_: object) -> None:
@@ -175,72 +245,18 @@ def work(connection: socket.socket, notes: Notes, settings: WorkerSettings) -> N
     gc.freeze()
     torch.set_num_threads(1)
     notes.begin()
-    outbox = _Outbox(connection, len(settings.cursors), settings.max_ahead_bytes)
-    lanes = {
-        lane: LaneBlocks(settings.blocks, lane, cursor, note=notes.put)
-        for lane, cursor in settings.cursors.items()
-    }
-    turns = deque(lanes)
-    while turns and not is_stopped:
-        lane = turns.popleft()
-        try:
-            block = lanes[lane].read()
-            message = transport.dump_block(block)
-        except Exception as error:
-            message = transport.dump_failure(error)
-            turns.clear()
-        else:
-            if not block.is_end:
-                turns.append(lane)
-        outbox.put(message)
-    while not is_stopped:
-        outbox.wait()
+    task.run(Owner(connection, lambda: is_stopped), notes)
 
 
-class _Outbox:
-    """Messages on their way to the training process. Owns the thread that writes them.
-
-    Writing waits while the training process computes; reading and decoding go on meanwhile.
-    """
-
-    def __init__(self, connection: socket.socket, num_lanes: int, max_bytes: int) -> None:
-        self._connection = connection
-        self._max_messages = min(max(_MIN_AHEAD, num_lanes), _MAX_AHEAD)
-        self._max_bytes = max_bytes
-        self._parent_pid = os.getppid()
-        self._waiting: deque[int] = deque()  # sizes of what the training process has not taken
-        self._queue: queue.SimpleQueue[transport.Message] = queue.SimpleQueue()
-        self._poll = select.poll()
-        self._poll.register(connection, select.POLLIN)
-        threading.Thread(target=self._send, daemon=True).start()
-
-    def put(self, message: transport.Message) -> None:
-        """Sends a message; waits first, until there is room for it."""
-        while self._waiting and (
-            len(self._waiting) == self._max_messages
-            or sum(self._waiting) + message.num_bytes > self._max_bytes
-        ):
-            self.wait()
-            self._waiting.popleft()
-        self._waiting.append(message.num_bytes)
-        self._queue.put(message)
-
-    def wait(self) -> None:
-        """Returns when the training process has taken a message; exits when it is gone."""
-        # Its end of the socket may have been inherited by another worker and outlive it.
-        while not self._poll.poll(1000):
-            if os.getppid() != self._parent_pid:
-                sys.exit(1)
-        try:
-            taken = self._connection.recv(1)
-        except OSError:
-            taken = b""
-        if not taken:
-            sys.exit(1)
-
-    def _send(self) -> None:
-        try:
-            while True:
-                self._queue.get().send(self._connection)
-        except OSError:
-            pass  # nobody reads any more; the main thread will notice
+def _require_picklable(task: object) -> None:
+    """Demands what starting a process needs where it is not forked."""
+    try:
+        ForkingPickler.dumps(task)
+    except Exception as error:
+        method = torch.multiprocessing.get_start_method()
+        raise ConfigError(
+            f"the source or a transform, tokenizer or key cannot be sent to a worker process "
+            f"({type(error).__name__}: {error}), as the start method {method!r} needs. Define it "
+            "at the top level of a module instead of a lambda or inner function, or pass "
+            "num_workers=0."
+        ) from error

@@ -1,6 +1,6 @@
-"""What worker processes send: blocks, and errors with the traceback that they had there.
+"""What goes between processes: what has `items`, and errors with the traceback that they had there.
 
-A message is the serialised block followed by the bytes of its tensors. A short one goes through
+A message is the serialised value followed by the bytes of its tensors. A short one goes through
 the socket; of a long one only a descriptor does, of memory that nobody else can name, so that a
 worker that stops halfway leaves nothing to wait for. Objects are serialised for our own processes
 only; nothing that was read is ever interpreted as such.
@@ -27,8 +27,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jest_stream.sources.blocks import Block
-
 # Through the socket 64 KiB take as long as through memory of their own, 1 MiB takes three times as
 # long (a process on each of 2 cores).
 _MAX_INLINE_BYTES = 1 << 16
@@ -38,10 +36,12 @@ _HEADER = struct.Struct("!QQ?")  # bytes of the object, bytes in all, whether th
 
 @dataclass(frozen=True)
 class Failure:
-    """What a worker sends in place of a block, as its last word."""
+    """What a worker sends in place of what it was asked for."""
 
     error: Exception
     traceback: str
+    place: int = 0
+    """Which item of those that it was asked for it failed at."""
 
 
 class WorkerTraceback(Exception):
@@ -52,9 +52,11 @@ class WorkerTraceback(Exception):
 
 
 class Message:
-    """A block or failure on its way out. Owns the memory that it lies in, until it is sent."""
+    """A value or failure on its way out. Owns the memory that it lies in, until it is sent."""
 
-    def __init__(self, value: Block | Failure, tensors: list[np.ndarray[Any, Any]]) -> None:
+    def __init__(
+        self, value: Any, tensors: list[np.ndarray[Any, Any]], *, is_inline: bool = True
+    ) -> None:
         pickled = io.BytesIO()
         _Pickler(pickled).dump(value)
         parts: list[Any] = [pickled.getbuffer()]
@@ -65,7 +67,7 @@ class Message:
         """How much memory it takes."""
         self._parts = parts
         self._memory: int | None = None
-        if self.num_bytes > _MAX_INLINE_BYTES:
+        if self.num_bytes > _MAX_INLINE_BYTES or not is_inline:
             self._parts = []
             self._memory = new_memory()
             try:
@@ -94,8 +96,14 @@ class Message:
             os.close(self._memory)
 
 
-def dump_block(block: Block) -> Message:
-    """Returns a block as a message."""
+def dump(value: Any, *, is_inline: bool = True) -> Message:
+    """Returns a dataclass as a message; the tensors among its `items` travel as their bytes.
+
+    Args:
+      value: what is sent, such as a block.
+      is_inline: whether it may go through the socket if it is short. If not, sending never waits
+        for the other side to read.
+    """
     tensors: list[np.ndarray[Any, Any]] = []
     offset = 0
 
@@ -111,10 +119,11 @@ def dump_block(block: Block) -> Message:
             offset += -(-tensors[-1].nbytes // _ALIGNMENT) * _ALIGNMENT
         return _Placed(start, tuple(plain.shape), plain.dtype)
 
-    return Message(replace(block, items=_map_tensors(block.items, place)), tensors)
+    placed = replace(value, items=_map_tensors(value.items, place))
+    return Message(placed, tensors, is_inline=is_inline)
 
 
-def dump_failure(error: Exception) -> Message:
+def dump_failure(error: Exception, *, place: int = 0) -> Message:
     """Returns an error as a message; as a `RuntimeError` where it cannot travel itself."""
     text = "".join(traceback.format_exception(error))
     try:
@@ -122,18 +131,19 @@ def dump_failure(error: Exception) -> Message:
         _Pickler(sent).dump(error)
         arrived = ForkingPickler.loads(sent.getbuffer())  # some can be sent but not received
         if type(arrived) is type(error) and str(arrived) == str(error):
-            return Message(Failure(error, text), [])
+            return Message(Failure(error, text, place), [])
     except Exception:
         pass
-    return Message(Failure(RuntimeError(f"{type(error).__name__}: {error}"), text), [])
+    stand_in = RuntimeError(f"{type(error).__name__}: {error}")
+    return Message(Failure(stand_in, text, place), [])
 
 
-def receive(connection: socket.socket, sentinel: int, timeout_s: float) -> Block | Failure:
+def receive(connection: socket.socket, sentinel: int | None, timeout_s: float) -> Any:
     """Returns the next message; its tensors own their memory.
 
     Args:
-      connection: where it comes from; does not block.
-      sentinel: of the process that sends it: ready when that is gone.
+      connection: where it comes from.
+      sentinel: of the process that sends it: ready when that is gone. None: not watched.
       timeout_s: longest wait for all of it.
 
     Raises:
@@ -163,7 +173,7 @@ def receive(connection: socket.socket, sentinel: int, timeout_s: float) -> Block
             os.close(memory)
     else:
         _receive_into(view, connection, sentinel, deadline)
-    loaded: Block | Failure = ForkingPickler.loads(view[:num_object_bytes])
+    loaded = ForkingPickler.loads(view[:num_object_bytes])
     if isinstance(loaded, Failure):
         return loaded
     tensors = content[-(-num_object_bytes // _ALIGNMENT) * _ALIGNMENT :]
@@ -185,7 +195,7 @@ def new_memory() -> int:
 
 
 def _receive_into(
-    view: memoryview, connection: socket.socket, sentinel: int, deadline: float
+    view: memoryview, connection: socket.socket, sentinel: int | None, deadline: float
 ) -> None:
     position = 0
     while position < len(view):
@@ -199,9 +209,10 @@ def _receive_into(
         position += num_bytes
 
 
-def _wait(connection: socket.socket, sentinel: int, deadline: float) -> None:
+def _wait(connection: socket.socket, sentinel: int | None, deadline: float) -> None:
     """Returns when there is something to read; raises if there never will be."""
-    ready = wait([connection, sentinel], max(deadline - time.monotonic(), 0))
+    watched: list[Any] = [connection] if sentinel is None else [connection, sentinel]
+    ready = wait(watched, max(deadline - time.monotonic(), 0))
     if not ready:
         raise TimeoutError
     if connection not in ready:

@@ -18,16 +18,13 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from multiprocessing.reduction import ForkingPickler
 from typing import Any, Literal
 
-import torch
-import torch.multiprocessing
-
-from jest_stream.errors import BadExampleLimitError, ConfigError
+from jest_stream.errors import BadExampleLimitError
 from jest_stream.sources import process, transport
 from jest_stream.sources.blocks import Block, BlockSettings, LaneBlocks, take_counts
-from jest_stream.sources.process import Worker, WorkerSettings
+from jest_stream.sources.process import Job, Worker
+from jest_stream.sources.reading import ReadTask
 from jest_stream.sources.watch import Watchdog
 from jest_stream.types import Cursor, Example, Source
 
@@ -168,20 +165,23 @@ class BlockReader:
                 lane: LaneBlocks(self._settings, lane, self.cursors[lane]) for lane in lanes
             }
             return
-        context = torch.multiprocessing.get_context()
-        if context.get_start_method() != "fork":
-            _check_picklable(self._settings)
-        workers: list[Worker] = []
-        self._stop = weakref.finalize(self, process.stop, workers, os.getpid())
-        for number in range(num_workers):
-            own = WorkerSettings(
+        tasks = [
+            ReadTask(
                 blocks=self._settings,
                 cursors={lane: self.cursors[lane] for lane in lanes[number::num_workers]},
                 max_ahead_bytes=self._max_ahead_bytes,
             )
-            worker = Worker(context, f"{number} of {num_workers}", own)
-            workers.append(worker)
-            self._workers.update(dict.fromkeys(own.cursors, worker))
+            for number in range(num_workers)
+        ]
+        jobs = [
+            Job(f"worker {number} of {num_workers}", task, task.describe)
+            for number, task in enumerate(tasks)
+        ]
+        workers: list[Worker] = []
+        self._stop = weakref.finalize(self, process.stop, workers, os.getpid())
+        process.start(workers, jobs)
+        for worker, task in zip(workers, tasks, strict=True):
+            self._workers.update(dict.fromkeys(task.cursors, worker))
 
     def _read_here(self, lane: int) -> Block:
         assert self._watchdog is not None
@@ -190,9 +190,10 @@ class BlockReader:
 
     def _receive(self, lane: int) -> Block:
         message = self._workers[lane].receive(self._timeout_s)
+        self._workers[lane].answer()  # it may read one more block ahead
         if isinstance(message, transport.Failure):
             raise message.error from transport.WorkerTraceback(message.traceback)
-        assert message.lane == lane
+        assert isinstance(message, Block) and message.lane == lane
         counts = dict(message.counts)
         for name, amount in take_counts(self._settings.source).items():  # of this process
             counts[name] = counts.get(name, 0) + amount
@@ -219,17 +220,3 @@ class BlockReader:
                     'on_bad_shard="skip" leaves the rest of a shard out of this epoch: %s',
                     skip.message,
                 )
-
-
-def _check_picklable(settings: BlockSettings) -> None:
-    """Demands what starting a process needs where it is not forked."""
-    try:
-        ForkingPickler.dumps(settings)
-    except Exception as error:
-        method = torch.multiprocessing.get_start_method()
-        raise ConfigError(
-            f"the source or a transform, tokenizer or key cannot be sent to a worker process "
-            f"({type(error).__name__}: {error}), as the start method {method!r} needs. Define it "
-            "at the top level of a module instead of a lambda or inner function, or pass "
-            "num_workers=0."
-        ) from error

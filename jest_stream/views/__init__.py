@@ -2,8 +2,8 @@
 
 `ScoreView` turns one example into a row, `collate` stacks rows into columns; both run where the
 examples are read, in worker processes if there are any. `TrainView` makes the random view of the
-few that were chosen. What selection wants to know of an example's metadata travels along, as
-`term` and `group`.
+few that were chosen, and `LateViews` has it made ahead of time. What selection wants to know of an
+example's metadata travels along, as `term` and `group`.
 """
 
 from jest_stream.views.columns import (
@@ -15,20 +15,29 @@ from jest_stream.views.columns import (
     require_same_fields,
     view_of,
 )
+from jest_stream.views.compose import Finish
+from jest_stream.views.late import LateViews
 from jest_stream.views.metadata import Key
+from jest_stream.views.recipe import Recipe, ReducedDecoding, TrainViewFrom, make_recipe
 from jest_stream.views.rows import Transform
 from jest_stream.views.score import ScoreView
 from jest_stream.views.train import TrainView
 
 __all__ = [
     "Columns",
+    "Finish",
     "Key",
+    "LateViews",
+    "Recipe",
+    "ReducedDecoding",
     "ScoreView",
     "TrainView",
+    "TrainViewFrom",
     "Transform",
     "View",
     "collate",
     "columns_of",
+    "make_recipe",
     "put_view",
     "require_same_fields",
     "view_of",

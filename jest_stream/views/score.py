@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from jest_stream.config import Metadata, Term
-from jest_stream.sources.decode import DEFAULT_LIMITS, Decoded, Limits
+from jest_stream.sources.decode import DEFAULT_LIMITS, Decoded, Limits, Reduced, decode
 from jest_stream.types import Example
+from jest_stream.views.compose import Recognised, Reduction
 from jest_stream.views.metadata import Key, find, group_of, number_of
 from jest_stream.views.rows import Row, Transform, add_view, as_rgb, raw_image
 
@@ -32,6 +34,8 @@ class ScoreView:
     """What tells the example's group. None: no group travels along."""
     limits: Limits = DEFAULT_LIMITS
     """The largest members that are decoded."""
+    reduction: Reduction | None = None
+    """How far JPEGs are reduced while they are decoded. Then the transforms are `Recognised`."""
 
     def __call__(self, example: Example) -> Row:
         """Returns the row of one example.
@@ -41,13 +45,13 @@ class ScoreView:
           ConfigError: for a value that no transform was given for, or a term that is no number.
         """
         decoded = Decoded(example, self.limits)
-        image = as_rgb(find(decoded, self.keys[0], "image_key", "missing_image"), self.limits)
+        image = self._image(example, decoded)
         text = find(decoded, self.keys[1], "text_key", "missing_text")
         row: Row = {"key": example["__key__"], "shard": example.get("__shard__", "")}
-        add_view(row, "image", image if self.learner[0] is None else self.learner[0](image))
+        add_view(row, "image", _viewed(self.learner[0], image))
         add_view(row, "text", text if self.learner[1] is None else self.learner[1](text))
         if self.reference[0] is not None:
-            add_view(row, "reference_image", self.reference[0](image))
+            add_view(row, "reference_image", _viewed(self.reference[0], image))
         if self.reference[1] is not None:
             add_view(row, "reference_text", self.reference[1](text))
         if self.keep_image:
@@ -58,3 +62,20 @@ class ScoreView:
         if self.group_by is not None:
             row["group"] = group_of(decoded, self.group_by)
         return row
+
+    def _image(self, example: Example, decoded: Decoded) -> Any:
+        """The picture, or `Reduced`: members that the user's functions see are never that."""
+        key = self.keys[0]
+        if self.reduction is not None and isinstance(key, str):
+            name = next((name for name in key.split(";") if name in example), None)
+            if name is not None:
+                image = decode(example, name, self.limits, shrink=self.reduction)
+                return image if isinstance(image, Reduced) else as_rgb(image, self.limits)
+        return as_rgb(find(decoded, key, "image_key", "missing_image"), self.limits)
+
+
+def _viewed(transform: Transform | None, image: Any) -> Any:
+    if isinstance(image, Reduced):
+        assert isinstance(transform, Recognised)
+        return transform.of_reduced(image)
+    return image if transform is None else transform(image)

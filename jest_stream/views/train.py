@@ -1,13 +1,23 @@
-"""The random view that is trained on, made from the encoded bytes of the few that were chosen."""
+"""The random view that is trained on, made of the few that were chosen. Pure.
+
+Each example has random state of its own, named by run, rank, step and position in the batch, so
+that the view does not depend on where it is made, nor on which others are made there.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jest_stream.randomness import isolated_rng
+import torch
+from torch import Tensor
+
+from jest_stream.errors import ConfigError, UserCodeError
+from jest_stream.randomness import isolated_rng, seed_globally
 from jest_stream.sources.decode import DEFAULT_LIMITS, Decoded, Limits
-from jest_stream.views.columns import View, collate, view_of
+from jest_stream.views.columns import Columns, collate, columns_of
+from jest_stream.views.compose import as_picture
 from jest_stream.views.rows import Row, Transform, add_view, as_rgb
 
 
@@ -18,16 +28,67 @@ class TrainView:
     transform: Transform
     seed: int
     rank: int
+    is_of_score_view: bool = False
+    """Whether the score view's pixels are what `transform` is given, instead of the image that was
+    read."""
     limits: Limits = DEFAULT_LIMITS
     """The largest images that are decoded."""
 
-    def __call__(self, raw_images: list[Any], *, step: int) -> View:
-        """Returns the stacked views; the same ones for the same `seed` and `step`."""
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Which columns of the chosen it takes."""
+        return ("image" if self.is_of_score_view else "raw_image", "key", "shard")
+
+    def __call__(
+        self,
+        chosen: Columns,
+        *,
+        step: int,
+        positions: Sequence[int],
+        note: Callable[[int, int], None] | None = None,
+    ) -> Columns:
+        """Returns the views, stacked, as the columns `image` or `image/...`.
+
+        Args:
+          chosen: `columns` of the chosen, on the CPU.
+          step: of the batch.
+          positions: where in the batch each of them is.
+          note: told step and position before each example.
+
+        Raises:
+          BadExampleError: for an image that cannot be decoded.
+          ConfigError: for views that are no tensors, or of different shapes.
+        """
         rows = []
-        with isolated_rng("train_view", self.seed, self.rank, step):
-            for name, value in raw_images:
-                row: Row = {"key": f"of step {step}"}
-                image = as_rgb(Decoded({name: value}, self.limits)[name], self.limits)
-                add_view(row, "image", self.transform(image), argument="train_transform")
+        with isolated_rng():
+            for index, position in enumerate(positions):
+                if note is not None:
+                    note(step, position)
+                row: Row = {"key": chosen["key"][index]}
+                image = self._image(chosen, index)
+                seed_globally("train_view", self.seed, self.rank, step, position)
+                add_view(row, "image", self._transformed(image), argument="train_transform")
                 rows.append(row)
-        return view_of(collate(rows), "image")
+        return columns_of(collate(rows), ("image",)) if rows else {}
+
+    def _image(self, chosen: Columns, index: int) -> Any:
+        key, shard = chosen["key"][index], chosen["shard"][index]
+        if self.is_of_score_view:
+            pixels = chosen.get("image")
+            if not isinstance(pixels, Tensor) or pixels.dtype != torch.uint8 or pixels.dim() != 4:
+                raise ConfigError(
+                    'train_view_from="score_view" needs a score view of uint8 pixels, but '
+                    f"transform made something else of {key!r}. Pass a transform that is a Compose "
+                    "of torchvision, such as open_clip's preprocess_val, or one that returns uint8 "
+                    'tensors; or train_view_from="encoded".'
+                )
+            return as_picture(pixels[index])
+        name, value = chosen["raw_image"][index]
+        example = {name: value, "__key__": key, "__shard__": shard}
+        return as_rgb(Decoded(example, self.limits)[name], self.limits)
+
+    def _transformed(self, image: Any) -> Any:
+        try:
+            return self.transform(image)
+        except StopIteration as error:  # would end the training loop in silence
+            raise UserCodeError("train_transform raised StopIteration") from error

@@ -1,0 +1,113 @@
+"""What a worker process that reads does: blocks of some lanes in turn, ahead of time.
+
+In: the settings, some lanes, and where each goes on. Out, over the socket: blocks. It reads ahead
+as far as a number of blocks and of bytes allows; one block may always be on its way, so that no
+limit can stop it for good.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jest_stream.sources import transport
+from jest_stream.sources.blocks import BlockSettings, LaneBlocks
+from jest_stream.sources.process import Owner
+from jest_stream.sources.watch import Notes, Place
+from jest_stream.types import Cursor
+
+# A worker reads one turn over its lanes ahead: with blocks of one super-batch or less per turn,
+# about as much as is being scored meanwhile. The bounds are for few lanes, and for descriptors,
+# of which every block that waits holds one.
+_MIN_AHEAD, _MAX_AHEAD = 2, 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadTask:
+    """What a reading worker is started with. Travels to it."""
+
+    blocks: BlockSettings
+    cursors: Mapping[int, Cursor]
+    """The lanes that it reads, and where each goes on."""
+    max_ahead_bytes: int
+    """Most bytes of blocks that wait to be taken; one block may be larger."""
+
+    def run(self, owner: Owner, notes: Notes) -> None:
+        """Sends blocks of the lanes in turn, and an error as the last word."""
+        outbox = _Outbox(owner, len(self.cursors), self.max_ahead_bytes)
+        lanes = {
+            lane: LaneBlocks(self.blocks, lane, cursor, note=notes.put)
+            for lane, cursor in self.cursors.items()
+        }
+        turns = deque(lanes)
+        while turns and owner.wants_more:
+            lane = turns.popleft()
+            try:
+                block = lanes[lane].read()
+                message = transport.dump(block)
+            except Exception as error:
+                message = transport.dump_failure(error)
+                turns.clear()
+            else:
+                if not block.is_end:
+                    turns.append(lane)
+            outbox.put(message)
+        while owner.wants_more:
+            outbox.wait()
+
+    def describe(self, place: Place | None) -> str:
+        """Returns the lanes that it reads, and the example that it read last."""
+        lanes = list(self.cursors)
+        shown = ", ".join(map(str, lanes[:8])) + (", ..." if len(lanes) > 8 else "")
+        what = f"reads lanes {shown}"
+        if place is not None:
+            shard = self.blocks.source.shard_name(place.shard)
+            what += f", last example {place.num_before} of shard {shard!r}"
+        return what
+
+
+class _Outbox:
+    """Messages on their way to the training process. Owns the thread that writes them.
+
+    Writing waits while the training process computes; reading and decoding go on meanwhile.
+    """
+
+    def __init__(self, owner: Owner, num_lanes: int, max_bytes: int) -> None:
+        self._owner = owner
+        self._max_messages = min(max(_MIN_AHEAD, num_lanes), _MAX_AHEAD)
+        self._max_bytes = max_bytes
+        self._waiting: deque[int] = deque()  # sizes of what the training process has not taken
+        self._queue: queue.SimpleQueue[transport.Message] = queue.SimpleQueue()
+        threading.Thread(target=self._send, daemon=True).start()
+
+    def put(self, message: transport.Message) -> None:
+        """Sends a message; waits first, until there is room for it."""
+        while self._waiting and (
+            len(self._waiting) == self._max_messages
+            or sum(self._waiting) + message.num_bytes > self._max_bytes
+        ):
+            self.wait()
+            self._waiting.popleft()
+        self._waiting.append(message.num_bytes)
+        self._queue.put(message)
+
+    def wait(self) -> None:
+        """Returns when the training process has taken a message; exits when it is gone."""
+        self._owner.wait()
+        try:
+            taken = self._owner.connection.recv(1)
+        except OSError:
+            taken = b""
+        if not taken:
+            sys.exit(1)
+
+    def _send(self) -> None:
+        try:
+            while True:
+                self._queue.get().send(self._owner.connection)
+        except OSError:
+            pass  # nobody reads any more; the main thread will notice

@@ -1,0 +1,224 @@
+"""Known transforms, taken apart: what makes pixels, and what makes numbers of each pixel.
+
+A `Compose` of torchvision that ends in ToTensor, Normalize and the like is split there: the first
+part gives uint8, which takes a quarter of the memory on its way to the device; the rest maps each
+of the 256 values on its own, whatever the place, and is looked up in a table that the transform
+itself filled. So the result is its own, bit for bit, on every device. Known by type and module
+name: nothing is imported for it. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jest_stream.sources.decode import Reduced
+from jest_stream.views.rows import Transform
+
+_LIBRARIES = ("torchvision.transforms", "open_clip.transform", "timm.data")
+_CONVERTING = frozenset("ToTensor PILToTensor ToImage MaybeToTensor MaybePILToTensor".split())
+_PER_VALUE = _CONVERTING | frozenset("ConvertImageDtype ToDtype Normalize ToPureTensor".split())
+_TO_RGB = frozenset("MaybeConvertMode _convert_to_rgb".split())
+# Interpolations that average over what they shrink, so that it may have been shrunk before.
+_SMOOTH = frozenset("bilinear bicubic lanczos box hamming".split())
+
+# The decoder gives at least this many pixels for each one that the view keeps, in each direction.
+_MIN_RATIO = 1.6
+
+
+@dataclass(frozen=True)
+class Resize:
+    """The step that resizes an image, as torchvision describes it."""
+
+    size: tuple[int, ...]
+    """Height and width, or the shorter side."""
+    interpolation: str
+
+    def target(self, full_size: tuple[int, int]) -> tuple[int, int]:
+        """Returns width and height that an image of `full_size` is resized to."""
+        if len(self.size) == 2:
+            return self.size[1], self.size[0]
+        width, height = full_size
+        short, long = sorted(full_size)
+        other = int(self.size[0] * long / short)
+        return (self.size[0], other) if width <= height else (other, self.size[0])
+
+    def apply(self, reduced: Reduced) -> Any:
+        """Returns an image that was decoded reduced, resized to the target of its full size."""
+        from PIL import Image
+
+        resample = Image.Resampling[self.interpolation.upper()]
+        target = self.target(reduced.full_size)
+        return reduced.image.resize(target, resample=resample, box=reduced.box)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Says by how much images may be reduced while they are decoded; a `Shrink`."""
+
+    resizes: tuple[Resize, ...]
+    """What is made of them: all of these."""
+
+    def __call__(self, full_size: tuple[int, int]) -> int:
+        """Returns the largest of 1, 2, 4 and 8 that leaves enough pixels for every view."""
+        targets = [resize.target(full_size) for resize in self.resizes]
+        for factor in (8, 4, 2):
+            if all(
+                full >= factor * _MIN_RATIO * wanted
+                for target in targets
+                for full, wanted in zip(full_size, target, strict=True)
+            ):
+                return factor
+        return 1
+
+
+class Finish:
+    """What is left to do to uint8 pixels: the end of a transform, as a table of its values.
+
+    Args:
+      steps: of the transform, in order; each maps values one by one.
+      takes_pictures: whether the first of them takes PIL images. If not, they take tensors.
+    """
+
+    def __init__(self, steps: Sequence[Transform], *, takes_pictures: bool) -> None:
+        self._steps = steps
+        self._takes_pictures = takes_pictures
+        self._tables: dict[tuple[int, torch.device], Tensor] = {}
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Returns what the transform makes of pixels `[n, C, H, W]`; what is not uint8 is made."""
+        if pixels.dtype != torch.uint8:
+            return pixels
+        table = self.table(pixels.shape[1], pixels.device)
+        finished = table.new_empty(pixels.shape)
+        for channel in range(pixels.shape[1]):
+            values = table[channel].index_select(0, pixels[:, channel].reshape(-1).int())
+            finished[:, channel] = values.view_as(pixels[:, channel])
+        return finished
+
+    def table(self, num_channels: int, device: torch.device) -> Tensor:
+        """Returns `[C, 256]`: what becomes of each value in each channel."""
+        place = (num_channels, device)
+        if place not in self._tables:
+            values = torch.arange(256, dtype=torch.uint8).expand(num_channels, 1, 256).contiguous()
+            probe: Any = as_picture(values) if self._takes_pictures else values
+            made = _run(self._steps, probe).as_subclass(Tensor)
+            self._tables[place] = made.reshape(num_channels, 256).to(device)
+        return self._tables[place]
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """A known transform, taken apart. Makes uint8 pixels where it can."""
+
+    head: tuple[Transform, ...]
+    """Steps that make pixels."""
+    tail: tuple[Transform, ...] = ()
+    """Steps that map their values one by one."""
+    takes_pictures: bool = False
+    """Whether the tail takes PIL images."""
+    resize: Resize | None = field(default=None)
+    """The first step that does anything to an RGB image, if it resizes with averaging."""
+    num_before: int = 0
+    """Steps that come before it."""
+
+    def __call__(self, image: Any) -> Any:
+        """Returns `[C, H, W]` uint8 for `finish` where possible, else what the transform does."""
+        return self._pixels(_run(self.head, image))
+
+    def of_reduced(self, reduced: Reduced) -> Any:
+        """Returns the same of an image that was decoded reduced, resized by the same geometry."""
+        assert self.resize is not None
+        return self._pixels(_run(self.head[self.num_before + 1 :], self.resize.apply(reduced)))
+
+    def finish(self) -> Finish | None:
+        """Returns what is left to do to the pixels; None if nothing is."""
+        if not self.tail:
+            return None
+        return Finish(self.tail, takes_pictures=self.takes_pictures)
+
+    def _pixels(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            is_known = value.dtype == torch.uint8 and value.dim() == 3 and len(value) in (1, 3)
+            if is_known and not self.takes_pictures:
+                return value.as_subclass(Tensor)
+        elif getattr(value, "mode", None) in ("RGB", "L") and self.takes_pictures:
+            array = np.array(value)  # a copy: PIL's own memory cannot be written to
+            planes = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+            return torch.from_numpy(planes).contiguous()
+        return _run(self.tail, value)
+
+
+def recognise(transform: Transform | None) -> Recognised | None:
+    """Returns a `Compose` of torchvision taken apart; None for anything else.
+
+    It stays whole if its end cannot be told from its beginning, and gives then what it always did.
+    """
+    steps = _steps_of(transform)
+    if steps is None:
+        return None
+    start = len(steps)
+    while start > 0 and _is(steps[start - 1], _PER_VALUE):
+        start -= 1
+    head, tail = tuple(steps[:start]), tuple(steps[start:])
+    takes_pictures = any(_is(step, _CONVERTING) for step in tail)
+    try:
+        table = Finish(tail, takes_pictures=takes_pictures).table(3, torch.device("cpu"))
+    except Exception:  # as it does on every image: the transform shall say so itself
+        return None
+    num_before = 0
+    while num_before < len(head) and _is(head[num_before], _TO_RGB):
+        num_before += 1
+    resize = _resize_of(head[num_before]) if num_before < len(head) else None
+    if table.dtype == torch.uint8:  # pixels are all that it gives
+        return Recognised(tuple(steps), resize=resize, num_before=num_before)
+    return Recognised(head, tail, takes_pictures, resize, num_before)
+
+
+def as_picture(pixels: Tensor) -> Any:
+    """Returns `[C, H, W]` uint8 as a PIL image, L or RGB."""
+    from PIL import Image
+
+    array = pixels.numpy()
+    return Image.fromarray(array[0] if len(array) == 1 else np.moveaxis(array, 0, -1).copy())
+
+
+def _run(steps: Sequence[Transform], value: Any) -> Any:
+    for step in steps:
+        value = step(value)
+    return value
+
+
+def _steps_of(transform: Any) -> list[Transform] | None:
+    """Returns the steps of a `Compose`, those of inner ones included."""
+    if not _is(transform, frozenset({"Compose"})):
+        return None
+    steps: list[Transform] = []
+    for step in transform.transforms:
+        inner = _steps_of(step)
+        steps += [step] if inner is None else inner
+    return steps
+
+
+def _is(step: Any, names: frozenset[str]) -> bool:
+    """Whether a step is of a library that we know, by one of these names."""
+    kind = step if hasattr(step, "__qualname__") else type(step)  # a function, or an object
+    module = str(getattr(kind, "__module__", ""))
+    return getattr(kind, "__name__", "") in names and module.startswith(_LIBRARIES)
+
+
+def _resize_of(step: Any) -> Resize | None:
+    if not _is(step, frozenset({"Resize"})) or getattr(step, "max_size", None) is not None:
+        return None
+    size = getattr(step, "size", None)
+    sizes = (size,) if isinstance(size, int) else tuple(size or ())
+    interpolation = getattr(step, "interpolation", None)
+    interpolation = str(getattr(interpolation, "value", interpolation))
+    if len(sizes) not in (1, 2) or interpolation not in _SMOOTH:
+        return None
+    return Resize(tuple(int(side) for side in sizes), interpolation)

@@ -1,0 +1,240 @@
+"""Train views made ahead of time: of the chosen, as soon as the choice is known.
+
+In: the chosen of a super-batch. Out, when its turn comes: their views. They are made in worker
+processes of their own, each of which takes every n-th of the chosen; or, without any, in this
+process when they are due. The views are the same either way.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from jest_stream.sources import process, transport
+from jest_stream.sources.process import Job, Owner, Worker
+from jest_stream.sources.watch import Notes, Place, Watchdog
+from jest_stream.views.columns import Columns, View, require_same_fields, view_of
+from jest_stream.views.train import TrainView
+
+# Batches that may be with the workers at once: each holds descriptors until it is taken.
+_MAX_SENT = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """Views to be made, or, on the way back, that were made."""
+
+    step: int
+    """Of the batch."""
+    positions: range
+    """Where in the batch they belong."""
+    items: Columns
+    """Columns of the chosen; on the way back, of their views."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeTask:
+    """What a worker that makes train views is started with. Travels to it."""
+
+    view: TrainView
+
+    def run(self, owner: Owner, notes: Notes) -> None:
+        """Answers each order with the views, or with what went wrong."""
+        while owner.wants_more:
+            order: Order = owner.receive()
+            place = 0
+
+            def note(step: int, position: int) -> None:
+                """Says what is made next."""
+                nonlocal place
+                place = position
+                notes.put(step, position)
+
+            try:
+                views = self.view(
+                    order.items, step=order.step, positions=order.positions, note=note
+                )
+                made = Order(step=order.step, positions=order.positions, items=views)
+                message = transport.dump(made)
+            except Exception as error:
+                message = transport.dump_failure(error, place=place)
+            try:
+                message.send(owner.connection)
+            except OSError:  # nobody waits for it any more
+                sys.exit(1)
+
+
+class LateViews:
+    """Makes the train views of chosen examples. Owns the worker processes.
+
+    Args:
+      view: how they are made.
+      num_workers: processes. 0: this one makes them.
+      timeout_s: longest wait for a worker; when making them here takes longer, it is logged.
+    """
+
+    def __init__(self, view: TrainView, *, num_workers: int, timeout_s: float) -> None:
+        self._view = view
+        self._num_workers = num_workers
+        self._timeout_s = timeout_s
+        self._chosen: dict[int, Columns] = {}  # by step: what was asked for and not yet taken
+        self._sent: set[int] = set()  # those of them that the workers have
+        self._workers: list[Worker] = []
+        self._watchdog: Watchdog | None = None  # while views are made here
+        self._stop: Callable[[], object] | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Which columns of the chosen are asked for."""
+        return self._view.columns
+
+    def has(self, step: int) -> bool:
+        """Returns whether the views of a step were asked for."""
+        return step in self._chosen
+
+    def start(self, chosen: Columns, *, step: int) -> None:
+        """Asks for the views of a step; the workers begin at once.
+
+        What goes wrong is raised by `take`, except where workers cannot be started.
+
+        Raises:
+          ConfigError: if the train transform cannot be sent to a worker process.
+          WorkerDiedError: if a worker cannot be started.
+        """
+        self._chosen[step] = chosen
+        self._send()
+
+    def take(self, step: int) -> View:
+        """Returns the views of a step that was asked for, on the CPU, and forgets it.
+
+        After an error the views are still to be had: the next call makes them anew.
+
+        Raises:
+          WorkerDiedError: for a worker process that is gone.
+          StalledError: for one that gave nothing for `timeout_s`.
+          BadExampleError: for an image that cannot be decoded.
+          Exception: what the train transform raised, with its own type.
+        """
+        try:
+            self._send()
+            view = self._receive(step) if self._workers else self._make_here(step)
+        except BaseException:
+            self.pause()
+            raise
+        self._sent.discard(step)
+        del self._chosen[step]
+        return view
+
+    def open(self) -> None:
+        """Starts the workers, if they do not run."""
+        if self._stop is not None:
+            return
+        if self._num_workers == 0:
+            self._watchdog = Watchdog(self._timeout_s, "making train views")
+            # Also runs when this object is dropped, and at interpreter exit.
+            self._stop = weakref.finalize(self, self._watchdog.close)
+            return
+        self._stop = weakref.finalize(self, process.stop, self._workers, os.getpid())
+        jobs = [
+            Job(
+                f"train view worker {number} of {self._num_workers}",
+                MakeTask(view=self._view),
+                partial(_describe, self._chosen),
+            )
+            for number in range(self._num_workers)
+        ]
+        try:
+            process.start(self._workers, jobs)
+        except BaseException:
+            self.pause()
+            raise
+
+    def pause(self) -> None:
+        """Stops the workers. What was asked for is made anew when it is next needed."""
+        self._sent.clear()
+        self._watchdog = None
+        if self._stop is not None:
+            self._stop()
+            self._stop = None
+
+    def forget(self) -> None:
+        """Stops the workers and forgets what was asked for."""
+        self.pause()
+        self._chosen.clear()
+
+    def _send(self) -> None:
+        """Hands the workers what they have not got, the earliest first."""
+        self.open()
+        if not self._workers:
+            return
+        try:
+            for step in sorted(self._chosen.keys() - self._sent):
+                if len(self._sent) >= _MAX_SENT:
+                    return
+                for worker, order in zip(self._workers, self._orders(step), strict=True):
+                    worker.send(transport.dump(order, is_inline=False))
+                self._sent.add(step)
+        except BaseException:
+            self.pause()
+            raise
+
+    def _orders(self, step: int) -> list[Order]:
+        """Returns the shares of the workers: every n-th each."""
+        chosen, num_workers = self._chosen[step], len(self._workers)
+        return [
+            Order(
+                step=step,
+                positions=range(number, len(chosen["key"]), num_workers),
+                items={name: column[number::num_workers] for name, column in chosen.items()},
+            )
+            for number in range(num_workers)
+        ]
+
+    def _receive(self, step: int) -> View:
+        messages = [worker.receive(self._timeout_s) for worker in self._workers]
+        failures = [m for m in messages if isinstance(m, transport.Failure)]
+        if failures:
+            first = min(failures, key=lambda failure: failure.place)
+            raise first.error from transport.WorkerTraceback(first.traceback)
+        assert all(made.step == step for made in messages)
+        return _joined([made for made in messages if made.positions], self._chosen[step])
+
+    def _make_here(self, step: int) -> View:
+        assert self._watchdog is not None
+        chosen = self._chosen[step]
+        with self._watchdog:
+            views = self._view(chosen, step=step, positions=range(len(chosen["key"])))
+        return view_of(views, "image")
+
+
+def _joined(parts: list[Order], chosen: Columns) -> View:
+    """Returns the views of all workers in the order of the batch; each is copied once."""
+    require_same_fields([{"key": chosen["key"][p.positions.start :], **p.items} for p in parts])
+    num_rows = len(chosen["key"])
+    joined: Columns = {}
+    for name, first in parts[0].items.items():
+        assert isinstance(first, Tensor)
+        column = first.new_empty((num_rows, *first.shape[1:]))
+        for part in parts:
+            column[part.positions.start :: part.positions.step] = part.items[name]
+        joined[name] = column
+    return view_of(joined, "image")
+
+
+def _describe(chosen: dict[int, Columns], place: Place | None) -> str:
+    if place is None:
+        return "makes train views"
+    step, position = place
+    of_step = chosen.get(step)
+    if of_step is None:
+        return f"makes train views, last that of step {step}"
+    return (
+        f"makes train views, last example {of_step['key'][position]!r} of shard "
+        f"{of_step['shard'][position]!r}"
+    )
