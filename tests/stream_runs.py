@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from models import TinyTwoTower, to_tensor, tokenize, train_step
+from models import TinyTwoTower, flipped, to_tensor, tokenize, train_step
 from queued_device import QueuedDevice
 from torch import Tensor
 
@@ -178,6 +178,12 @@ SCENARIOS: dict[str, Scenario] = {
         )
         for lookahead in (0, 1, 2)
         for refresh_every in (1, 3)
+    },
+    **{
+        f"late views, lookahead {lookahead}": scenario_of(
+            lookahead=lookahead, train_transform=flipped
+        )
+        for lookahead in (0, 1, 2)
     },
     "a schedule of sizes": scenario_of(
         super_batch_size=None, filter_ratio={0: 0.5, 3: 0.75, 6: 0.5}, lookahead=1

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from leaks import no_leaks  # noqa: F401  a fixture
-from models import TinyTwoTower, train_step
+from models import TinyTwoTower, flipped, train_step
 from queued_device import QueuedDevice
 from shards import write_shards
 from stream_runs import SCENARIOS, Learner, dataset_of, scenario_of, take
@@ -130,21 +130,28 @@ def test_the_slots_are_made_once_and_there_is_one_more_than_the_lookahead(
                 assert device.num_buffers == made
 
 
+@pytest.mark.parametrize(
+    ("options", "num_waits"),
+    [({"lookahead": 1}, 1), ({"lookahead": 2, "train_transform": flipped}, 1)],
+)
 def test_what_comes_next_is_queued_before_the_host_waits_for_a_choice(
-    shards: list[str], patch: Callable[[QueuedDevice | None], None]
+    shards: list[str],
+    patch: Callable[[QueuedDevice | None], None],
+    options: dict[str, Any],
+    num_waits: int,
 ) -> None:
     device = QueuedDevice()
     patch(device)
     learner = Learner(seed=1)
-    with dataset_of(shards, learner, lookahead=1, device_model=device) as dataset:
+    with dataset_of(shards, learner, device_model=device, **options) as dataset:
         with device.watched():
             iterator = iter(dataset)
-            for _ in range(3):
+            for _ in range(4):
                 next(iterator)
                 device.log.clear()
             next(iterator)
             log = list(device.log)
-    assert log.count(("host", "waits")) == 1  # for the choice; nothing else in a step
+    assert log.count(("host", "waits")) == num_waits  # for a choice; nothing else in a step
     before = log[: log.index(("host", "waits"))]
     scored = [entry for entry in log if entry[0].startswith("score")]
     assert scored and len([e for e in before if e[0].startswith("score")]) == len(scored)
