@@ -104,11 +104,13 @@ class Pipeline:
         # Whatever mode the caller is in: tensors made in inference mode cannot be trained on.
         with torch.inference_mode(False), torch.no_grad():
             self._batches.open()
-            self._start_views()  # of former calls: by now their choice is on the host
+            self._start_views()  # of former calls, as far as their choice has come
             self._fill()
             if not self._in_flight:
                 self._end_pass()
                 return None
+            # Only now, with all that is next queued, may the host wait for a choice.
+            self._start_views(num_awaited=len(self._in_flight) - 1)
             batch = self._hand_out(self._in_flight[0])
         self._count(self._in_flight.popleft(), batch)
         self.step += 1
@@ -223,16 +225,21 @@ class Pipeline:
                 if scored is not None:
                     self._in_flight.append(scored)
                     del self._restored[:1]
-                    if not self._ring.backend.overlaps:  # elsewhere it is not known yet
-                        self._start_views()
+                    self._start_views()
         if self._error is not None and not self._in_flight:
             due, self._error = self._error, None
             raise due
 
-    def _start_views(self) -> None:
-        """Has the train views of what is in flight made."""
-        for step, scored in enumerate(self._in_flight, self.step):
-            self._batches.start(scored.super_batch, scored.choice, step=step)
+    def _start_views(self, *, num_awaited: int = 0) -> None:
+        """Has the train views made of what is in flight, where the choice has come or is awaited.
+
+        Args:
+          num_awaited: for how many of the choices to wait; the next ones to hand out come first.
+        """
+        for number, scored in enumerate(self._in_flight):
+            if number < num_awaited or scored.choice.is_known():
+                step = self.step + number
+                self._batches.start(scored.super_batch, scored.choice, step=step)
 
     def _lookahead(self) -> int:
         """Returns how many super-batches are scored ahead, settled when it is first asked."""

@@ -42,6 +42,7 @@ class Choice:
     Args:
       selection: on the scoring device. Its tensors may be used within `Slot.handing_out` only.
       read_back: waits for it and returns it in memory of the host. None: it is there.
+      has_come: tells, without a wait, whether `read_back` would not wait.
       marks: when the device worked on it.
     """
 
@@ -50,10 +51,12 @@ class Choice:
         selection: Selection,
         *,
         read_back: Callable[[], Selection] | None = None,
+        has_come: Callable[[], bool] | None = None,
         marks: Marks | None = None,
     ) -> None:
         self.on_device = selection
         self._read_back = read_back
+        self._has_come = has_come
         self._known: Selection | None = None
         self._marks = marks or []
 
@@ -73,6 +76,10 @@ class Choice:
         return Choice(
             _rows(self.on_device, on_device), read_back=lambda: _rows(self.on_host(), on_host)
         )
+
+    def is_known(self) -> bool:
+        """Returns whether `on_host` would return at once."""
+        return self._known is not None or self._has_come is None or self._has_come()
 
     def weights(self, device: torch.device) -> Tensor:
         """Returns the weights on `device`, in memory that nothing here writes to again."""

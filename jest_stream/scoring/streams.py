@@ -183,7 +183,12 @@ class Slot:
             reported.synchronize()
             return packing.unpack(pinned.clone())
 
-        return Choice(packing.unpack(packed), read_back=_read_back, marks=self._marks)
+        return Choice(
+            packing.unpack(packed),
+            read_back=_read_back,
+            has_come=reported.query,
+            marks=self._marks,
+        )
 
     def restore(self, selection: Selection) -> Choice:
         """Returns a choice of a former run, whose tensors lie on the CPU, as `keep` does."""

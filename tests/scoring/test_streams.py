@@ -18,35 +18,19 @@ from typing import Any
 import pytest
 import torch
 from leaks import no_leaks  # noqa: F401  a fixture
-from models import TinyTwoTower, to_tensor, tokenize, train_step
+from models import TinyTwoTower, flipped, train_step
 from queued_device import QueuedDevice
 from shards import write_shards
+from stream_runs import SCENARIOS, Learner, dataset_of, scenario_of, take
 from torch import Tensor
 
-from jest_stream import JESTDataset, SelectionConfig
+from jest_stream import SelectionConfig
 from jest_stream.errors import NonFiniteError
 from jest_stream.scoring import streams
 from jest_stream.scoring.choice import Choice
 from jest_stream.scoring.streams import Slot
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
-
-
-class Learner(TinyTwoTower):
-    """A learner whose copies are made by ops, which the device sees; told when to fail."""
-
-    failures = 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Learner:
-        copied = type(self)()
-        copied.load_state_dict(self.state_dict())
-        return copied
-
-    def encode_text(self, text: Tensor) -> Tensor:
-        if Learner.failures and not self.training:
-            Learner.failures -= 1
-            raise ValueError("as it was told")
-        return super().encode_text(text)
 
 
 @pytest.fixture(scope="module")
@@ -65,161 +49,6 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> Callable[[QueuedDevice | None], No
         monkeypatch.setattr("jest_stream.selection.drawing._require_finite", lambda _: None)
 
     return use
-
-
-def dataset_of(shards: list[str], learner: TinyTwoTower, **options: Any) -> JESTDataset:
-    reference = TinyTwoTower(seed=2)
-    if isinstance(options.get("device_model"), QueuedDevice):
-        options.pop("device_model").put(learner, reference)
-    options.pop("device_model", None)
-    return JESTDataset(
-        shards,
-        learner=learner,
-        reference=reference,
-        transform=to_tensor,
-        tokenizer=tokenize,
-        batch_size=4,
-        as_dict=True,
-        **{"super_batch_size": 8, **options},
-    )
-
-
-def take(dataset: JESTDataset, learner: TinyTwoTower, num_steps: int) -> list[dict[str, Any]]:
-    """Trains on batches; returns what they held."""
-    held = []
-    for batch in islice(dataset, num_steps):
-        tensors = {name: batch[name].clone() for name in ("image", "text", "weight")}
-        held.append({"key": batch["key"], **tensors})
-        train_step(learner, (batch["image"], batch["text"]))
-        batch["image"] /= 255  # in place, as training loops do
-        learner.logit_scale.detach().add_(0 * batch["weight"].sum())
-        del batch  # its memory is free while the device may still be at work on it
-    return held
-
-
-@contextmanager
-def watched(device: QueuedDevice | None) -> Iterator[None]:
-    if device is None:
-        yield
-    else:
-        with device.watched():
-            yield
-
-
-Scenario = Callable[[list[str], "QueuedDevice | None"], list[dict[str, Any]]]
-
-
-def scenario_of(**options: Any) -> Scenario:
-    """A run of ten steps."""
-
-    def run(shards: list[str], device: QueuedDevice | None) -> list[dict[str, Any]]:
-        learner = Learner(seed=1)
-        with dataset_of(shards, learner, device_model=device, **options) as dataset:
-            with watched(device):
-                return take(dataset, learner, 10)
-
-    return run
-
-
-def broken_off(shards: list[str], device: QueuedDevice | None) -> list[dict[str, Any]]:
-    """A pass that is broken off with super-batches in flight, and the next one."""
-    learner = Learner(seed=1)
-    options = {"lookahead": 2, "repeat": False, "device_model": device}
-    with dataset_of(shards, learner, **options) as dataset, watched(device):
-        return [*take(dataset, learner, 2), *take(dataset, learner, 5)]
-
-
-def resumed(shards: list[str], device: QueuedDevice | None) -> list[dict[str, Any]]:
-    """A checkpoint with super-batches in flight, loaded twice where others were in flight."""
-    learner = Learner(seed=1)
-    with dataset_of(shards, learner, lookahead=2, device_model=device) as dataset:
-        with watched(device):
-            held = take(dataset, learner, 3)
-            state = dataset.state_dict(include_learner_copy=True)
-            for _ in range(2):
-                held += take(dataset, learner, 3)
-                dataset.load_state_dict(state)
-            return [*held, *take(dataset, learner, 5)]
-
-
-def closed_in_the_middle(shards: list[str], device: QueuedDevice | None) -> list[dict[str, Any]]:
-    """Closing with super-batches in flight; training goes on."""
-    learner = Learner(seed=1)
-    dataset = dataset_of(shards, learner, lookahead=2, device_model=device)
-    with watched(device):
-        held = take(dataset, learner, 3)
-        dataset.close()
-        train_step(learner, (held[0]["image"], held[0]["text"]))
-    return held
-
-
-def failed(shards: list[str], device: QueuedDevice | None) -> list[dict[str, Any]]:
-    """Scoring that fails in the middle, again and again."""
-    learner, held = Learner(seed=1), []
-    with dataset_of(shards, learner, lookahead=1, device_model=device) as dataset:
-        with watched(device):
-            for _ in range(5):
-                try:
-                    held += take(dataset, learner, 2)
-                    Learner.failures = 1
-                    held += take(dataset, learner, 2)
-                except ValueError:
-                    pass
-            Learner.failures = 0
-    return held
-
-
-def on_several_streams(shards: list[str], device: QueuedDevice | None) -> list[dict[str, Any]]:
-    """A consumer that changes its stream, and refreshes by hand."""
-    learner = Learner(seed=1)
-    dataset = dataset_of(shards, learner, device_model=device, lookahead=1, refresh_every=100)
-    with watched(device):
-        held = take(dataset, learner, 3)
-        if device is not None:
-            ours = device.current_stream()
-            theirs = device.other_stream()
-            theirs.wait_event(ours.record_event())
-            with device.use(theirs):
-                dataset.refresh()
-                held.append(next(iter(dataset)))
-                dataset.refresh()
-            dataset.refresh()
-            dataset.refresh()
-            ours.wait_event(theirs.record_event())
-            held += take(dataset, learner, 2)
-            theirs.wait_event(ours.record_event())
-            with device.use(theirs):
-                dataset.refresh()
-            dataset.close()
-            del dataset
-            train_step(learner, (held[0]["image"], held[0]["text"]))  # takes what is free
-        else:
-            dataset.refresh()
-            held.append(next(iter(dataset)))
-            dataset.refresh()
-            dataset.refresh()
-            held += take(dataset, learner, 2)
-            dataset.close()
-    return held
-
-
-SCENARIOS: dict[str, Scenario] = {
-    **{
-        f"lookahead {lookahead}, refresh every {refresh_every}": scenario_of(
-            lookahead=lookahead, refresh_every=refresh_every
-        )
-        for lookahead in (0, 1, 2)
-        for refresh_every in (1, 3)
-    },
-    "a schedule of sizes": scenario_of(
-        super_batch_size=None, filter_ratio={0: 0.5, 3: 0.75, 6: 0.5}, lookahead=1
-    ),
-    "broken off": broken_off,
-    "resumed": resumed,
-    "closed": closed_in_the_middle,
-    "failed": failed,
-    "several streams": on_several_streams,
-}
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -301,21 +130,28 @@ def test_the_slots_are_made_once_and_there_is_one_more_than_the_lookahead(
                 assert device.num_buffers == made
 
 
+@pytest.mark.parametrize(
+    ("options", "num_waits"),
+    [({"lookahead": 1}, 1), ({"lookahead": 2, "train_transform": flipped}, 1)],
+)
 def test_what_comes_next_is_queued_before_the_host_waits_for_a_choice(
-    shards: list[str], patch: Callable[[QueuedDevice | None], None]
+    shards: list[str],
+    patch: Callable[[QueuedDevice | None], None],
+    options: dict[str, Any],
+    num_waits: int,
 ) -> None:
     device = QueuedDevice()
     patch(device)
     learner = Learner(seed=1)
-    with dataset_of(shards, learner, lookahead=1, device_model=device) as dataset:
+    with dataset_of(shards, learner, device_model=device, **options) as dataset:
         with device.watched():
             iterator = iter(dataset)
-            for _ in range(3):
+            for _ in range(4):
                 next(iterator)
                 device.log.clear()
             next(iterator)
             log = list(device.log)
-    assert log.count(("host", "waits")) == 1  # for the choice; nothing else in a step
+    assert log.count(("host", "waits")) == num_waits  # for a choice; nothing else in a step
     before = log[: log.index(("host", "waits"))]
     scored = [entry for entry in log if entry[0].startswith("score")]
     assert scored and len([e for e in before if e[0].startswith("score")]) == len(scored)
