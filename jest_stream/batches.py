@@ -6,12 +6,14 @@ Runs in the training thread.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from jest_stream.superbatch import moved, take_rows
-from jest_stream.types import Selection
+from jest_stream.types import Embeddings, Selection
 from jest_stream.views import Columns, TrainView, columns_of, put_view, view_of
 
 
@@ -48,6 +50,18 @@ class Batches:
 def structured(batch: Columns, *, as_dict: bool) -> Any:
     """Returns a batch as the training loop wants it: `(images, texts)`, or a dict."""
     image, text = view_of(batch, "image"), view_of(batch, "text")
-    if as_dict:
-        return {"image": image, "text": text, "key": batch["key"], "weight": batch["weight"]}
-    return image, text
+    if not as_dict:
+        return image, text
+    found = {"image": image, "text": text, "key": batch["key"], "weight": batch["weight"]}
+    if "reference" in batch:
+        found["reference"] = batch["reference"]
+    return found
+
+
+def reference_entry(reference: Embeddings, device: torch.device) -> dict[str, Tensor]:
+    """Returns the reference's embeddings of a batch as plain tensors on `device`."""
+    values = {field.name: getattr(reference, field.name) for field in fields(Embeddings)}
+    return {
+        name: moved(torch.as_tensor(value, dtype=torch.float32), device)
+        for name, value in values.items()
+    }

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from jest_stream.batches import Batches
+from jest_stream.batches import Batches, reference_entry
 from jest_stream.checkpoint import (
     Progress,
     Record,
@@ -35,7 +35,7 @@ from jest_stream.reporting.metrics import Metrics
 from jest_stream.selector import Selector
 from jest_stream.sizes import Layout, Sizes
 from jest_stream.superbatch import Position, SuperBatch
-from jest_stream.types import Cursor, Selection, Source
+from jest_stream.types import Cursor, Embeddings, Selection, Source
 from jest_stream.views import Columns, ScoreView
 
 
@@ -47,6 +47,8 @@ class Scored:
     selection: Selection
     weights_step: int | None
     """The step whose learner weights it was scored with; None without a learner."""
+    reference: Embeddings | None
+    """The reference's embeddings of the chosen, where batches are to have them."""
 
 
 class Pipeline:
@@ -234,7 +236,7 @@ class Pipeline:
             step=step,
             now=self.step,
         )
-        return Scored(super_batch=super_batch, selection=selection, weights_step=weights_step)
+        return self._scored(super_batch, selection, weights_step)
 
     def _restore(self, record: Record) -> Scored:
         """Reads a super-batch of a checkpoint again; its choice is known."""
@@ -247,7 +249,18 @@ class Pipeline:
                 f"They have changed since; start anew, or resume from the same data."
             )
         _, weights_step, selection = read_record(record, self._scoring_device)
-        return Scored(super_batch=super_batch, selection=selection, weights_step=weights_step)
+        return self._scored(super_batch, selection, weights_step)
+
+    def _scored(
+        self, super_batch: SuperBatch, selection: Selection, weights_step: int | None
+    ) -> Scored:
+        reference = self._selector.reference_of(super_batch.columns, super_batch.size, selection)
+        return Scored(
+            super_batch=super_batch,
+            selection=selection,
+            weights_step=weights_step,
+            reference=reference,
+        )
 
     def _read(self, size: int) -> SuperBatch:
         with self._metrics.timed("data"):
@@ -277,9 +290,12 @@ class Pipeline:
                 f"training diverged?), the reference and the autocast dtype."
             )
         with self._metrics.timed("yielding"):
-            return self._batches.make(
+            batch = self._batches.make(
                 super_batch.columns, selection, step=self.step, device=self._device
             )
+            if scored.reference is not None:
+                batch["reference"] = reference_entry(scored.reference, self._device)
+            return batch
 
     def _count(self, scored: Scored) -> None:
         """Books what is handed out, when it is: a checkpoint counts what it describes."""

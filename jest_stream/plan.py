@@ -6,16 +6,18 @@ Opens the source; builds when ranks are known. Reads nothing by itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from jest_stream.batches import Batches
+from jest_stream.caching import ReferenceCache
 from jest_stream.config import (
     ScoringConfig,
     SelectionConfig,
     StreamConfig,
     Term,
     as_device,
+    require_bool,
     require_functions,
     require_key,
     require_rule,
@@ -23,6 +25,7 @@ from jest_stream.config import (
 )
 from jest_stream.errors import ConfigError
 from jest_stream.pipeline import Pipeline
+from jest_stream.references import open_reference
 from jest_stream.reporting.metrics import Metrics
 from jest_stream.selector import Models, Selector
 from jest_stream.sizes import Layout, resolve_sizes
@@ -102,10 +105,34 @@ class Plan:
         self._devices = tuple(as_device(name, given[name]) for name in ("device", "scoring_device"))
         self._source = open_source(given["source"], storage=given["storage"])
         is_own = self._source is not given["source"]
-        self._close_source: Callable[[], None] | None = (
-            getattr(self._source, "close", None) if is_own else None
+        self._closers: list[Callable[[], None]] = []
+        if is_own and hasattr(self._source, "close"):
+            self._closers.append(self._source.close)
+        views = self._views
+        reference = open_reference(
+            given["reference"],
+            transform=views.reference_transform,
+            tokenizer=views.reference_tokenizer,
+            keys=(views.image_key, views.text_key),
+            storage=given["storage"],
         )
-        self._models = Models(self.selection, given["learner"], given["reference"])
+        self._views = replace(
+            views,
+            reference_transform=reference.transform,
+            reference_tokenizer=reference.tokenizer,
+        )
+        self._yields_reference = _checked_request(given["with_reference"], given["as_dict"])
+        self._models = Models(
+            self.selection,
+            given["learner"],
+            reference.model,
+            yields_reference=self._yields_reference,
+        )
+        if isinstance(reference.model, ReferenceCache):
+            if reference.is_own:
+                self._closers.append(reference.model.close)
+            if self._models.cache is not None:
+                self._source = self._models.cache.join(self._source)
 
     def build(self, metrics: Metrics, *, rank: int, world_size: int) -> Pipeline:
         """Returns what reads, scores and hands out on this rank."""
@@ -119,6 +146,7 @@ class Plan:
             scoring=self._scoring,
             refresh_every=stream.refresh_every,
             metrics=metrics,
+            yields_reference=self._yields_reference,
         )
         return Pipeline(
             stream,
@@ -134,8 +162,8 @@ class Plan:
 
     def release(self) -> None:
         """Closes the source, unless the user passed a `Source`; lets go of the models."""
-        if self._close_source is not None:
-            self._close_source()
+        for close in self._closers:
+            close()
         self._models.release()
 
     def describe(self) -> str:
@@ -151,3 +179,13 @@ class Plan:
 def _settings(kind: type[_Settings], arguments: Mapping[str, Any]) -> _Settings:
     """Returns the settings whose fields are named as arguments are."""
     return kind(**{field.name: arguments[field.name] for field in fields(kind)})
+
+
+def _checked_request(with_reference: object, as_dict: object) -> bool:
+    """Returns whether batches are to have reference embeddings; they need a dict to be in."""
+    if require_bool("with_reference", with_reference) and not as_dict:
+        raise ConfigError(
+            "with_reference=True adds an entry to the batch, but as_dict=False yields a pair "
+            "(images, texts). Pass as_dict=True."
+        )
+    return bool(with_reference)

@@ -5,11 +5,13 @@ Owns the learner copy and the reference. Runs in the training thread, without gr
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from jest_stream.caching import ReferenceCache
 from jest_stream.config import ScoringConfig, SelectionConfig, TargetSimilarity
 from jest_stream.errors import ConfigError
 from jest_stream.reporting.metrics import Metrics
@@ -25,6 +27,7 @@ from jest_stream.selection import (
     target_similarity,
     uniform_selection,
 )
+from jest_stream.superbatch import take_rows
 from jest_stream.types import Embeddings, Selection
 from jest_stream.views import Columns, view_of
 
@@ -33,7 +36,12 @@ class Models:
     """The modules that a selection rule needs, checked; those it does not need are None."""
 
     def __init__(
-        self, config: SelectionConfig, learner: nn.Module | None, reference: nn.Module | None
+        self,
+        config: SelectionConfig,
+        learner: nn.Module | None,
+        reference: nn.Module | ReferenceCache | None,
+        *,
+        yields_reference: bool = False,
     ) -> None:
         """Raises `ConfigError` if a needed module is missing or cannot embed."""
         needs_learner, needs_reference = (False, False)
@@ -47,12 +55,27 @@ class Models:
                         "their reference embeddings: pass the model that embedded the targets as "
                         "reference=."
                     )
+        if yields_reference and not needs_reference:
+            needs_reference = True
+            if reference is None:
+                raise ConfigError(
+                    "with_reference=True yields the reference's embeddings, but reference=None: "
+                    "pass a reference, or a cache of one."
+                )
         self.learner = _checked(learner, "learner", config) if needs_learner else None
-        self.reference = _checked(reference, "reference", config) if needs_reference else None
+        self.reference: nn.Module | None = None
+        self.cache: ReferenceCache | None = None
+        """Where the reference's embeddings are read instead of made."""
+        if needs_reference and isinstance(reference, ReferenceCache):
+            self.cache = reference
+        elif needs_reference and not isinstance(reference, ReferenceCache):
+            self.reference = _checked(reference, "reference", config)
         self.loss = config.loss
         model = self.learner if self.learner is not None else self.reference
-        if model is not None and config.loss == "auto":
+        if config.loss == "auto" and model is not None:
             self.loss = "sigmoid" if has_bias(model) else "softmax"
+        elif config.loss == "auto" and self.cache is not None:
+            self.loss = "sigmoid" if self.cache.has_bias else "softmax"
         self.home = next((m for m in (learner, reference) if isinstance(m, nn.Module)), None)
         """The module on whose device batches are wanted."""
 
@@ -72,7 +95,7 @@ class Models:
 
     def release(self) -> None:
         """Lets go of the modules."""
-        self.learner = self.reference = self.home = None
+        self.learner = self.reference = self.cache = self.home = None
 
 
 class Selector:
@@ -86,7 +109,11 @@ class Selector:
         scoring: ScoringConfig,
         refresh_every: int,
         metrics: Metrics,
+        yields_reference: bool = False,
     ) -> None:
+        self._yields_reference = yields_reference
+        # What `reference_of` takes rows of: the columns scored last, and their embeddings.
+        self._embedded: tuple[Columns, Embeddings] | None = None
         self._config = config
         self._scoring = scoring
         self._models = models
@@ -108,6 +135,11 @@ class Selector:
     def groups(self) -> list[str]:
         """Names of the groups that have a quota, in order."""
         return [str(group) for group in self._config.quotas or ()]
+
+    @property
+    def is_reference_cached(self) -> bool:
+        """Whether the reference's embeddings are read, so that its forward pass costs nothing."""
+        return self._models.cache is not None
 
     def refresh(self, step: int, *, force: bool = False) -> None:
         """Copies the learner's weights if `step` is one of the promised steps, or if forced.
@@ -156,6 +188,29 @@ class Selector:
         selection = self._choose_scored(columns, size, batch_size, key, step)
         self._has_failed = False
         return selection, None if self._copy is None else self._copy.step
+
+    def reference_of(self, columns: Columns, size: int, selection: Selection) -> Embeddings | None:
+        """Returns the reference's embeddings of the chosen, `[b, D]`; None unless asked for.
+
+        The same ones whether the choice was made just now or comes from a checkpoint: candidates
+        that were scored are embedded in the same micro-batches again.
+
+        Args:
+          columns: score views of the candidates, on the scoring device.
+          size: how many candidates there are.
+          selection: which of them were chosen.
+        """
+        if not self._yields_reference:
+            return None
+        indices = selection.indices
+        is_scored = self._config.method != "uniform" and size != len(indices)
+        embedded, self._embedded = self._embedded, None
+        if self.is_reference_cached or not is_scored:
+            return self._embed_reference(take_rows(columns, indices))
+        if embedded is None or embedded[0] is not columns:
+            embedded = columns, self._embed_reference(columns)
+        reference = embedded[1]
+        return replace(reference, image=reference.image[indices], text=reference.text[indices])
 
     def _choose_scored(
         self, columns: Columns, size: int, batch_size: int, key: int, step: int
@@ -228,23 +283,35 @@ class Selector:
         self._models.release()
 
     def _embed(self, columns: Columns) -> tuple[Embeddings | None, Embeddings | None]:
-        image, text = _scorable(columns, "image"), _scorable(columns, "text")
-        size, dtype = self._scoring.micro_batch_size, self._scoring.autocast_dtype
         learner = reference = None
         if self._copy is not None:
+            image, text = _scorable(columns, "image"), _scorable(columns, "text")
+            size, dtype = self._scoring.micro_batch_size, self._scoring.autocast_dtype
             learner = self._copy.embed(image, text, micro_batch_size=size, autocast_dtype=dtype)
-        if self._models.reference is not None:
-            if self._reference is None:
-                self._reference = ReferenceModel(
-                    self._models.reference, device=self.device, learner=self._models.learner
-                )
-            reference = self._reference.embed(
-                _own(columns, "reference_image", image),
-                _own(columns, "reference_text", text),
-                micro_batch_size=size,
-                autocast_dtype=dtype,
-            )
+        if self._models.reference is not None or self.is_reference_cached:
+            reference = self._embed_reference(columns)
+            if self._yields_reference:
+                self._embedded = columns, reference
         return learner, reference
+
+    def _embed_reference(self, columns: Columns) -> Embeddings:
+        """Returns the reference's embeddings of candidates, from the cache if there is one."""
+        if self._models.cache is not None:
+            return self._models.cache.embeddings(
+                columns["reference_embeddings/image"], columns["reference_embeddings/text"]
+            )
+        assert self._models.reference is not None
+        if self._reference is None:
+            self._reference = ReferenceModel(
+                self._models.reference, device=self.device, learner=self._models.learner
+            )
+        has_own = [_has_own(columns, f"reference_{name}") for name in ("image", "text")]
+        return self._reference.embed(
+            _scorable(columns, "reference_image" if has_own[0] else "image"),
+            _scorable(columns, "reference_text" if has_own[1] else "text"),
+            micro_batch_size=self._scoring.micro_batch_size,
+            autocast_dtype=self._scoring.autocast_dtype,
+        )
 
 
 def _checked(module: nn.Module | None, role: str, config: SelectionConfig) -> nn.Module:
@@ -270,7 +337,6 @@ def _scorable(columns: Columns, name: str) -> Input:
     return view
 
 
-def _own(columns: Columns, name: str, shared: Input) -> Input:
-    """The reference's own view, or else the one it shares with the learner."""
-    has_own = any(key == name or key.startswith(name + "/") for key in columns)
-    return _scorable(columns, name) if has_own else shared
+def _has_own(columns: Columns, name: str) -> bool:
+    """Whether the reference has a view of its own; else it shares the learner's."""
+    return any(key == name or key.startswith(name + "/") for key in columns)
