@@ -176,6 +176,11 @@ class ReferenceCache:
         return self.manifest.header.source
 
     @property
+    def is_by_key(self) -> bool:
+        """Whether it is of a source without shards, so that keys alone say what belongs."""
+        return self.manifest.header.part_size is not None
+
+    @property
     def shards(self) -> Sequence[ShardRecord]:
         """What is cached of each shard."""
         return self.manifest.shards

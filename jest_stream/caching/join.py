@@ -34,6 +34,10 @@ class Shelf(Protocol):
         """Fingerprint of the source that was cached."""
 
     @property
+    def is_by_key(self) -> bool:
+        """Whether it is of a source without shards, so that keys alone say what belongs."""
+
+    @property
     def shards(self) -> Sequence[ShardRecord]:
         """What is cached of each shard."""
 
@@ -152,6 +156,8 @@ def _places(source: Source, cache: Shelf) -> list[int]:
     """Returns, per shard of the source, which shard of the cache it is."""
     if source.fingerprint == cache.source and source.num_shards == len(cache.shards):
         return list(range(source.num_shards))
+    if cache.is_by_key and source.num_shards == 1:
+        return [0]
     names = [short_name(source.shard_name(shard)) for shard in range(source.num_shards)]
     cached = {short_name(record.name): place for place, record in enumerate(cache.shards)}
     missing = [name for name in names if name not in cached]

@@ -140,7 +140,7 @@ class Patience:
         )
 
     def _not_written(self, shard: str, failure: AttemptFailed, tried: str) -> ShardError:
-        is_about_access = failure.status in (0, 401, 403, 404)
+        is_about_access = failure.kind == "never" and failure.status in (0, 401, 403, 404)
         advice = _HINTS[store_of(self._url)] if is_about_access else "Check server and network."
         return ShardUnavailableError(
             f"cannot write {shard!r}: {failure} ({tried}, "

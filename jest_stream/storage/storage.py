@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
-import mmap
 import os
 import weakref
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, BinaryIO
+
+import numpy as np
+import torch
 
 from jest_stream.errors import ConfigError
 from jest_stream.storage import addresses
@@ -161,19 +163,23 @@ class Storage:
                 return file
         return self._open_remote(url, expected)
 
-    def mapped(self, url: str, expected: ObjectInfo | None = None) -> mmap.mmap | bytearray:
+    def mapped(self, url: str, expected: ObjectInfo | None = None) -> Any:
         """Returns all bytes of a file: of one on this disk, or in the cache, without reading them.
 
-        Writable, so that tensors can be made of it; nothing that is written reaches the file.
+        `[n]` uint8 of numpy; writable, so that tensors can be made of it, but nothing that is
+        written reaches the file. It holds no descriptor.
         """
         with self.open(url, expected) as file:
             try:
                 number = file.fileno()
             except OSError:
-                return bytearray(file.read())
-            if os.fstat(number).st_size == 0:
-                return bytearray()
-            return mmap.mmap(number, 0, access=mmap.ACCESS_COPY)
+                return np.frombuffer(bytearray(file.read()), np.uint8)
+            num_bytes = os.fstat(number).st_size
+            if num_bytes == 0:
+                return np.zeros(0, np.uint8)
+            # Python's mmap would keep a descriptor for as long as rows are in use.
+            path = f"/dev/fd/{number}"
+            return torch.from_file(path, shared=False, size=num_bytes, dtype=torch.uint8).numpy()
 
     def create(self, url: str) -> NewFile:
         """Returns a new file to write, which replaces the one at `url` when it is committed.
