@@ -188,7 +188,9 @@ def test_a_missing_key_raises_or_is_left_out_and_counted(
     renamed = [make_example(index) for index in range(PER_SHARD)]
     renamed[5]["__key__"] = "00000x"  # as long as before: the shard has the same size
     write_tar(Path(shards[0]), members(renamed))
-    with pytest.raises(NotCachedError, match=r"'00000x' of shard '.*00000.tar' .*12 of the 12") as e:
+    with pytest.raises(
+        NotCachedError, match=r"'00000x' of shard '.*00000.tar' .*12 of the 12"
+    ) as e:
         run(shards, str(folder), num_workers=num_workers)
     assert (e.value.key, e.value.reason) == ("00000x", "not_cached")
     metrics = run(
@@ -204,7 +206,9 @@ def test_a_missing_key_raises_or_is_left_out_and_counted(
 
 def test_a_cache_of_other_data_is_refused(tmp_path: Path, folder: Path, shards: list[str]) -> None:
     others = write_shards(tmp_path / "others", num_shards=6)
-    with pytest.raises(ReferenceMismatchError, match=r"2 of its 6 shards are not in it.*'00004.tar'"):
+    with pytest.raises(
+        ReferenceMismatchError, match=r"2 of its 6 shards are not in it.*'00004.tar'"
+    ):
         jest(others, str(folder))
     with pytest.raises(ReferenceMismatchError, match="1 of its 1 shards are not in it"):
         jest([make_example(0)] * 9, str(folder))
@@ -322,7 +326,9 @@ def test_a_cache_that_becomes_unreachable_is_named_with_its_attempts(
         next(iterator)
         s3.kill()
         try:
-            with pytest.raises(ShardUnavailableError, match=r"cannot read shard 's3://.*") as raised:
+            with pytest.raises(
+                ShardUnavailableError, match=r"cannot read shard 's3://.*"
+            ) as raised:
                 for _ in range(20):
                     next(iterator)
         finally:
