@@ -32,7 +32,7 @@ _TEXTS = (
     "one caption that is longer than most models take " * 12,
     "",
 )
-_NUM_VALUES = 64
+_NUM_VALUES = 256
 _NUM_INTEGERS = 512
 _TOLERANCE = 5e-3
 
@@ -86,11 +86,7 @@ def view_difference(cached: ViewFingerprint, found: ViewFingerprint) -> str:
     for before, now in zip(cached, found, strict=False):
         probe = before["probe"]
         if before.get("error") != now.get("error"):
-            return (
-                f"for an {probe} the cache's "
-                if probe.startswith("i")
-                else f"for a {probe} the cache's "
-            ) + f"gave {_outcome(before)}, this one gives {_outcome(now)}"
+            return f"for the {probe} it was {_outcome(before)}, is {_outcome(now)}"
         for first, second in zip(before["outputs"], now["outputs"], strict=False):
             if difference := _output_difference(first, second):
                 return f"for the {probe} {difference}"
@@ -164,8 +160,9 @@ def _outcome(probe: dict[str, Any]) -> str:
 
 
 def _picture(width: int, height: int) -> Any:
-    """Returns `[height, width, 3]` uint8: ramps with fine detail, which tells resampling apart."""
+    """Returns `[height, width, 3]` uint8: a ramp, tiles and fine detail, none of them symmetric."""
     y, x = np.mgrid[0:height, 0:width]
-    red, green = x * 255 // max(width - 1, 1), y * 255 // max(height - 1, 1)
-    blue = (x * x * 7 + y * 13 + x * y) % 256
-    return np.stack([red, green, blue], axis=-1).astype(np.uint8)
+    ramp = (x * 160 // max(width - 1, 1) + y * 95 // max(height - 1, 1)) % 256
+    tiles = (x // 5 + 2 * (y // 7)) % 3 * 127
+    detail = (x * x * 7 + y * 13 + x * y) % 256
+    return np.stack([ramp, tiles, detail], axis=-1).astype(np.uint8)
