@@ -18,8 +18,11 @@ Example = dict[str, Any]
 """One image-text record: `__key__`, then one entry per member, encoded (bytes) or ready to use."""
 
 
-REFERENCE_ROWS = "__reference__"
-"""Entry of an example that holds its cached reference embeddings: an image row and a text row."""
+REFERENCE_ROW = "__reference__"
+"""Entry of an example that tells where its cached reference embeddings are: a `ReferenceRow`."""
+ReferenceRow = tuple[Tensor, Tensor, int]
+"""`[n, D]` image and text embeddings of several examples, and which row is this one's: rows are
+gathered together, many times faster than each alone."""
 
 
 class Cursor(NamedTuple):

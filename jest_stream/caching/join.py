@@ -19,7 +19,7 @@ from jest_stream.errors import (
     NotCachedError,
     ReferenceMismatchError,
 )
-from jest_stream.types import REFERENCE_ROWS, Example, Source
+from jest_stream.types import REFERENCE_ROW, Example, Source
 
 
 class Shelf(Protocol):
@@ -109,7 +109,7 @@ class JoinedSource:
                 elif (found := rows.take(example["__key__"])) is None:
                     yield self._not_cached(example["__key__"], name, record), behind
                 else:
-                    yield {**example, REFERENCE_ROWS: found}, behind
+                    yield {**example, REFERENCE_ROW: found}, behind
         if index != record.num_read:
             difference = f"it held {record.num_read:,} examples, and holds {index:,}"
             raise _changed(name, self._cache.path, difference)

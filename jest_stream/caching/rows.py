@@ -15,9 +15,9 @@ import numpy as np
 from torch import Tensor
 
 from jest_stream.caching.files import Batch, EmbeddingsFile, KeyIndex, key_hashes, sorted_index
+from jest_stream.types import ReferenceRow
 
 _NEAR = 256  # rows before and behind the expected one that are looked at first
-_WINDOW = 256  # rows that are made tensors of at once: one by one takes three times as long
 _MAX_FILES = 4  # mapped at once, of a shard in several parts
 
 
@@ -44,26 +44,22 @@ class ShardRows:
         self._files: OrderedDict[int, EmbeddingsFile] = OrderedDict()
         self._index: KeyIndex | None = None
         self._place: tuple[int, int] | None = None  # part and number of the batch at hand
-        self._batch = Batch([], *_NOTHING)
-        self._keys: list[str] = []  # of the batch at hand
-        self._row = self._start = self._stop = 0  # next row in it; rows that are tensors already
-        self._images: tuple[Tensor, ...] = ()
-        self._texts: tuple[Tensor, ...] = ()
+        self._keys, self._image, self._text = Batch([], Tensor(), Tensor())  # the batch at hand
+        self._row = 0  # the next in it
         self._go_to_example(first)
 
-    def take(self, key: str) -> tuple[Tensor, Tensor] | None:
-        """Returns the image row and the text row of an example; None if it is not cached.
+    def take(self, key: str) -> ReferenceRow | None:
+        """Returns where the embeddings of an example are; None if it is not cached.
 
-        Both are `[D]` float16 and lie in the mapped file: copy them before the shard is closed.
+        They are the mapped file itself: gather them while the shard is at hand.
         """
         row = self._row
-        if row >= self._stop or self._keys[row] != key:
+        if row >= len(self._keys) or self._keys[row] != key:
             if not self._find(key):
                 return None
             row = self._row
         self._row = row + 1
-        row -= self._start
-        return self._images[row], self._texts[row]
+        return self._image, self._text, row
 
     def _find(self, key: str) -> bool:
         """Goes to the row of a key; False if there is none."""
@@ -71,15 +67,17 @@ class ShardRows:
         if row == len(self._keys) and self._go_to_next_batch():
             row = 0
         if row < len(self._keys) and self._keys[row] == key:
-            return self._go_to_row(row)
+            self._row = row
+            return True
         low, high = max(row - _NEAR, 0), min(row + _NEAR, len(self._keys))
         if key in self._keys[low:high]:
-            return self._go_to_row(self._keys.index(key, low, high))
+            self._row = self._keys.index(key, low, high)
+            return True
         before = self._place, self._row
         for part, row in self._index_of_keys().places(key):
             self._go_to(part, row)
             if self._keys[self._row] == key:
-                return self._go_to_row(self._row)
+                return True
         if before[0] is not None and before[0] != self._place:
             self._open_batch(*before[0])
         self._row = before[1]
@@ -114,20 +112,8 @@ class ShardRows:
         return False
 
     def _open_batch(self, part: int, number: int) -> None:
-        self._batch = self._file(part).batch(number)
-        self._place = part, number
-        self._keys = self._batch.keys
-        self._row = self._start = self._stop = 0
-        self._images = self._texts = ()
-
-    def _go_to_row(self, row: int) -> bool:
-        """Makes sure that a row of the batch at hand is a tensor."""
-        self._row = row
-        if not self._start <= row < self._stop:
-            self._start, self._stop = row, min(row + _WINDOW, len(self._keys))
-            self._images = self._batch.image[self._start : self._stop].unbind()
-            self._texts = self._batch.text[self._start : self._stop].unbind()
-        return True
+        self._keys, self._image, self._text = self._file(part).batch(number)
+        self._place, self._row = (part, number), 0
 
     def _file(self, part: int) -> EmbeddingsFile:
         if part not in self._files:
@@ -152,6 +138,3 @@ class ShardRows:
         return KeyIndex(
             *sorted_index(np.concatenate(hashes), np.concatenate(parts), np.concatenate(rows))
         )
-
-
-_NOTHING = (Tensor(), Tensor())

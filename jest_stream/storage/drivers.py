@@ -161,7 +161,8 @@ class GoogleDriver(WebDriver):
     """`gs://`: addresses and credentials by gcsfs, the objects by their media addresses."""
 
     def __init__(self, config: StorageConfig) -> None:
-        gcsfs: Any = importlib.import_module("gcsfs")
+        # The plain one: gcsfs's default asks about buckets by gRPC, on threads that stay.
+        gcsfs: Any = importlib.import_module("gcsfs.core")
         options = {
             "requests_timeout": config.stall_timeout_s,
             "use_listings_cache": False,

@@ -27,7 +27,8 @@ from jest_stream.errors import (
     NonFiniteError,
     ReferenceMismatchError,
 )
-from jest_stream.types import REFERENCE_ROWS
+from jest_stream.types import REFERENCE_ROW
+from jest_stream.views import gather_rows
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -79,7 +80,8 @@ def test_what_is_read_in_step_is_what_the_reference_gives(
         plain = [example for example, _ in source.read(shard)]
         for (example, _), expected in zip(joined.read(shard), plain, strict=True):
             assert isinstance(example, dict) and isinstance(expected, dict)
-            image, text = example.pop(REFERENCE_ROWS)
+            images, texts, row = example.pop(REFERENCE_ROW)
+            image, text = images[row], texts[row]
             assert example == expected
             pixels = to_tensor(decode(expected))
             live = F.normalize(reference.encode_image(pixels[None]), dim=-1)[0]
@@ -226,6 +228,11 @@ def test_bad_examples_raise_or_are_left_out_and_counted(tmp_path: Path) -> None:
     assert {error.reason for error in bad} == {"not_cached"}
 
 
+def image_row(example: Any) -> torch.Tensor:
+    images, _, row = example[REFERENCE_ROW]
+    return images[row]
+
+
 class Captions:
     """A stream of ready examples, which may end early, as a killed process does."""
 
@@ -260,7 +267,7 @@ def test_parts_are_found_in_order_and_out_of_order(tmp_path: Path, part_size: in
     cache = build(Captions(45), tmp_path / "cache", part_size=part_size)
     examples = list(Captions(45))
     expected = {
-        example["__key__"]: example[REFERENCE_ROWS][0].clone()
+        example["__key__"]: image_row(example).clone()
         for example, _ in cache.join(IterableSource(examples)).read(0)
     }
     assert len(expected) == 45
@@ -269,7 +276,7 @@ def test_parts_are_found_in_order_and_out_of_order(tmp_path: Path, part_size: in
         order = torch.randperm(45, generator=generator).tolist()
         shuffled = cache.join(IterableSource([examples[i] for i in order]))
         for example, _ in shuffled.read(0):
-            assert torch.equal(example[REFERENCE_ROWS][0], expected[example["__key__"]])
+            assert torch.equal(image_row(example), expected[example["__key__"]])
     for start in (0, 1, 19, 20, 44, 45):
         rest = list(cache.join(IterableSource(examples)).read(0, index=start))
         assert [example["__key__"] for example, _ in rest] == [f"k{i}" for i in range(start, 45)]
@@ -279,6 +286,29 @@ def test_keys_that_come_twice_are_refused(tmp_path: Path) -> None:
     examples = [{**example, "__key__": "same"} for example in Captions(3)]
     with pytest.raises(ConfigError, match="2 keys of shard '<list>' come twice"):
         build(examples, tmp_path / "cache")
+
+
+def test_one_file_is_mapped_at_a_time_and_let_go_with_its_shard(
+    shards: list[str], tmp_path: Path
+) -> None:
+    joined = build(shards, tmp_path / "cache").join(TarSource(shards))
+
+    def mapped() -> list[str]:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return [line for line in lines if str(tmp_path) in line]
+
+    for shard in range(NUM_SHARDS):
+        reading = joined.read(shard)
+        columns = gather_rows([example[REFERENCE_ROW] for example, _ in reading])
+        assert len(columns[0]) == PER_SHARD
+    assert mapped() == []
+    first, second = joined.read(0), joined.read(1)
+    kept = [next(first), next(second)]
+    assert len({line.split()[-1] for line in mapped()}) == 2
+    first.close()
+    second.close()
+    del kept
+    assert mapped() == []
 
 
 def test_an_empty_shard_has_a_record_and_no_file(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ from jest_stream.scoring import ReferenceModel
 from jest_stream.scoring.named import NamedReference, load_reference
 from jest_stream.selection import joint_selection
 from jest_stream.testing.resume import assert_resumes
-from jest_stream.types import REFERENCE_ROWS
+from jest_stream.types import REFERENCE_ROW
+from jest_stream.views import ScoreView, collate, gather_rows
 
 NUM_SHARDS, PER_SHARD = 5, 12
 
@@ -104,9 +105,8 @@ def test_scores_of_a_real_model_are_the_live_ones_but_for_rounding(
     views = {"transform": clip.transform, "tokenizer": clip.tokenizer}
     cache = ReferenceCache.build(paths, clip.module, tmp_path / "cache", **views)
     source = TarSource(paths)
-    rows = [e[REFERENCE_ROWS] for s in (0, 1) for e, _ in cache.join(source).read(s)]
-    cached = cache.embeddings(*(torch.stack(column) for column in zip(*rows, strict=True)))
-    from jest_stream.views import ScoreView, collate
+    rows = [e[REFERENCE_ROW] for s in (0, 1) for e, _ in cache.join(source).read(s)]
+    cached = cache.embeddings(*gather_rows(rows))
 
     view = ScoreView(
         keys=("jpg", "txt"), learner=tuple(views.values()), reference=(None, None), keep_image=False
