@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from jest_stream.caching import fingerprints
-from jest_stream.caching.files import EmbeddingsFile, key_hashes
+from jest_stream.caching.files import EmbeddingsFile, arrow_or_error, key_hashes
 from jest_stream.caching.manifest import (
     BEGUN,
     COMPLETE,
     VERSION,
     Header,
     Manifest,
+    ShardRecord,
     dump_header,
     dump_manifest,
     header_difference,
@@ -179,6 +180,7 @@ class Build:
         limits: Limits,
         place: tuple[int | None, int | None],
     ) -> None:
+        arrow_or_error()  # now, not when the first shard is embedded
         self._source, self._header = source, header
         self._folder, self._storage = folder, storage
         self._rank, self._world_size = rank_and_world_size(*place)
@@ -186,6 +188,7 @@ class Build:
             keys=keys, learner=views, reference=(None, None), keep_image=False, limits=limits
         )
         self._works: dict[int, ShardWork] = {}
+        self._records: dict[str, ShardRecord] = {}  # that this process wrote, by file
 
     def run(
         self,
@@ -274,7 +277,8 @@ class Build:
         if group.is_end:
             content = getattr(self._source, "shard_content", None)
             found = None if content is None else content(group.shard)
-            _, num_embedded = work.finish(group.num_read[0], found)
+            record, num_embedded = work.finish(group.num_read[0], found)
+            self._records[record_file(group.shard)] = record
             progress.add(num_embedded)
             progress.end_shard()
             del self._works[group.shard]
@@ -289,8 +293,7 @@ class Build:
         progress = Progress()
         part_size = self._header.part_size
         while (name := part_file(shard, len(progress.parts), part_size)) + ".json" in names:
-            url = f"{self._folder}/{name}.json"
-            record = parse_record(read_json(self._storage, url), url)
+            record = self._read_record(f"{name}.json")
             (part,) = record.parts
             data = self._storage.mapped(f"{self._folder}/{part.file}")
             file = EmbeddingsFile(
@@ -311,12 +314,15 @@ class Build:
         files = [record_file(shard) for shard in range(self._header.num_shards)]
         if not names.issuperset(files):
             return
-        urls = [f"{self._folder}/{file}" for file in files]
-        records = tuple(parse_record(read_json(self._storage, url), url) for url in urls)
+        records = tuple(self._records.get(file) or self._read_record(file) for file in files)
         manifest = Manifest(header=self._header, shards=records)
         sizes = {part.dimension for record in records for part in record.parts}
         assert len(sizes) < 2, f"one reference gave embeddings of {sizes} dimensions"
         write_whole(self._storage, f"{self._folder}/{COMPLETE}", dump_manifest(manifest))
+
+    def _read_record(self, file: str) -> ShardRecord:
+        url = f"{self._folder}/{file}"
+        return parse_record(read_json(self._storage, url), url)
 
 
 def _tensors(columns: Columns, name: str) -> dict[str, torch.Tensor] | torch.Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from jest_stream.caching import fingerprints
 from jest_stream.caching.build import RECORD, build_into
-from jest_stream.caching.files import EmbeddingsFile, KeyIndex, read_index
+from jest_stream.caching.files import EmbeddingsFile, KeyIndex, arrow_or_error, read_index
 from jest_stream.caching.join import JoinedSource
 from jest_stream.caching.manifest import (
     BEGUN,
@@ -90,6 +90,7 @@ class ReferenceCache:
         storage: StorageConfig | None = None,
         expect: nn.Module | Mapping[str, Any] | None = None,
     ) -> None:
+        arrow_or_error()
         self._folder = folder_address(path)
         self._storage = Storage(storage)
         self._manifest: Manifest | None = _read_manifest(self._storage, self._folder)
