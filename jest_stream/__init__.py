@@ -10,6 +10,7 @@ selection   draws the sub-batch, chunk by chunk, each conditioned on those befor
 dataset     hands it to the training loop, and remembers where it was
 """
 
+from jest_stream.caching import ReferenceCache
 from jest_stream.config import Quota, ScoringConfig, SelectionConfig, TargetSimilarity, Term
 from jest_stream.dataset import JESTDataset
 from jest_stream.distributed import gather_state_dict
@@ -39,6 +40,7 @@ __all__ = [
     "JESTDataset",
     "Limits",
     "Quota",
+    "ReferenceCache",
     "RunCost",
     "ScoringConfig",
     "SelectionConfig",

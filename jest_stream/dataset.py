@@ -6,6 +6,7 @@ Iterated in the training process, by the training thread: scoring needs the trai
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
 
 from jest_stream.batches import structured
+from jest_stream.caching import ReferenceCache
 from jest_stream.config import (
     OnBadExample,
     OnBadShard,
@@ -55,8 +57,10 @@ class JESTDataset(IterableDataset[Any]):
       storage: how remote shards are reached: cache, read-ahead, time-outs, retries.
       learner: the model being trained, with `encode_image`, `encode_text` and `logit_scale` (as in
         open_clip) or a CLIP or SigLIP of transformers. Never modified; copied at the first `next`.
-      reference: a frozen model of the same kind that defines what is learnable. Taken over: put
-        into eval mode and moved to the scoring device.
+      reference: what defines what is learnable: a frozen model of the same kind, taken over (put
+        into eval mode and moved to the scoring device); the name of one, `"open_clip:NAME/TAG"`,
+        `"open_clip:NAME/PATH.safetensors"` or a folder in open_clip's layout; or a
+        `ReferenceCache` or its address: then no reference runs.
       transform: makes the tensor that is scored from the decoded image. Deterministic.
       tokenizer: makes the tensor of token ids from the text.
       train_transform: makes the image that is trained on; may be random. Run for the selected
@@ -67,8 +71,9 @@ class JESTDataset(IterableDataset[Any]):
       reduced_decoding: whether JPEGs are decoded at a fraction of their size for scoring. `"auto"`:
         where `transform` is a known Compose that begins with a Resize, and the train view is made
         of the encoded image.
-      reference_transform: the reference's own view of the image. Default: `transform`'s.
-      reference_tokenizer: the reference's own tokens. Default: `tokenizer`'s.
+      reference_transform: the reference's own view of the image. Default: that of a named model,
+        else `transform`'s. With a cache: what it must have been built with.
+      reference_tokenizer: the reference's own tokens. Default: likewise, else `tokenizer`'s.
       image_key: member that holds the image; alternatives as in `"jpg;png"`, or a function of the
         decoded example.
       text_key: likewise for the text.
@@ -96,6 +101,9 @@ class JESTDataset(IterableDataset[Any]):
       scoring_device: where the copy and the reference run. Default: `device`.
       as_dict: yield a dict with `image`, `text`, `key` and `weight`, which undoes the selection in
         means over examples (see `Selection.weights`).
+      with_reference: add `reference` to the dict: a dict with the `image` and `text` embeddings of
+        the batch by the reference, `[b, D]` float32 with unit-norm rows, and its `logit_scale` and
+        `logit_bias`. For distillation.
       on_bad_example: `"raise"`, or `"skip"` to leave out and count an unreadable example.
       on_bad_shard: `"raise"`, or `"skip"` to leave out and count the rest of a damaged shard.
       max_bad_fraction: share of bad examples, of a thousand or more, above which skipping ends.
@@ -118,7 +126,7 @@ class JESTDataset(IterableDataset[Any]):
         *,
         storage: StorageConfig | None = None,
         learner: nn.Module | None = None,
-        reference: nn.Module | None = None,
+        reference: nn.Module | ReferenceCache | str | os.PathLike[str] | None = None,
         transform: Transform | None = None,
         tokenizer: Transform | None = None,
         train_transform: Transform | None = None,
@@ -144,6 +152,7 @@ class JESTDataset(IterableDataset[Any]):
         device: torch.device | str | None = None,
         scoring_device: torch.device | str | None = None,
         as_dict: bool = False,
+        with_reference: bool = False,
         on_bad_example: OnBadExample = "raise",
         on_bad_shard: OnBadShard = "raise",
         max_bad_fraction: float = 0.01,
