@@ -161,6 +161,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Stops workers, closes files, lets go of examples and models; `state_dict` still works."""
+        self._error = None  # its traceback holds this, and all frames up to the user's loop
         self._feed.go_to(self._feed.position)
         for scored in self._in_flight:
             scored.super_batch.columns.clear()
@@ -211,7 +212,10 @@ class Pipeline:
                     del self._restored[:1]
         if self._error is not None and not self._in_flight:
             due, self._error = self._error, None
-            raise due
+            try:
+                raise due
+            finally:
+                del due  # its traceback holds this frame, and those up to the user's loop
 
     def _score_next(self) -> Scored | None:
         step, batch_size = self.step + len(self._in_flight), self._sizes.batch_size

@@ -54,9 +54,13 @@ class Worker:
     def __init__(self, context: Any, name: str, settings: WorkerSettings) -> None:
         self._name = name
         self._settings = settings
-        self._connection, theirs = socket.socketpair()
-        self._connection.setblocking(False)
         self._notes = Notes()
+        try:
+            self._connection, theirs = socket.socketpair()
+        except OSError:  # too many open files
+            self._notes.close()
+            raise
+        self._connection.setblocking(False)
         self._method = context.get_start_method()
         self._process = context.Process(
             target=work, args=(theirs, self._notes, settings), name=f"jest_stream worker {name}"

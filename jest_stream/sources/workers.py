@@ -191,7 +191,10 @@ class BlockReader:
     def _receive(self, lane: int) -> Block:
         message = self._workers[lane].receive(self._timeout_s)
         if isinstance(message, transport.Failure):
-            raise message.error from transport.WorkerTraceback(message.traceback)
+            try:
+                raise message.error from transport.WorkerTraceback(message.traceback)
+            finally:
+                del message  # its error's traceback holds this frame
         assert message.lane == lane
         counts = dict(message.counts)
         for name, amount in take_counts(self._settings.source).items():  # of this process
