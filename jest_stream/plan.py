@@ -100,12 +100,13 @@ class Plan:
         self._scoring = require_scoring(ScoringConfig() if scoring is None else scoring)
         self._views = _settings(Views, given)
         self._devices = tuple(as_device(name, given[name]) for name in ("device", "scoring_device"))
+        self._models = Models(self.selection, given["learner"], given["reference"])
+        # Last: an error behind it would leave its connections open.
         self._source = open_source(given["source"], storage=given["storage"])
         is_own = self._source is not given["source"]
         self._close_source: Callable[[], None] | None = (
             getattr(self._source, "close", None) if is_own else None
         )
-        self._models = Models(self.selection, given["learner"], given["reference"])
 
     def build(self, metrics: Metrics, *, rank: int, world_size: int) -> Pipeline:
         """Returns what reads, scores and hands out on this rank."""
