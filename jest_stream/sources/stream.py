@@ -148,9 +148,8 @@ def _check_order(dataset: Any) -> None:
 
 def _check_reader(dataset: Any) -> None:
     """Refuses tars that `datasets` reads where that can run a stranger's code."""
-    if dataset.info.builder_name == "webdataset" and TorchVersion(torch.__version__) < TorchVersion(
-        "2.6"
-    ):
+    is_old = TorchVersion(torch.__version__) < TorchVersion("2.6")
+    if is_old and dataset.info.builder_name == "webdataset":
         raise UnsafeDataError(
             "the dataset is one of tars, of which datasets opens every .pth member by torch.load; "
             "that can run a stranger's code (CVE-2025-32434) with torch before 2.6, here "
