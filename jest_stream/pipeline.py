@@ -168,6 +168,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Stops workers, closes files, lets go of examples and models; `state_dict` still works."""
+        self._error = None  # its traceback holds this, and all frames up to the user's loop
         self._feed.go_to(self._feed.position)
         self._batches.forget()
         for scored in self._in_flight:
@@ -222,7 +223,10 @@ class Pipeline:
                     self._start_views()
         if self._error is not None and not self._in_flight:
             due, self._error = self._error, None
-            raise due
+            try:
+                raise due
+            finally:
+                del due  # its traceback holds this frame, and those up to the user's loop
 
     def _start_views(self, *, num_awaited: int = 0) -> None:
         """Has the train views made of what is in flight, where the choice has come or is awaited.

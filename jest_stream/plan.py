@@ -5,7 +5,8 @@ Opens the source; builds when ranks are known. Reads nothing by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -133,44 +134,43 @@ class Plan:
         self.stream = _settings(StreamConfig, given)
         self._scoring = require_scoring(ScoringConfig() if scoring is None else scoring)
         self._devices = tuple(as_device(name, given[name]) for name in ("device", "scoring_device"))
-        self._source = open_source(given["source"], storage=given["storage"])
-        is_own = self._source is not given["source"]
-        self._closers: list[Callable[[], None]] = []
-        if is_own and hasattr(self._source, "close"):
-            self._closers.append(self._source.close)
-        views = _settings(Views, given)
-        reference = open_reference(
-            given["reference"],
-            transform=views.reference_transform,
-            tokenizer=views.reference_tokenizer,
-            keys=(views.image_key, views.text_key),
-            storage=given["storage"],
-        )
-        self._views = replace(
-            views,
-            reference_transform=reference.transform,
-            reference_tokenizer=reference.tokenizer,
-        )
-        self._recipe = self._views.recipe()
-        self._two_sizes = TwoSizes.of(
-            given["score_view_fraction"],
-            self.sizes.batch_size,
-            self._scoring,
-            has_train_view=self._views.train_transform is not None,
-            finish=self._recipe.finishes().get("image"),
-        )
         self._yields_reference = _checked_request(given["with_reference"], given["as_dict"])
-        self._models = Models(
-            self.selection,
-            given["learner"],
-            reference.model,
-            yields_reference=self._yields_reference,
-        )
-        if isinstance(reference.model, ReferenceCache):
-            if reference.is_own:
-                self._closers.append(reference.model.close)
+        views = _settings(Views, given)
+        with ExitStack() as opened:  # whatever fails below, what was opened before is closed
+            reference = open_reference(
+                given["reference"],
+                transform=views.reference_transform,
+                tokenizer=views.reference_tokenizer,
+                keys=(views.image_key, views.text_key),
+                storage=given["storage"],
+            )
+            if isinstance(reference.model, ReferenceCache) and reference.is_own:
+                opened.callback(reference.model.close)
+            self._views = replace(
+                views,
+                reference_transform=reference.transform,
+                reference_tokenizer=reference.tokenizer,
+            )
+            self._recipe = self._views.recipe()
+            self._two_sizes = TwoSizes.of(
+                given["score_view_fraction"],
+                self.sizes.batch_size,
+                self._scoring,
+                has_train_view=views.train_transform is not None,
+                finish=self._recipe.finishes().get("image"),
+            )
+            self._models = Models(
+                self.selection,
+                given["learner"],
+                reference.model,
+                yields_reference=self._yields_reference,
+            )
+            self._source = open_source(given["source"], storage=given["storage"])
+            if self._source is not given["source"] and hasattr(self._source, "close"):
+                opened.callback(self._source.close)
             if self._models.cache is not None:
                 self._source = self._models.cache.join(self._source)
+            self._opened = opened.pop_all()
 
     def build(self, metrics: Metrics, *, rank: int, world_size: int) -> Pipeline:
         """Returns what reads, scores and hands out on this rank."""
@@ -214,8 +214,7 @@ class Plan:
 
     def release(self) -> None:
         """Closes the source, unless the user passed a `Source`; lets go of the models."""
-        for close in self._closers:
-            close()
+        self._opened.close()
         self._models.release()
 
     def describe(self) -> str:

@@ -70,7 +70,12 @@ def open_reference(
         reference = ReferenceCache(reference, storage=storage)
     if isinstance(reference, ReferenceCache):
         expected = {"transform": transform, "tokenizer": tokenizer}
-        reference.check({name: view for name, view in expected.items() if view is not None})
-        reference.check_keys(*keys)
+        try:
+            reference.check({name: view for name, view in expected.items() if view is not None})
+            reference.check_keys(*keys)
+        except BaseException:
+            if is_own:
+                reference.close()
+            raise
         return OpenReference(reference, None, None, is_own)
     return OpenReference(reference, transform, tokenizer, False)

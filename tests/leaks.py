@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 import psutil
 import pytest
@@ -26,7 +27,10 @@ _SERVERS = {"weed"}  # of the whole session: no test's own
 
 
 def children() -> list[psutil.Process]:
-    """Returns the living processes that this one started, and theirs; no shared servers."""
+    """Returns the living processes that this one started, and theirs; none that are no test's own.
+
+    Those are servers of the whole session, and the helper that Python keeps once it has spawned.
+    """
     found = psutil.Process().children(recursive=True)
     return [child for child in found if _counts(child)]
 
@@ -47,6 +51,7 @@ def descriptors() -> dict[int, str]:
 @contextmanager
 def nothing_left_behind() -> Iterator[None]:
     """Asserts that no process, thread or descriptor is there afterwards that was not before."""
+    resource_tracker.ensure_running()  # its pipe stays
     processes, threads, opened = set(children()), set(threading.enumerate()), descriptors()
     yield
     deadline = time.monotonic() + _PATIENCE_S
@@ -72,6 +77,8 @@ def no_leaks() -> Iterator[None]:
 
 def _counts(process: psutil.Process) -> bool:
     try:
-        return process.status() != psutil.STATUS_ZOMBIE and process.name() not in _SERVERS
+        if process.status() == psutil.STATUS_ZOMBIE or process.name() in _SERVERS:
+            return False
+        return not any("multiprocessing.resource_tracker" in word for word in process.cmdline())
     except psutil.NoSuchProcess:
         return False

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import threading
 import time
@@ -47,8 +48,10 @@ def until(is_so: Callable[[], bool], limit_s: float = 10) -> None:
 
 def start_loop() -> None:
     """Starts fsspec's loop with the helper threads that it would start when it needs them."""
-    loop, barrier = get_loop(), threading.Barrier(5)
-    for _ in range(4):
+    num_cores = getattr(os, "process_cpu_count", os.cpu_count)() or 1
+    num_threads = min(32, num_cores + 4)  # what asyncio's executor grows to
+    loop, barrier = get_loop(), threading.Barrier(num_threads + 1)
+    for _ in range(num_threads):
         loop.call_soon_threadsafe(loop.run_in_executor, None, barrier.wait, 5)
     barrier.wait(5)
 

@@ -11,10 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from leaks import no_leaks  # noqa: F401
 from shards import write_shards
 
 from jest_stream import TarSource
 from jest_stream.cli import main
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 def test_help_shows_the_commands_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:

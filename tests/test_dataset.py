@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from leaks import no_leaks  # noqa: F401
 from models import TinyTwoTower, flipped, to_tensor, tokenize
 from shards import draw, write_shards
 from torch import Tensor
@@ -26,6 +27,8 @@ from jest_stream import (
     select_jointly,
 )
 from jest_stream.scoring.encoders import two_tower
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 VIEWS: dict[str, Any] = {"transform": to_tensor, "tokenizer": tokenize}
 UNIFORM = SelectionConfig(method="uniform")

@@ -20,6 +20,7 @@ import torch.distributed.checkpoint
 import torch.multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from leaks import no_leaks, nothing_left_behind  # noqa: F401
 from models import TinyTwoTower, to_tensor, tokenize
 from shards import write_shards
 
@@ -33,6 +34,8 @@ from jest_stream.sources.workers import BlockReader
 from jest_stream.superbatch import Position, Window
 from jest_stream.types import Cursor, Example
 from jest_stream.views import collate
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 UNIFORM = SelectionConfig(method="uniform")
 GLOBAL_BATCH = 8
@@ -189,7 +192,8 @@ def on_rank(rank: int, world_size: int, folder: str, work: Any, *arguments: Any)
         timeout=timedelta(seconds=30),
     )
     try:
-        found = work(rank, world_size, folder, *arguments)
+        with nothing_left_behind():
+            found = work(rank, world_size, folder, *arguments)
         torch.save(found, f"{folder}/{world_size}-{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()

@@ -18,6 +18,7 @@ import torch.distributed
 import torch.multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from leaks import no_leaks, nothing_left_behind  # noqa: F401
 from models import TinyTwoTower
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -29,6 +30,8 @@ from jest_stream.errors import BadExampleError, ConfigError
 from jest_stream.sizes import Layout, resolve_sizes
 from jest_stream.sources.lanes import lane_shards, shard_order
 from jest_stream.types import Cursor, Example
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 UNIFORM = SelectionConfig(method="uniform")
 
@@ -233,7 +236,9 @@ def on_rank(rank: int, world_size: int, folder: str, work: Callable[[], Any]) ->
         timeout=timedelta(seconds=20),
     )
     try:
-        torch.save(work(), f"{folder}/{rank}.pt")
+        with nothing_left_behind():
+            found = work()
+        torch.save(found, f"{folder}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from leaks import no_leaks  # noqa: F401
 from models import TinyTwoTower, to_tensor, tokenize
 from shards import write_shards
 from torch.utils.data import DataLoader
@@ -31,6 +32,8 @@ from jest_stream.errors import (
     UserCodeError,
     WrongProcessError,
 )
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +244,11 @@ def test_no_worker_survives_the_interpreter(shards: list[str], ending: str, stat
 
 def test_iterating_in_a_worker_of_a_data_loader_says_what_to_do(shards: list[str]) -> None:
     loader = DataLoader(jest(shards), batch_size=None, num_workers=1)
+    iterator = iter(loader)
     with pytest.raises(RuntimeError, match=r"num_workers=0\), and JESTDataset\(num_workers=1\)"):
-        next(iter(loader))
+        next(iterator)
+    del iterator
+    gc.collect()  # the error's traceback and torch's iterator hold each other
 
 
 def test_files_and_threads_stay_the_same_over_many_epochs(shards: list[str]) -> None:

@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 import torch.distributed
 import torch.multiprocessing
+from leaks import no_leaks  # noqa: F401
 from models import TinyTwoTower, to_tensor, tokenize
 from shards import write_shards
 
 from jest_stream import JESTDataset, SelectionConfig
 from jest_stream.errors import ConfigError, ResumeMismatchError
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 UNIFORM = SelectionConfig(method="uniform")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from leaks import no_leaks  # noqa: F401
 from models import TinyTwoTower, flipped, to_tensor, tokenize, train_step
 from shards import write_shards
 from torch import Tensor
@@ -22,6 +23,8 @@ from jest_stream.checkpoint import record_of
 from jest_stream.errors import ResumeMismatchError
 from jest_stream.testing.resume import assert_resumes
 from jest_stream.types import Selection
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 NUM_STEPS = 9
 Batch = tuple[list[str], Tensor, Tensor]

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from leaks import no_leaks  # noqa: F401
 from models import TinyTwoTower, to_tensor, tokenize
 from shards import write_shards
 
 from jest_stream import JESTDataset, SelectionConfig
 from jest_stream.errors import ConfigError, ResumeMismatchError
 from jest_stream.sizes import resolve_sizes
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 def sizes(batch_size: int = 256, ratio: Any = 0.8, given: int | None = None, **rule: Any) -> Any:

@@ -12,13 +12,18 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from leaks import children
+from leaks import (
+    children,
+    no_leaks,  # noqa: F401
+)
 from models import TinyTwoTower, flipped, to_tensor, tokenize, train_step
 from shards import make_example, write_shards
 
 from jest_stream import JESTDataset, SelectionConfig
 from jest_stream.testing import assert_resumes
 from jest_stream.types import Example
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 UNIFORM = SelectionConfig(method="uniform")
 

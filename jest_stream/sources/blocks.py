@@ -133,7 +133,10 @@ class LaneBlocks:
                 cursors.append(step[1])
             if self._error is not None and not items:
                 failure, self._error = self._error, None
-                raise failure
+                try:
+                    raise failure
+                finally:
+                    del failure  # its traceback holds this frame
             collated = self._settings.collate(items) if items else None
         return Block(
             lane=self._number,
@@ -146,7 +149,8 @@ class LaneBlocks:
         )
 
     def close(self) -> None:
-        """Closes the open shard."""
+        """Closes the open shard, and lets go of an error that waits: its frames hold this."""
+        self._error = None
         self._lane.close()
 
     def _next_good(
@@ -167,6 +171,7 @@ class LaneBlocks:
                     raise example
                 item = self._prepare(example, cursor)
             except BadExampleError as error:
+                del example  # it may be the error, whose traceback holds this frame
                 if self._settings.on_bad_example == "raise":
                     raise
                 skipped.append((num_good, error.reason))

@@ -39,8 +39,9 @@ class HuggingFaceSource:
       examples in the same order every time: not with a random `map` or an unseeded
       `interleave_datasets`. After `take`, `skip`, `repeat` or `interleave_datasets` it is one
       shard, since its shards alone would give other examples. What it reads is trusted: `datasets`
-      takes a tar that was cut between two members for a shorter one. Pass the repository's name
-      instead where you can.
+      takes a tar that was cut between two members for a shorter one, and opens some members
+      itself: npy and npz without objects, pth by `torch.load` of weights only. Pass the
+      repository's name instead where you can.
     - A dataset after `.shuffle()` is refused: its buffer is in no checkpoint. Shards are shuffled
       and mixed here. So is one after `split_dataset_by_node`: lanes are dealt to ranks here.
 

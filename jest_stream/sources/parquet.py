@@ -72,11 +72,15 @@ class ParquetSource:
         self._storage = Storage(storage or StorageConfig())
         self._max_example_bytes = max_example_bytes
         self._num_examples: list[int] | None = None
-        with self._opened(0) as (file, reader):
-            del file
-            self._columns = columns_of(
-                reader.schema_arrow, image_key, text_key, f"parquet file {self.shard_name(0)!r}"
-            )
+        try:
+            with self._opened(0) as (file, reader):
+                del file
+                self._columns = columns_of(
+                    reader.schema_arrow, image_key, text_key, f"parquet file {self.shard_name(0)!r}"
+                )
+        except BaseException:
+            self._storage.close()  # the error, as long as somebody holds it, holds this
+            raise
 
     @property
     def num_shards(self) -> int:

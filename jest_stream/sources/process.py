@@ -55,9 +55,13 @@ class Worker:
     def __init__(self, context: Any, job: Job) -> None:
         self._name = job.name
         self._describe = job.describe
-        self._connection, theirs = socket.socketpair()
-        self._connection.setblocking(False)
         self._notes = Notes()
+        try:
+            self._connection, theirs = socket.socketpair()
+        except OSError:  # too many open files
+            self._notes.close()
+            raise
+        self._connection.setblocking(False)
         self._method = context.get_start_method()
         self._process = context.Process(
             target=work, args=(theirs, self._notes, job.task), name=f"jest_stream {job.name}"

@@ -12,7 +12,10 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-from jest_stream.errors import BadExampleError, ConfigError
+import torch
+from torch.torch_version import TorchVersion
+
+from jest_stream.errors import BadExampleError, ConfigError, UnsafeDataError
 from jest_stream.sources.columns import columns_of, columns_of_row, example_of
 from jest_stream.sources.images import ImageFiles
 from jest_stream.types import Example
@@ -36,10 +39,12 @@ class StreamSource:
 
     Raises:
       ConfigError: if the columns cannot be told, the dataset is empty, shuffled, or split by node.
+      UnsafeDataError: if `datasets` would read its tars with a torch before 2.6.
     """
 
     def __init__(self, dataset: Any, *, image_key: str | None, text_key: str | None) -> None:
         _check_order(dataset)
+        _check_reader(dataset)
         is_splittable = _kinds(dataset) <= _PER_SHARD
         self._num_shards = int(dataset.num_shards) if is_splittable else 1
         dataset = dataset.with_format(None)
@@ -138,6 +143,18 @@ def _check_order(dataset: Any) -> None:
         raise ConfigError(
             "the dataset was split by split_dataset_by_node, so that each rank has another part. "
             "Pass the whole dataset on every rank; its shards are dealt to the ranks here."
+        )
+
+
+def _check_reader(dataset: Any) -> None:
+    """Refuses tars that `datasets` reads where that can run a stranger's code."""
+    is_old = TorchVersion(torch.__version__) < TorchVersion("2.6")
+    if is_old and dataset.info.builder_name == "webdataset":
+        raise UnsafeDataError(
+            "the dataset is one of tars, of which datasets opens every .pth member by torch.load; "
+            "that can run a stranger's code (CVE-2025-32434) with torch before 2.6, here "
+            f"{torch.__version__}. Upgrade torch; or pass hf://datasets/org/name or the paths of "
+            "the tars, which are read here, without opening such members."
         )
 
 

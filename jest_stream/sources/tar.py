@@ -62,21 +62,16 @@ class TarSource:
         self._shards: list[Listed] = []
         # What was seen of each shard first, in this process or in the one that sent it here.
         self._seen: dict[int, ObjectInfo] = {}
-        for url in self._storage.expand(urls):
-            if is_manifest(url):
-                self._shards += read_manifest(self._storage, url)
-            else:
-                if (info := self._storage.listed(url)) is not None:
-                    self._seen[len(self._shards)] = info
-                self._shards.append(Listed(url))
-        for shard, (url, _, _) in enumerate(self._shards):
-            if not scheme_of(url):
-                self._seen[shard] = self._storage.info(url)
-        self._fingerprint = self._named_by()
-        if 0 not in self._seen:  # a wrong name, bucket or password is noticed before training
-            self._seen[0] = self._storage.info(self._shards[0].url)
-        for shard, info in self._seen.items():
-            self._storage.check_fits(self._shards[shard].url, info)
+        try:
+            self._list(urls)
+            self._fingerprint = self._named_by()
+            if 0 not in self._seen:  # a wrong name, bucket or password is noticed before training
+                self._seen[0] = self._storage.info(self._shards[0].url)
+            for shard, info in self._seen.items():
+                self._storage.check_fits(self._shards[shard].url, info)
+        except BaseException:
+            self._storage.close()  # the error, as long as somebody holds it, holds this
+            raise
 
     @property
     def num_shards(self) -> int:
@@ -177,6 +172,18 @@ class TarSource:
                 offset=min(info.num_bytes, listed.num_bytes or 0),
             )
         return info
+
+    def _list(self, urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> None:
+        for url in self._storage.expand(urls):
+            if is_manifest(url):
+                self._shards += read_manifest(self._storage, url)
+            else:
+                if (info := self._storage.listed(url)) is not None:
+                    self._seen[len(self._shards)] = info
+                self._shards.append(Listed(url))
+        for shard, (url, _, _) in enumerate(self._shards):
+            if not scheme_of(url):
+                self._seen[shard] = self._storage.info(url)
 
     def _named_by(self) -> str:
         """Returns the fingerprint of what is known before any remote shard is asked for."""

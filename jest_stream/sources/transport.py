@@ -152,27 +152,30 @@ def receive(connection: socket.socket, sentinel: int | None, timeout_s: float) -
     """
     deadline = time.monotonic() + timeout_s
     header, memory = b"", None
-    while len(header) < _HEADER.size:
-        _wait(connection, sentinel, deadline)
-        data, memories, flags, _ = socket.recv_fds(connection, _HEADER.size - len(header), 1)
-        memory = memories[0] if memories else memory
-        if flags & socket.MSG_CTRUNC:
-            raise OSError(errno.EMFILE, "too many open files to receive a block: raise ulimit -n")
-        if not data:
-            raise EOFError
-        header += data
-    num_object_bytes, num_bytes, is_in_memory = _HEADER.unpack(header)
-    content: Any = np.empty(num_bytes, np.uint8)
-    view = memoryview(content)
-    if is_in_memory:
-        assert memory is not None
-        try:
+    try:
+        while len(header) < _HEADER.size:
+            _wait(connection, sentinel, deadline)
+            data, memories, flags, _ = socket.recv_fds(connection, _HEADER.size - len(header), 1)
+            memory = memories[0] if memories else memory
+            if flags & socket.MSG_CTRUNC:
+                raise OSError(
+                    errno.EMFILE, "too many open files to receive a block: raise ulimit -n"
+                )
+            if not data:
+                raise EOFError
+            header += data
+        num_object_bytes, num_bytes, is_in_memory = _HEADER.unpack(header)
+        content: Any = np.empty(num_bytes, np.uint8)
+        view = memoryview(content)
+        if is_in_memory:
+            assert memory is not None
             for start in range(0, num_bytes, 1 << 30):  # a read takes less than 2 GiB
                 os.preadv(memory, [view[start : start + (1 << 30)]], start)
-        finally:
+        else:
+            _receive_into(view, connection, sentinel, deadline)
+    finally:
+        if memory is not None:
             os.close(memory)
-    else:
-        _receive_into(view, connection, sentinel, deadline)
     loaded = ForkingPickler.loads(view[:num_object_bytes])
     if isinstance(loaded, Failure):
         return loaded

@@ -192,7 +192,10 @@ class BlockReader:
         message = self._workers[lane].receive(self._timeout_s)
         self._workers[lane].answer()  # it may read one more block ahead
         if isinstance(message, transport.Failure):
-            raise message.error from transport.WorkerTraceback(message.traceback)
+            try:
+                raise message.error from transport.WorkerTraceback(message.traceback)
+            finally:
+                del message  # its error's traceback holds this frame
         assert isinstance(message, Block) and message.lane == lane
         counts = dict(message.counts)
         for name, amount in take_counts(self._settings.source).items():  # of this process

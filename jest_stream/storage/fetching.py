@@ -55,7 +55,6 @@ class Fetcher:
     ) -> None:
         """Reads a block to its end, or notes in it why that is impossible."""
         patience = self._patience(block.window.url)
-        error: BaseException | None = None
         try:
             while block.start + block.filled < block.end and not block.is_dropped:
                 offset = block.start + block.filled
@@ -64,9 +63,10 @@ class Fetcher:
                     offset,
                     lambda: self._part(read_ahead, block, expected, driver, patience),
                 )
-        except Exception as failed:
-            error = failed
-        read_ahead.finish(block, error)
+        except Exception as error:
+            read_ahead.finish(block, error)
+        else:
+            read_ahead.finish(block, None)
 
     async def infos(self, driver: Driver, urls: list[str]) -> list[ObjectInfo]:
         """Returns what is known of each object, in order."""
@@ -171,10 +171,9 @@ class Fetcher:
         try:
             answer = await asyncio.wait_for(driver.request(url, 0, 1, ""), limit_s)
         except OSError as error:  # s3fs raises where others answer
-            failure = failure_of(error)
-            if failure.status == 416:  # no first byte: the object is empty
+            if failure_of(error).status == 416:  # no first byte: the object is empty
                 return ObjectInfo(0)
-            raise failure from None
+            raise
         try:
             found = info_of(answer, driver.version_of(url, answer))
             if answer.status == 206:

@@ -148,9 +148,11 @@ class ReadAhead:
                     out[:num_ready] = memoryview(block.data)[first : first + num_ready]
                     return num_ready
                 if block.error is not None:
-                    error = block.error
                     self._drop(block)
-                    raise error
+                    try:
+                        raise block.error
+                    finally:
+                        block.error = None  # its traceback holds this frame, which holds the block
                 if not self._wait_for(block, wait_s):
                     return 0
 

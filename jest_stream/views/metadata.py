@@ -86,10 +86,12 @@ def group_of(decoded: Decoded, group_by: Metadata | tuple[str, ...]) -> Hashable
 
 
 def _bad(decoded: Decoded, what: str, reason: str) -> BadExampleError:
+    shard = str(decoded.get("__shard__", ""))
+    place = f" of shard {shard!r}" if shard else ""
     return BadExampleError(
-        f"example {decoded['__key__']!r} {what}. Repair the data, pass a function that does "
+        f"example {decoded['__key__']!r}{place} {what}. Repair the data, pass a function that does "
         f'without, or on_bad_example="skip" to leave such examples out and count them.',
         key=str(decoded["__key__"]),
-        shard=str(decoded.get("__shard__", "")),
+        shard=shard,
         reason=reason,
     )

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from leaks import no_leaks  # noqa: F401
 from PIL import Image
 
 from jest_stream.demo import data
@@ -61,6 +62,7 @@ def test_two_runs_may_unpack_at_once(tmp_path, monkeypatch):
     assert len(os.listdir(tmp_path)) == 1
 
 
+@pytest.mark.usefixtures("no_leaks")
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="XDG_CACHE_HOME"):
@@ -101,6 +103,7 @@ def test_a_short_demo_writes_table_plot_and_results(shards, cache_dir, tmp_path,
     assert torch.get_num_threads() == num_threads
 
 
+@pytest.mark.usefixtures("no_leaks")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -113,12 +116,14 @@ def test_settings_that_cannot_work_are_named(arguments, message, shards, cache_d
         run_demo(out=tmp_path, cache_dir=cache_dir, **arguments)
 
 
+@pytest.mark.usefixtures("no_leaks")
 def test_an_output_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "taken").touch()
     with pytest.raises(ConfigError, match="taken"):
         run_demo(steps=1, out=tmp_path / "taken")
 
 
+@pytest.mark.usefixtures("no_leaks")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_missing_gpu_is_named(tmp_path):
     with pytest.raises(ConfigError, match="no usable GPU"):

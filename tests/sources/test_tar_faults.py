@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer
 from leaks import nothing_left_behind
-from remote import start_loop
+from remote import nothing_survives, start_loop  # noqa: F401
 from s3_server import S3Server
 from shards import make_example, members, write_tar
 

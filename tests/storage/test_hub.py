@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from hub_server import Fault, HubServer
-from remote import noise
+from remote import noise, nothing_survives  # noqa: F401
 
 from jest_stream.errors import ShardUnavailableError
 from jest_stream.storage import ObjectInfo, Storage, StorageConfig
