@@ -100,6 +100,7 @@ class OpenClipTower(Tower):
     """`open_clip.transformer.VisionTransformer`."""
 
     def resize(self, image_size: Size, patch_size: Size) -> None:
+        """Makes the tower one for images and patches of these sizes."""
         module = self.module
         module.conv1 = _for_patches(module.conv1, patch_size)
         module.image_size, module.patch_size = image_size, patch_size
@@ -109,6 +110,7 @@ class OpenClipTower(Tower):
         module.positional_embedding = _like(positions, (rows, positions.shape[1]))
 
     def keep_tokens(self, fraction: float) -> None:
+        """Makes the tower drop tokens before its first block."""
         self.module.patch_dropout = KeepTokens(kept_tokens(self.grid, fraction), self.num_prefix)
 
 
@@ -117,16 +119,20 @@ class TimmTower(Tower):
 
     @property
     def image_size(self) -> Size:
+        """Height and width that it was made for."""
         return _pair(self.module.patch_embed.img_size)
 
     @property
     def patch_size(self) -> Size:
+        """Height and width of a patch."""
         return _pair(self.module.patch_embed.patch_size)
 
     def resize(self, image_size: Size, patch_size: Size) -> None:
+        """Makes the tower one for images and patches of these sizes."""
         self.module.set_input_size(img_size=image_size, patch_size=patch_size)
 
     def keep_tokens(self, fraction: float) -> None:
+        """Makes the tower drop tokens before its first block."""
         # Eva, whose rotary embeddings must know which tokens are left, asks for the indices.
         kind = KeepTokensAndSay if _is(self.module, _TIMM[1:]) else KeepTokens
         kept = kept_tokens(self.grid, fraction)
@@ -137,6 +143,7 @@ class TransformersTower(Tower):
     """What makes the tokens in CLIP and SigLIP of transformers; the blocks behind take any."""
 
     def resize(self, image_size: Size, patch_size: Size) -> None:
+        """Makes the tower one for images and patches of these sizes."""
         module = self.module
         module.patch_embedding = _for_patches(module.patch_embedding, patch_size)
         # They hold one number each; sizes that are not square are refused before.
@@ -151,6 +158,7 @@ class TransformersTower(Tower):
         module.position_ids = positions.expand((1, -1))
 
     def keep_tokens(self, fraction: float) -> None:
+        """Makes the tower drop tokens before its first block."""
         keep = KeepTokens(kept_tokens(self.grid, fraction), self.num_prefix)
         self.module.register_forward_hook(keep.after)
 

@@ -201,7 +201,10 @@ class LateViews:
         failures = [m for m in messages if isinstance(m, transport.Failure)]
         if failures:
             first = min(failures, key=lambda failure: failure.place)
-            raise first.error from transport.WorkerTraceback(first.traceback)
+            try:
+                raise first.error from transport.WorkerTraceback(first.traceback)
+            finally:
+                del messages, failures, first  # the error's traceback holds this frame
         assert all(made.step == step for made in messages)
         return _joined([made for made in messages if made.positions], self._chosen[step])
 

@@ -1,0 +1,82 @@
+"""Let a small proxy do the scoring: it is trained beside the model, on the batches it chose.
+
+    python examples/small_proxy.py                   # four steps on the demo's icons
+    python examples/small_proxy.py --shards "/data/pairs/{00000..00099}.tar" --steps 10000
+
+For a model that is too large, or sharded over too many devices, to score with. The proxy sees what
+the model sees, so that what it has not learned yet stands for what the model has not learned yet
+(ActiveCLIP, https://arxiv.org/abs/2312.05328). The reference has the proxy's size: learnability
+is the difference between the two.
+"""
+
+import argparse
+from itertools import islice
+
+import open_clip
+import torch
+
+from jest_stream import JESTDataset
+
+WORDS = 16
+
+
+def main() -> None:
+    options = parse_arguments()
+    torch.manual_seed(0)
+    model = clip(patch_size=8, width=192, layers=4)  # what is wanted
+    proxy = clip(patch_size=16, width=64, layers=2)  # what scores
+    reference = clip(patch_size=16, width=64, layers=2)  # a real one is trained, on data you trust
+
+    dataset = JESTDataset(
+        options.shards or demo_shards(),
+        learner=proxy,  # the copy that scores is made of it
+        reference=reference,
+        transform=open_clip.image_transform(64, is_train=False),
+        tokenizer=open_clip.SimpleTokenizer(context_length=WORDS),
+        batch_size=options.batch_size,
+        filter_ratio=0.8,
+    )
+
+    model.train()
+    proxy.train()
+    contrastive = open_clip.ClipLoss()
+    # Two models, two optimizers: neither's learning rate is the other's.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+    proxy_optimizer = torch.optim.AdamW(proxy.parameters(), lr=2e-3)
+    for step, (images, texts) in enumerate(islice(dataset, options.steps)):
+        loss = contrastive(*model(images, texts))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        proxy_loss = contrastive(*proxy(images, texts))
+        proxy_optimizer.zero_grad()
+        proxy_loss.backward()
+        proxy_optimizer.step()
+        print(f"step {step}: loss {loss.item():.3f}, of the proxy {proxy_loss.item():.3f}")
+    dataset.close()
+
+
+def clip(*, patch_size: int, width: int, layers: int) -> open_clip.CLIP:
+    """Returns an untrained CLIP for images of 64 px."""
+    vision = {"image_size": 64, "patch_size": patch_size, "head_width": 32}
+    text = {"context_length": WORDS, "width": 64, "heads": 2, "layers": 2}
+    return open_clip.CLIP(64, {**vision, "width": width, "layers": layers}, text)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shards", help="tar shards; default: the demo's icons")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=4)
+    return parser.parse_args()
+
+
+def demo_shards() -> list[str]:
+    from jest_stream.demo.data import unpack
+
+    return unpack()
+
+
+if __name__ == "__main__":
+    main()
