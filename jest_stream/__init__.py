@@ -14,6 +14,7 @@ from jest_stream.config import Quota, ScoringConfig, SelectionConfig, TargetSimi
 from jest_stream.dataset import JESTDataset
 from jest_stream.distributed import gather_state_dict
 from jest_stream.presets import preset
+from jest_stream.scoring import at_score_size
 from jest_stream.selection import (
     Groups,
     WeightedScore,
@@ -44,6 +45,7 @@ __all__ = [
     "TargetSimilarity",
     "Term",
     "WeightedScore",
+    "at_score_size",
     "gather_state_dict",
     "gumbel_top_k",
     "open_source",

@@ -14,6 +14,7 @@ import torch
 from jest_stream.scoring.choice import Choice
 from jest_stream.scoring.streams import moved
 from jest_stream.superbatch import SuperBatch, take_rows, take_rows_on_host
+from jest_stream.two_sizes import TwoSizes, small_part
 from jest_stream.views import Columns, Finish, LateViews, columns_of, put_view, view_of
 
 
@@ -23,11 +24,18 @@ class Batches:
     Args:
       late: makes the image that is trained on. None: it is the score view.
       finishes: what is left to do to pixels, by what they are: `image`, `train`.
+      two_sizes: leaves a part of each batch at the score view. None: all get the train view.
     """
 
-    def __init__(self, late: LateViews | None, finishes: Mapping[str, Finish]) -> None:
+    def __init__(
+        self,
+        late: LateViews | None,
+        finishes: Mapping[str, Finish],
+        two_sizes: TwoSizes | None = None,
+    ) -> None:
         self._late = late
         self._finish = finishes.get("image" if late is None else "train")
+        self._two_sizes = two_sizes
 
     def lookahead(self, scoring_device: torch.device) -> int:
         """Returns how many super-batches to score ahead where the user leaves that open.
@@ -46,12 +54,12 @@ class Batches:
 
         Waits for the choice where it is still being made. Arguments as for `make`.
         """
-        if self._late is None or self._late.has(step):
+        if self._late is None or self._late.has(step) or not choice.on_host().is_finite:
             return
-        selection = choice.on_host()
-        if selection.is_finite:
-            columns = columns_of(super_batch.on_host, self._late.columns)
-            self._late.start(take_rows_on_host(columns, selection.indices), step=step)
+        if self._two_sizes is not None:
+            choice, _ = self._two_sizes.split(choice)
+        columns = columns_of(super_batch.on_host, self._late.columns)
+        self._late.start(take_rows_on_host(columns, choice.on_host().indices), step=step)
 
     def make(
         self, super_batch: SuperBatch, choice: Choice, *, step: int, device: torch.device
@@ -65,15 +73,23 @@ class Batches:
           device: where the batch is wanted.
         """
         names = ("text", "key") if self._late is not None else ("image", "text", "key")
+        small: Columns = {}
+        if self._late is not None:
+            self.start(super_batch, choice, step=step)
+        if self._two_sizes is not None:
+            choice, small_choice = self._two_sizes.split(choice)
+            small = self._two_sizes.small(super_batch.columns, small_choice, device)
         batch = take_rows(columns_of(super_batch.columns, names), choice)
         batch["weight"] = choice.weights(device)
         if self._late is not None:
-            self.start(super_batch, choice, step=step)
             put_view(batch, "image", self._late.take(step))
         batch = {name: moved(column, device) for name, column in batch.items()}
         image = batch.get("image")
         if self._finish is not None and isinstance(image, torch.Tensor):
             batch["image"] = self._finish(image)  # of the chosen only, where they are wanted
+        if self._two_sizes is not None:
+            batch.update(small)
+            self._two_sizes.check(batch)
         return batch
 
     def pause(self) -> None:
@@ -88,8 +104,17 @@ class Batches:
 
 
 def structured(batch: Columns, *, as_dict: bool) -> Any:
-    """Returns a batch as the training loop wants it: `(images, texts)`, or a dict."""
+    """Returns a batch as the training loop wants it: `(images, texts)`, or a dict.
+
+    Of two sizes `((images, texts), (small_images, small_texts))`, or a dict with `small_image`, ...
+    """
     image, text = view_of(batch, "image"), view_of(batch, "text")
-    if as_dict:
-        return {"image": image, "text": text, "key": batch["key"], "weight": batch["weight"]}
-    return image, text
+    small = small_part(batch)
+    if not as_dict:
+        whole = (image, text)
+        return (whole, structured(small, as_dict=False)) if small else whole
+    found = {"image": image, "text": text, "key": batch["key"], "weight": batch["weight"]}
+    if small:
+        part = structured(small, as_dict=True)
+        found.update({f"small_{name}": value for name, value in part.items()})
+    return found

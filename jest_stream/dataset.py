@@ -75,7 +75,11 @@ class JESTDataset(IterableDataset[Any]):
         the step from which they hold.
       super_batch_size: candidates per batch on this rank; overrides `filter_ratio`.
       selection: how sub-batches are chosen.
-      scoring: how the learner copy and the reference embed candidates: precision, micro-batches.
+      scoring: how the learner copy and the reference embed candidates: precision, image and patch
+        size, dropped tokens, micro-batches.
+      score_view_fraction: share of each batch that is handed out as it was scored, at the size of
+        `scoring`, to train at both sizes: batches are `((images, texts), (small_images,
+        small_texts))`, or have `small_image`, ... too. See `at_score_size`.
       refresh_every: steps between copies of the learner's weights.
       lookahead: super-batches scored ahead. A batch is chosen with weights `lookahead` steps old.
         Default: 1; or 2 with a `train_transform` where scoring runs on CUDA.
@@ -125,6 +129,7 @@ class JESTDataset(IterableDataset[Any]):
         super_batch_size: int | None = None,
         selection: SelectionConfig | None = None,
         scoring: ScoringConfig | None = None,
+        score_view_fraction: float = 0.0,
         refresh_every: int = 1,
         lookahead: int | None = None,
         steps_per_epoch: int | None = None,

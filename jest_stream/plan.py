@@ -30,6 +30,7 @@ from jest_stream.sizes import Layout, resolve_sizes
 from jest_stream.sources import open_source
 from jest_stream.sources.decode import Limits
 from jest_stream.sources.lanes import num_lanes
+from jest_stream.two_sizes import TwoSizes
 from jest_stream.views import (
     Key,
     LateViews,
@@ -128,6 +129,13 @@ class Plan:
         self._scoring = require_scoring(ScoringConfig() if scoring is None else scoring)
         self._views = _settings(Views, given)
         self._recipe = self._views.recipe()
+        self._two_sizes = TwoSizes.of(
+            given["score_view_fraction"],
+            self.sizes.batch_size,
+            self._scoring,
+            has_train_view=self._views.train_transform is not None,
+            finish=self._recipe.finishes().get("image"),
+        )
         self._devices = tuple(as_device(name, given[name]) for name in ("device", "scoring_device"))
         self._source = open_source(given["source"], storage=given["storage"])
         is_own = self._source is not given["source"]
@@ -157,7 +165,9 @@ class Plan:
             source=self._source,
             layout=Layout(num_lanes=lanes, rank=rank, world_size=world_size),
             score_view=self._views.score_view(self.selection, recipe),
-            batches=Batches(self._views.late_views(stream, recipe, rank=rank), finishes),
+            batches=Batches(
+                self._views.late_views(stream, recipe, rank=rank), finishes, self._two_sizes
+            ),
             selector=selector,
             metrics=metrics,
             devices=lambda: self._models.devices(*self._devices),

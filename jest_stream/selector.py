@@ -29,7 +29,7 @@ from jest_stream.selection import (
     uniform_selection,
 )
 from jest_stream.types import Embeddings, Selection
-from jest_stream.views import Columns, Finish, view_of
+from jest_stream.views import Columns, Finish, scaled, view_of
 
 
 class Models:
@@ -139,6 +139,7 @@ class Selector:
                 device=self.ring.device,
                 step=step,
                 has_spare=self.ring.backend.overlaps,
+                scoring=self._scoring,
             )
             if self._restored is not None:
                 self._copy.load_state_dict(self._restored)
@@ -159,7 +160,10 @@ class Selector:
             home = two_tower(self._models.reference).device
             with self.ring.writing(None, home):
                 self._reference = ReferenceModel(
-                    self._models.reference, device=self.ring.device, learner=self._models.learner
+                    self._models.reference,
+                    device=self.ring.device,
+                    learner=self._models.learner,
+                    scoring=self._scoring,
                 )
                 for number, term in enumerate(self._config.terms):
                     if isinstance(term, TargetSimilarity):
@@ -296,27 +300,29 @@ class Selector:
             self._micro_batch_size = max(1, size // 2)
 
     def _embed_by(self, size: int, columns: Columns) -> tuple[Embeddings | None, Embeddings | None]:
-        image = self._finished(_scorable(columns, "image"), "image")
+        image = self._scored_view(_scorable(columns, "image"), "image")
         text = _scorable(columns, "text")
         dtype = self._scoring.autocast_dtype
         learner = reference = None
         if self._copy is not None:
             learner = self._copy.embed(image, text, micro_batch_size=size, autocast_dtype=dtype)
         if self._reference is not None:
+            if _has(columns, "reference_image"):  # a view of its own, else it shares the learner's
+                image = self._scored_view(_scorable(columns, "reference_image"), "reference_image")
+            if _has(columns, "reference_text"):
+                text = _scorable(columns, "reference_text")
             reference = self._reference.embed(
-                self._finished(_own(columns, "reference_image", image), "reference_image"),
-                _own(columns, "reference_text", text),
-                micro_batch_size=size,
-                autocast_dtype=dtype,
+                image, text, micro_batch_size=size, autocast_dtype=dtype
             )
         return learner, reference
 
-    def _finished(self, view: Input, name: str) -> Input:
-        """A view that is uint8 pixels, with what is left to do to them, slice by slice."""
-        finish = self._finishes.get(name)
+    def _scored_view(self, view: Tensor | dict[str, Tensor], name: str) -> Input:
+        """A view at the size that is scored; of uint8 pixels, what is left to do to each slice."""
+        side, finish = self._scoring.image_size, self._finishes.get(name)
         if finish is None or not isinstance(view, Tensor) or view.dtype != torch.uint8:
-            return view
-        return Pixels(view, finish)
+            return scaled(view, side)
+        size = tuple(view.shape[2:]) if side is None else (side, side)
+        return Pixels(view, lambda rows: scaled(finish(rows), side), size)
 
 
 def _checked(module: nn.Module | None, role: str, config: SelectionConfig) -> nn.Module:
@@ -332,7 +338,7 @@ def _checked(module: nn.Module | None, role: str, config: SelectionConfig) -> nn
     )
 
 
-def _scorable(columns: Columns, name: str) -> Input:
+def _scorable(columns: Columns, name: str) -> Tensor | dict[str, Tensor]:
     view = view_of(columns, name)
     if isinstance(view, list):
         raise ConfigError(
@@ -342,7 +348,5 @@ def _scorable(columns: Columns, name: str) -> Input:
     return view
 
 
-def _own(columns: Columns, name: str, shared: Input) -> Input:
-    """The reference's own view, or else the one it shares with the learner."""
-    has_own = any(key == name or key.startswith(name + "/") for key in columns)
-    return _scorable(columns, name) if has_own else shared
+def _has(columns: Columns, name: str) -> bool:
+    return any(key.split("/")[0] == name for key in columns)

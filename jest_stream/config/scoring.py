@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from jest_stream.config.checks import as_integer, set_field
+from jest_stream.config.checks import as_integer, as_number, set_field
 from jest_stream.errors import ConfigError
 
 
@@ -18,6 +18,15 @@ class ScoringConfig:
     """`torch.bfloat16` or `torch.float16` to score under autocast."""
     micro_batch_size: int = 256
     """Examples per forward pass: memory against launches."""
+    image_size: int | None = None
+    """Pixels per side of the images that are scored. A larger score view is scaled down, and a
+    vision transformer gets its position embeddings resampled. None: as `transform` gives them."""
+    patch_size: int | None = None
+    """Pixels per side of a patch: fewer tokens at the same view. The patch embedding is resampled
+    from the learner's (FlexiViT). None: the model's own."""
+    token_fraction: float = 1.0
+    """Share of the image tokens that is kept, in (0, 1]. The same places for every image, evenly
+    spread over it; class and register tokens stay."""
 
     def __post_init__(self) -> None:
         if self.autocast_dtype not in (None, torch.bfloat16, torch.float16):
@@ -27,6 +36,21 @@ class ScoringConfig:
             )
         size = as_integer("scoring.micro_batch_size", self.micro_batch_size, 1)
         set_field(self, "micro_batch_size", size)
+        for name in ("image_size", "patch_size"):
+            if (value := getattr(self, name)) is not None:
+                set_field(self, name, as_integer(f"scoring.{name}", value, 1))
+        fraction = as_number("scoring.token_fraction", self.token_fraction)
+        if not 0 < fraction <= 1:
+            raise ConfigError(
+                f"scoring.token_fraction must be in (0, 1], got {fraction}: it is the share of "
+                f"image tokens that is kept. 1 keeps all."
+            )
+        set_field(self, "token_fraction", fraction)
+
+    @property
+    def changes_tokens(self) -> bool:
+        """Whether an image of one size becomes fewer tokens than in training."""
+        return self.patch_size is not None or self.token_fraction < 1
 
 
 def require_scoring(scoring: object) -> ScoringConfig:

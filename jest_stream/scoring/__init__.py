@@ -2,6 +2,9 @@
 
 `encoders` sees every library's models in one way, `learner` keeps the copy of the module being
 trained, `reference` holds the frozen one; `streams` has all of it run beside training on CUDA.
+Scoring with fewer image tokens: `score_size` fits a model to the setting, `towers` knows where each
+library keeps its sizes, `resampling` and `tokens` are what is done, and `shared` trains the learner
+at that size.
 """
 
 from jest_stream.scoring.encoders import (
@@ -13,11 +16,13 @@ from jest_stream.scoring.encoders import (
 )
 from jest_stream.scoring.learner import LearnerCopy
 from jest_stream.scoring.reference import ReferenceModel
+from jest_stream.scoring.shared import at_score_size
 
 __all__ = [
     "LearnerCopy",
     "ReferenceModel",
     "TwoTower",
+    "at_score_size",
     "embed_in_micro_batches",
     "has_bias",
     "two_tower",

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -40,7 +40,8 @@ class Choice:
     """Which candidates were chosen from a super-batch.
 
     Args:
-      selection: on the scoring device. Its tensors may be used within `Slot.handing_out` only.
+      selection: on the scoring device, or what gets it when it is first needed there. Its tensors
+        may be used within `Slot.handing_out` only.
       read_back: waits for it and returns it in memory of the host. None: it is there.
       has_come: tells, without a wait, whether `read_back` would not wait.
       marks: when the device worked on it.
@@ -48,17 +49,24 @@ class Choice:
 
     def __init__(
         self,
-        selection: Selection,
+        selection: Selection | Callable[[], Selection],
         *,
         read_back: Callable[[], Selection] | None = None,
         has_come: Callable[[], bool] | None = None,
         marks: Marks | None = None,
     ) -> None:
-        self.on_device = selection
+        self._on_device = selection
         self._read_back = read_back
         self._has_come = has_come
         self._known: Selection | None = None
         self._marks = marks or []
+
+    @property
+    def on_device(self) -> Selection:
+        """The choice on the scoring device. For use within `Slot.handing_out`."""
+        if not isinstance(self._on_device, Selection):
+            self._on_device = self._on_device()
+        return self._on_device
 
     def on_host(self) -> Selection:
         """Returns the choice where the host can read it at once. On CUDA it is waited for."""
@@ -70,6 +78,19 @@ class Choice:
         """Returns whether `on_host` would return at once."""
         return self._known is not None or self._has_come is None or self._has_come()
 
+    def part(self, on_device: Tensor, on_host: Tensor) -> Choice:
+        """Returns some places of the draw order as a choice; what is said of all of it stays.
+
+        Args:
+          on_device: the places, on the scoring device.
+          on_host: the same, on the CPU.
+        """
+        return Choice(
+            lambda: _rows(self.on_device, on_device),  # on a device it may be too early for that
+            read_back=lambda: _rows(self.on_host(), on_host),
+            has_come=self.is_known,
+        )
+
     def weights(self, device: torch.device) -> Tensor:
         """Returns the weights on `device`, in memory that nothing here writes to again."""
         weights = self.on_device.weights
@@ -80,6 +101,14 @@ class Choice:
     def device_seconds(self) -> dict[str, float]:
         """Returns how long the device worked on it, by stage. To be called after `on_host`."""
         return {stage: begin.elapsed_time(end) / 1000 for stage, begin, end in self._marks}
+
+
+def _rows(selection: Selection, rows: Tensor) -> Selection:
+    return replace(
+        selection,
+        indices=selection.indices.index_select(0, rows),
+        weights=selection.weights.index_select(0, rows),
+    )
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ class Pixels:
     rows: Tensor
     finish: Callable[[Tensor], Tensor]
     """Called with a few rows, on the device of the tower."""
+    image_size: tuple[int, ...]
+    """Height and width of what it makes."""
 
 
 Input = Tensor | Mapping[str, Tensor] | Pixels

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jest_stream.config import ScoringConfig
 from jest_stream.errors import ConfigError, ResumeMismatchError
-from jest_stream.scoring.encoders import Input, embed_in_micro_batches, two_tower
+from jest_stream.scoring.encoders import Input, TwoTower, embed_in_micro_batches, two_tower
+from jest_stream.scoring.score_size import ScoreSize, fit, named_tensors, overwrite
 from jest_stream.types import Embeddings
 
 _VERSION = 1
@@ -41,6 +43,7 @@ class LearnerCopy:
         device: torch.device | str | None = None,
         step: int = 0,
         has_spare: bool = False,
+        scoring: ScoringConfig | None = None,
     ) -> None:
         """Copies the weights that `learner` has now.
 
@@ -51,18 +54,35 @@ class LearnerCopy:
           step: what the present weights are called.
           has_spare: hold two sets of weights in turn, so that a refresh writes to the one that is
             not embedded with: a device that does both at once need not wait.
+          scoring: the sizes that the copy takes; its weights are resampled from the learner's at
+            every refresh. None: the learner's sizes.
 
         Raises:
-          ConfigError: if the learner is no two-tower module or cannot be copied.
+          ConfigError: if the learner is no two-tower module, cannot be copied, or cannot score at
+            these sizes.
         """
         if refresh_every < 1:
             raise ConfigError(f"refresh_every must be at least 1 step, got {refresh_every}")
         tower = two_tower(learner)
         self._learner = tower.module
         self._refresh_every = refresh_every
-        self.tower = two_tower(_frozen_copy(self._learner, device))
-        self._spare = two_tower(_frozen_copy(self._learner, device)) if has_spare else self.tower
+        self.tower, self._size = self._made(device, scoring or ScoringConfig())
+        self._spare = self.tower
+        if has_spare:
+            self._spare, _ = self._made(device, scoring or ScoringConfig())
+        source = named_tensors(self._learner)
+        self._shapes = {name: tensor.shape for name, tensor in source.items()}
         self.step = step
+
+    def _made(
+        self, device: torch.device | str | None, scoring: ScoringConfig
+    ) -> tuple[TwoTower, ScoreSize]:
+        """Returns a copy that holds the present weights, at the sizes of the setting."""
+        frozen = frozen_copy(self._learner, device)
+        size = fit(frozen, scoring, role="learner")
+        if size.maps:
+            overwrite(named_tensors(frozen), named_tensors(self._learner), size)
+        return two_tower(frozen.eval().requires_grad_(False)), size
 
     @property
     def written_next(self) -> int:
@@ -87,14 +107,19 @@ class LearnerCopy:
         micro_batch_size: int | None = None,
         autocast_dtype: torch.dtype | None = None,
     ) -> Embeddings:
-        """Returns the embeddings of B pairs under the weights of step `self.step`."""
-        return embed_in_micro_batches(
-            self.tower,
-            image,
-            text,
-            micro_batch_size=micro_batch_size,
-            autocast_dtype=autocast_dtype,
-        )
+        """Returns the embeddings of B pairs under the weights of step `self.step`.
+
+        Raises:
+          ConfigError: for images of a size that the copy does not take.
+        """
+        with self._size.checked(image):
+            return embed_in_micro_batches(
+                self.tower,
+                image,
+                text,
+                micro_batch_size=micro_batch_size,
+                autocast_dtype=autocast_dtype,
+            )
 
     def is_due(self, step: int) -> bool:
         """Returns whether `refresh` would copy at this step."""
@@ -114,14 +139,14 @@ class LearnerCopy:
         """
         if not (force or self.is_due(step)):
             return False
-        source, target = _named_tensors(self._learner), _named_tensors(self._spare.module)
-        if difference := _difference(expected=target, found=source):
+        source = named_tensors(self._learner)
+        if difference := _difference(expected=self._shapes, found=source):
             raise ConfigError(
                 f"the learner is not the module that was copied for scoring: {difference}. The "
                 f"copy is made at the first batch, so change the learner's layers before it, or "
                 f"make a new dataset after it."
             )
-        _overwrite(target, source)
+        overwrite(named_tensors(self._spare.module), source, self._size)
         self.tower, self._spare = self._spare, self.tower
         self.step = step
         return True
@@ -130,7 +155,7 @@ class LearnerCopy:
         """Returns the step and the weights, on the CPU and independent of the copy."""
         tensors = {
             name: tensor.detach().to("cpu", copy=True)
-            for name, tensor in _named_tensors(self.tower.module).items()
+            for name, tensor in named_tensors(self.tower.module).items()
         }
         return {"version": _VERSION, "step": self.step, "tensors": tensors}
 
@@ -146,13 +171,15 @@ class LearnerCopy:
                 f"reads version {_VERSION}. Resume with the release that wrote it, or without "
                 f"the learner copy."
             )
-        target = _named_tensors(self.tower.module)
-        if difference := _difference(expected=target, found=state["tensors"]):
+        target = named_tensors(self.tower.module)
+        shapes = {name: tensor.shape for name, tensor in target.items()}
+        if difference := _difference(expected=shapes, found=state["tensors"]):
             raise ResumeMismatchError(
-                f"the learner copy in the checkpoint is of another module than the learner: "
-                f"{difference}. Pass the learner that the checkpoint was taken with."
+                f"the learner copy in the checkpoint is of another module than the learner, or "
+                f"scores at another size: {difference}. Pass the learner and the image_size and "
+                f"patch_size of scoring that the checkpoint was taken with."
             )
-        _overwrite(target, state["tensors"])
+        overwrite(target, state["tensors"], ScoreSize("learner"))
         self.step = state["step"]
 
     def __repr__(self) -> str:
@@ -162,9 +189,9 @@ class LearnerCopy:
         )
 
 
-def _frozen_copy(learner: nn.Module, device: torch.device | str | None) -> nn.Module:
+def frozen_copy(learner: nn.Module, device: torch.device | str | None) -> nn.Module:
     """Returns a copy of `learner` in eval mode that takes no gradients."""
-    for name, tensor in _named_tensors(learner).items():
+    for name, tensor in named_tensors(learner).items():
         if torch.nn.parameter.is_lazy(tensor) or tensor.is_meta:
             raise ConfigError(
                 f"{name} of the learner has no values yet (a lazy module before its first "
@@ -191,16 +218,7 @@ def _frozen_copy(learner: nn.Module, device: torch.device | str | None) -> nn.Mo
     return frozen.eval().requires_grad_(False)
 
 
-def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Returns every parameter and buffer once, tied ones under their first name.
-
-    Layers that were compiled in place after the copy was made keep their names.
-    """
-    named = [*module.named_parameters(), *module.named_buffers()]
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in named}
-
-
-def _difference(*, expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
+def _difference(*, expected: dict[str, torch.Size], found: dict[str, Tensor]) -> str:
     """Returns in words how `found` differs in names or shapes; empty if it does not."""
     parts = []
     for label, names in (
@@ -210,14 +228,8 @@ def _difference(*, expected: dict[str, Tensor], found: dict[str, Tensor]) -> str
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             parts.append(f"{label} {', '.join(names[:3])}{more}")
-    for name, tensor in expected.items():
-        if name in found and found[name].shape != tensor.shape:
-            parts.append(f"{name} was {list(tensor.shape)}, is {list(found[name].shape)}")
+    for name, shape in expected.items():
+        if name in found and found[name].shape != shape:
+            parts.append(f"{name} was {list(shape)}, is {list(found[name].shape)}")
             break
     return "; ".join(parts)
-
-
-def _overwrite(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
-    """Copies values over, across devices and precisions; few kernels however many tensors."""
-    with torch.no_grad():
-        torch._foreach_copy_(list(target.values()), [source[name] for name in target])

@@ -6,18 +6,24 @@ pairs are compared. It runs in the thread that calls it.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
+from jest_stream.config import ScoringConfig
 from jest_stream.errors import ConfigError
 from jest_stream.scoring.encoders import Input, embed_in_micro_batches, two_tower
+from jest_stream.scoring.score_size import ScoreSize, fit, named_tensors, overwrite
 from jest_stream.types import Embeddings
 
 
 class ReferenceModel:
     """A frozen module that is taken over: moved to the scoring device and kept in eval mode.
 
-    It is never trained and runs without gradients, so its `requires_grad` is left alone.
+    It is never trained and runs without gradients, so its `requires_grad` is left alone. Where it
+    scores at another size than its own, a copy of it is resized, once, and the module stays as and
+    where it was.
 
     Attributes:
       tower: the module, as a `TwoTower`.
@@ -29,6 +35,7 @@ class ReferenceModel:
         *,
         device: torch.device | str | None = None,
         learner: nn.Module | None = None,
+        scoring: ScoringConfig | None = None,
     ) -> None:
         """Takes `module` over.
 
@@ -36,13 +43,18 @@ class ReferenceModel:
           module: any two-tower module, see `two_tower`.
           device: where it runs from now on. None: where it is.
           learner: the module being trained, which must not share parameters with `module`.
+          scoring: the sizes that it takes. None: its own.
 
         Raises:
-          ConfigError: if it is no two-tower module, or moves with the learner.
+          ConfigError: if it is no two-tower module, moves with the learner, or cannot score at
+            these sizes.
         """
         self.tower = two_tower(module, role="reference")
         if learner is not None:
             _check_independent(self.tower.module, learner)
+        module, self._size = _fitted(self.tower.module, scoring or ScoringConfig())
+        if module is not self.tower.module:
+            self.tower = two_tower(module, role="reference")
         self.tower.module.to(device=device).eval()
 
     def embed(
@@ -57,16 +69,30 @@ class ReferenceModel:
         if self.tower.module.training:
             # A trainer that owns the module may have called train() on all it has.
             self.tower.module.eval()
-        return embed_in_micro_batches(
-            self.tower,
-            image,
-            text,
-            micro_batch_size=micro_batch_size,
-            autocast_dtype=autocast_dtype,
-        )
+        with self._size.checked(image):
+            return embed_in_micro_batches(
+                self.tower,
+                image,
+                text,
+                micro_batch_size=micro_batch_size,
+                autocast_dtype=autocast_dtype,
+            )
 
     def __repr__(self) -> str:
         return f"<ReferenceModel {type(self.tower.module).__name__} on {self.tower.device}>"
+
+
+def _fitted(module: nn.Module, scoring: ScoringConfig) -> tuple[nn.Module, ScoreSize]:
+    """Returns the module that scores, a copy if it is resized, and its sizes."""
+    if scoring.image_size is None and not scoring.changes_tokens:
+        return module, fit(module, scoring, role="reference")
+    with torch.inference_mode(False), torch.no_grad():
+        resized = copy.deepcopy(module)
+        size = fit(resized, scoring, role="reference")
+        if not size.is_changed:
+            return module, size
+        overwrite(named_tensors(resized), named_tensors(module), size)
+    return resized, size
 
 
 def _check_independent(reference: nn.Module, learner: nn.Module) -> None:

@@ -2,7 +2,8 @@
 
 `ScoreView` turns one example into a row, `collate` stacks rows into columns; both run where the
 examples are read, in worker processes if there are any. `TrainView` makes the random view of the
-few that were chosen, and `LateViews` has it made ahead of time. What selection wants to know of an
+few that were chosen, `LateViews` has it made ahead of time, and `scaled` makes a smaller one of the
+score view. What selection wants to know of an
 example's metadata travels along, as `term` and `group`.
 """
 
@@ -20,6 +21,7 @@ from jest_stream.views.late import LateViews
 from jest_stream.views.metadata import Key
 from jest_stream.views.recipe import Recipe, ReducedDecoding, TrainViewFrom, make_recipe
 from jest_stream.views.rows import Transform
+from jest_stream.views.scaling import scaled
 from jest_stream.views.score import ScoreView
 from jest_stream.views.train import TrainView
 
@@ -40,5 +42,6 @@ __all__ = [
     "make_recipe",
     "put_view",
     "require_same_fields",
+    "scaled",
     "view_of",
 ]

@@ -1,0 +1,266 @@
+"""Scoring with fewer image tokens: one setting, fitted to one model.
+
+`fit` changes a copy of a model for a `ScoringConfig` and returns what fills its weights from the
+model's own; the learner copy, the live reference and `at_score_size` all use it. A model without
+a known vision transformer is left as it is: if it takes smaller images by itself, they are cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from jest_stream.config import ScoringConfig
+from jest_stream.errors import ConfigError
+from jest_stream.scoring.encoders import Input, Pixels
+from jest_stream.scoring.resampling import PatchMap, PositionMap, Resampling, Size
+from jest_stream.scoring.towers import Tower, known_towers
+
+_KNOWN = (
+    "Known are the vision transformers of open_clip and timm (VisionTransformer, Eva) and CLIP's "
+    "and SigLIP's of transformers"
+)
+
+
+class ScoreSize:
+    """How one model scores: the images that it takes, and how its weights come from the original.
+
+    Attributes:
+      maps: the tensors that are resampled, by name.
+      own: the tensors that hold no weights but depend on the size, by name: never overwritten.
+      modules: the modules that know the size, by name, beside those that hold such tensors.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        *,
+        wanted: int | None = None,
+        takes: Size | None = None,
+        own_size: Size | None = None,
+        declared: object = None,
+        maps: Mapping[str, Resampling] | None = None,
+        own: frozenset[str] = frozenset(),
+        modules: frozenset[str] = frozenset(),
+    ) -> None:
+        self.maps = dict(maps or {})
+        self.own = own
+        self.modules = modules
+        self._role = role
+        self._wanted = wanted
+        self._takes = takes  # what it was changed for
+        self._own_size = own_size  # of a known tower, before
+        self._declared = declared
+        self._has_worked = False
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the model is another than it was before `fit`."""
+        return self._takes is not None
+
+    @contextmanager
+    def checked(self, image: Input) -> Iterator[None]:
+        """Raises `ConfigError` for images that the model cannot take; around a forward pass.
+
+        The size of a known model is compared before. Others say so by failing: the first pass
+        that does is blamed on the size, where there is one to blame.
+        """
+        size = image_size_of(image)
+        if self._takes is not None and size is not None and size != self._takes:
+            raise ConfigError(self._mismatch(size, self._takes))
+        try:
+            yield
+        except (RuntimeError, ValueError, AssertionError) as error:
+            is_other = isinstance(error, ConfigError | torch.OutOfMemoryError)
+            if is_other or self._has_worked or size is None or not self._blames(size):
+                raise
+            if self._own_size is not None:
+                raise ConfigError(self._mismatch(size, self._own_size)) from error
+            made_for = f" (it was made for {_text(self._declared)})" if self._declared else ""
+            raise ConfigError(
+                f"the {self._role} could not embed images of {_text(size)}{made_for}: "
+                f"{str(error).rstrip('.')}. "
+                f"{_KNOWN}; these are resized. Any other model must take the size of the score "
+                f"view by itself. Let transform give the size that it takes, and leave "
+                f"scoring.image_size at None."
+            ) from error
+        self._has_worked = True
+
+    def _blames(self, size: Size) -> bool:
+        if self._own_size is not None:
+            return self._takes is None and size != self._own_size
+        return self._wanted is not None or self._declared not in (None, size, size[0])
+
+    def _mismatch(self, size: Size, takes: Size) -> str:
+        if self._wanted is not None or takes[0] != takes[1] or size[0] != size[1]:
+            fix = "Let transform give images of the size that is scored"
+        elif size[0] < takes[0]:
+            fix = (
+                f"Pass scoring=ScoringConfig(image_size={size[0]}) to score the smaller view, with "
+                f"position embeddings resampled in the copy"
+            )
+        else:
+            fix = (
+                f"Pass scoring=ScoringConfig(image_size={takes[0]}) to scale the score view down, "
+                f"or let transform do it"
+            )
+        return (
+            f"the {self._role} takes images of {_text(takes)}, but the score view that transform "
+            f"gives is {_text(size)}. {fix}."
+        )
+
+
+def image_size_of(image: Input) -> Size | None:
+    """Returns height and width of a batch of images; None where it holds none as pixels."""
+    if isinstance(image, Pixels):
+        return image.image_size[0], image.image_size[1]
+    tensors = image.values() if isinstance(image, Mapping) else [image]
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.ndim == 4:
+            return tensor.shape[2], tensor.shape[3]
+    return None
+
+
+def fit(model: nn.Module, scoring: ScoringConfig, *, role: str) -> ScoreSize:
+    """Changes `model`, a copy, to score as the setting says; returns how its weights are made.
+
+    Resampled tensors are left empty; see `overwrite`.
+
+    Raises:
+      ConfigError: if the model cannot score like this, with the reason.
+    """
+    tower = _tower_of(model, scoring, role)
+    if tower is None:
+        declared = getattr(getattr(model, "visual", model), "image_size", None)
+        return ScoreSize(role, wanted=scoring.image_size, declared=declared)
+    own_size = tower.image_size
+    image_size, patch_size = _checked_sizes(tower, scoring, role)
+    is_resized = (image_size, patch_size) != (tower.image_size, tower.patch_size)
+    is_changed = is_resized or scoring.token_fraction < 1
+    if is_changed and tower.obstacle:
+        raise ConfigError(
+            f"the {role}'s image tower, a {type(tower.module).__name__}, {tower.obstacle}, so it "
+            f"cannot score with fewer tokens. Leave image_size, patch_size and token_fraction of "
+            f"scoring at their defaults."
+        )
+    maps: dict[str, Resampling] = {}
+    own: frozenset[str] = frozenset()
+    if is_resized:
+        maps = _maps(tower, image_size, patch_size)
+        before = {name: tensor.shape for name, tensor in named_tensors(model).items()}
+        tower.resize(image_size, patch_size)
+        after = named_tensors(model)
+        own = frozenset(
+            name for name in after if name not in maps and after[name].shape != before.get(name)
+        )
+    if scoring.token_fraction < 1:
+        tower.keep_tokens(scoring.token_fraction)
+    return ScoreSize(
+        role,
+        wanted=scoring.image_size,
+        takes=image_size if is_changed else None,
+        own_size=own_size,
+        maps=maps,
+        own=own,
+        modules=frozenset({tower.path, tower.full(tower.patches)}) if is_changed else frozenset(),
+    )
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Returns every parameter and buffer once, tied ones under their first name.
+
+    Layers that were compiled in place after the copy was made keep their names.
+    """
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {plain(name): tensor for name, tensor in named}
+
+
+def plain(name: str) -> str:
+    """Returns a name without what `torch.compile` adds to it."""
+    return name.replace("_orig_mod.", "")
+
+
+def overwrite(target: Mapping[str, Tensor], source: Mapping[str, Tensor], size: ScoreSize) -> None:
+    """Copies values over, resampled where the sizes differ; few kernels however many tensors.
+
+    Works across devices and precisions. Nothing waits for the device.
+    """
+    same = [name for name in target if name not in size.maps and name not in size.own]
+    with torch.no_grad():
+        torch._foreach_copy_([target[name] for name in same], [source[name] for name in same])
+        for name, resample in size.maps.items():
+            target[name].copy_(resample(source[name].to(target[name].device)))
+
+
+def _tower_of(model: nn.Module, scoring: ScoringConfig, role: str) -> Tower | None:
+    """Returns the image tower; None where there is no known one, if the setting needs none."""
+    towers = list(known_towers(model))
+    if len(towers) == 1:
+        return towers[0]
+    if towers and (scoring.image_size is not None or scoring.changes_tokens):
+        paths = " and ".join(repr(tower.path) for tower in towers)
+        raise ConfigError(
+            f"the {role} has {len(towers)} vision transformers, {paths}, so it is not clear which "
+            f"of them should score at another size. Leave image_size, patch_size and "
+            f"token_fraction of scoring at their defaults."
+        )
+    if scoring.changes_tokens:
+        name = "patch_size" if scoring.patch_size is not None else "token_fraction"
+        visual = getattr(model, "visual", model)
+        visual = getattr(visual, "trunk", visual)
+        raise ConfigError(
+            f"scoring.{name}={getattr(scoring, name)}, but the {role}'s image tower, a "
+            f"{type(visual).__name__}, is no vision transformer that is known here. {_KNOWN}. "
+            f"Use scoring.image_size instead, if the model takes smaller images."
+        )
+    return None
+
+
+def _checked_sizes(tower: Tower, scoring: ScoringConfig, role: str) -> tuple[Size, Size]:
+    """Returns the image and patch size that are scored."""
+    image_size, patch_size = tower.image_size, tower.patch_size
+    wanted_image, wanted_patch = scoring.image_size, scoring.patch_size
+    if wanted_image is None and wanted_patch is None:
+        return image_size, patch_size
+    if image_size[0] != image_size[1] or patch_size[0] != patch_size[1]:
+        raise ConfigError(
+            f"the {role}'s image tower takes images of {_text(image_size)} in patches of "
+            f"{_text(patch_size)}; only square ones can be resized. Leave image_size and "
+            f"patch_size of scoring at None."
+        )
+    image, patch = wanted_image or image_size[0], wanted_patch or patch_size[0]
+    if patch < patch_size[0]:
+        raise ConfigError(
+            f"scoring.patch_size={patch} is below the {role}'s own, {patch_size[0]}, so scoring "
+            f"would cost more than training. Pass a larger one, or None."
+        )
+    if (image, patch) != (image_size[0], patch_size[0]) and (patch > image or image % patch):
+        fitting = sorted({max(1, image // patch) * patch, (image // patch + 1) * patch})
+        sizes = " or ".join(str(size) for size in fitting)
+        raise ConfigError(
+            f"the {role} would score images of {_text((image, image))} in patches of "
+            f"{_text((patch, patch))}, which do not divide them. Pass "
+            f"scoring=ScoringConfig(image_size={sizes}, ...)"
+            + (", or a smaller patch_size." if wanted_patch is not None else ".")
+        )
+    return (image, image), (patch, patch)
+
+
+def _maps(tower: Tower, image_size: Size, patch_size: Size) -> dict[str, Resampling]:
+    maps: dict[str, Resampling] = {}
+    if patch_size != tower.patch_size:
+        name = plain(tower.full(f"{tower.patches}.weight"))
+        maps[name] = PatchMap(tower.patch_size, patch_size)
+    grid = image_size[0] // patch_size[0], image_size[1] // patch_size[1]
+    if tower.positions and grid != tower.grid:
+        maps[plain(tower.full(tower.positions))] = PositionMap(tower.grid, grid, tower.num_prefix)
+    return maps
+
+
+def _text(size: object) -> str:
+    if isinstance(size, tuple):
+        return " x ".join(str(side) for side in size) + " pixels"
+    return f"{size} x {size} pixels"
