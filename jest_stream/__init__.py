@@ -10,10 +10,12 @@ selection   draws the sub-batch, chunk by chunk, each conditioned on those befor
 dataset     hands it to the training loop, and remembers where it was
 """
 
+from jest_stream.caching import ReferenceCache
 from jest_stream.config import Quota, ScoringConfig, SelectionConfig, TargetSimilarity, Term
 from jest_stream.dataset import JESTDataset
 from jest_stream.distributed import gather_state_dict
 from jest_stream.presets import preset
+from jest_stream.reporting import RunCost, training_flops
 from jest_stream.scoring import at_score_size
 from jest_stream.selection import (
     Groups,
@@ -38,6 +40,8 @@ __all__ = [
     "JESTDataset",
     "Limits",
     "Quota",
+    "ReferenceCache",
+    "RunCost",
     "ScoringConfig",
     "SelectionConfig",
     "StorageConfig",
@@ -53,4 +57,5 @@ __all__ = [
     "select_independently",
     "select_jointly",
     "select_uniformly",
+    "training_flops",
 ]

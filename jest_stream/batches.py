@@ -6,16 +6,26 @@ Runs in the training thread.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from jest_stream.reporting import Accounting
 from jest_stream.scoring.choice import Choice
 from jest_stream.scoring.streams import moved
 from jest_stream.superbatch import SuperBatch, take_rows, take_rows_on_host
 from jest_stream.two_sizes import TwoSizes, small_part
-from jest_stream.views import Columns, Finish, LateViews, columns_of, put_view, view_of
+from jest_stream.views import (
+    REFERENCE,
+    Columns,
+    Finish,
+    LateViews,
+    columns_of,
+    put_view,
+    view_of,
+)
 
 
 class Batches:
@@ -25,6 +35,7 @@ class Batches:
       late: makes the image that is trained on. None: it is the score view.
       finishes: what is left to do to pixels, by what they are: `image`, `train`.
       two_sizes: leaves a part of each batch at the score view. None: all get the train view.
+      reference_of: makes the entry `reference` of rows of the columns. None: there is none.
     """
 
     def __init__(
@@ -32,10 +43,12 @@ class Batches:
         late: LateViews | None,
         finishes: Mapping[str, Finish],
         two_sizes: TwoSizes | None = None,
+        reference_of: Callable[[Columns], dict[str, Tensor]] | None = None,
     ) -> None:
         self._late = late
         self._finish = finishes.get("image" if late is None else "train")
         self._two_sizes = two_sizes
+        self._reference_of = reference_of
 
     def lookahead(self, scoring_device: torch.device) -> int:
         """Returns how many super-batches to score ahead where the user leaves that open.
@@ -79,11 +92,13 @@ class Batches:
         if self._two_sizes is not None:
             choice, small_choice = self._two_sizes.split(choice)
             small = self._two_sizes.small(super_batch.columns, small_choice, device)
+            small.update(self._reference(super_batch, small_choice, device, "small_reference"))
         batch = take_rows(columns_of(super_batch.columns, names), choice)
         batch["weight"] = choice.weights(device)
         if self._late is not None:
             put_view(batch, "image", self._late.take(step))
         batch = {name: moved(column, device) for name, column in batch.items()}
+        batch.update(self._reference(super_batch, choice, device, "reference"))
         image = batch.get("image")
         if self._finish is not None and isinstance(image, torch.Tensor):
             batch["image"] = self._finish(image)  # of the chosen only, where they are wanted
@@ -91,6 +106,14 @@ class Batches:
             batch.update(small)
             self._two_sizes.check(batch)
         return batch
+
+    def _reference(
+        self, super_batch: SuperBatch, choice: Choice, device: torch.device, name: str
+    ) -> Columns:
+        if self._reference_of is None:
+            return {}
+        rows = take_rows(columns_of(super_batch.columns, (REFERENCE,)), choice)
+        return {name: {key: moved(v, device) for key, v in self._reference_of(rows).items()}}
 
     def pause(self) -> None:
         """Stops processes. What was asked for is made anew when it is due."""
@@ -114,7 +137,27 @@ def structured(batch: Columns, *, as_dict: bool) -> Any:
         whole = (image, text)
         return (whole, structured(small, as_dict=False)) if small else whole
     found = {"image": image, "text": text, "key": batch["key"], "weight": batch["weight"]}
+    if "reference" in batch:
+        found["reference"] = batch["reference"]
     if small:
         part = structured(small, as_dict=True)
         found.update({f"small_{name}": value for name, value in part.items()})
     return found
+
+
+def count_trained(batch: Columns, accounting: Accounting, *, was_scored: bool) -> None:
+    """Books the rows of a batch as trained on.
+
+    Args:
+      batch: as `Batches.make` gave it.
+      accounting: where to.
+      was_scored: whether the learner copy embedded their score views.
+    """
+    for part, is_small in ((batch, False), (small_part(batch), True)):
+        if part:
+            accounting.count_trained(
+                view_of(part, "image"),
+                view_of(part, "text"),
+                was_scored=was_scored,
+                is_small=is_small,
+            )

@@ -1,4 +1,4 @@
-"""The command line: `jest-stream demo`, `jest-stream index`.
+"""The command line: `jest-stream demo`, `jest-stream index`, `jest-stream cache`.
 
 Exit status 0 only on success, 1 on an error of ours (its message on standard error), 2 on a wrong
 command line, 130 on Ctrl-C.
@@ -7,9 +7,11 @@ command line, 130 on Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jest_stream.errors import JESTError
 
@@ -27,6 +29,18 @@ repeat=False works on several ranks, and a shard that holds less than it should 
 
 example:
   jest-stream index "pairs-{00000..00999}.tar" --out sizes.json
+"""
+
+_CACHE = """\
+Embed every example of a source once with a reference model, so that training reads the embeddings
+instead of running the model. A build that was stopped goes on where it was; several processes share
+the work under torchrun.
+
+examples:
+  jest-stream cache "pairs-{00000..00999}.tar" --reference open_clip:ViT-B-32/laion2b_s34b_b79k \\
+      --out s3://bucket/reference-cache --device cuda --dtype bfloat16 --num-workers 8
+  torchrun --nproc-per-node 8 -m jest_stream.cli cache "pairs-*.tar" --reference my_model \\
+      --out cache --device cuda
 """
 
 
@@ -71,7 +85,86 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("source", nargs="+", help="shards: paths, patterns or addresses")
     index.add_argument("--out", type=Path, required=True, help="the manifest, a .json file")
     index.set_defaults(run=_index)
+    _add_cache(commands)
     return parser
+
+
+def _add_cache(commands: Any) -> None:
+    cache = commands.add_parser(
+        "cache",
+        help="embed a source with a reference model, once",
+        description=_CACHE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cache.add_argument("source", nargs="+", help="shards: paths, patterns or addresses")
+    cache.add_argument(
+        "--reference",
+        required=True,
+        help="open_clip:NAME/TAG, open_clip:NAME/FILE.safetensors, or a folder with "
+        "open_clip_config.json and open_clip_model.safetensors",
+    )
+    cache.add_argument("--out", required=True, help="a folder, or an s3:// or gs:// address")
+    cache.add_argument("--num-workers", type=int, default=0, help="processes that read (default 0)")
+    cache.add_argument(
+        "--micro-batch-size", type=int, default=256, help="examples per pass (default 256)"
+    )
+    cache.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="embed under autocast in a shorter type (default float32: the model's own)",
+    )
+    cache.add_argument(
+        "--device", default="cpu", help="where to embed; cuda is each rank's own (default cpu)"
+    )
+    cache.add_argument("--image-key", default=None, help="member that holds the image")
+    cache.add_argument("--text-key", default=None, help="member that holds the text")
+    cache.add_argument(
+        "--on-bad-example",
+        choices=("raise", "skip"),
+        default="raise",
+        help="skip leaves out and counts what cannot be read (default raise)",
+    )
+    cache.set_defaults(run=_cache)
+
+
+def _cache(options: argparse.Namespace) -> None:
+    import torch
+
+    from jest_stream.caching import ReferenceCache
+    from jest_stream.caching.cache import DEFAULT_IMAGE_KEY, DEFAULT_TEXT_KEY
+    from jest_stream.errors import IncompleteCacheError
+    from jest_stream.scoring.named import load_reference
+
+    # torchrun's; a device that names its number is taken as it is.
+    local_rank = os.environ.get("LOCAL_RANK")
+    device = options.device
+    if device == "cuda" and local_rank is not None:
+        device = f"cuda:{local_rank}"
+    source = options.source[0] if len(options.source) == 1 else options.source
+    named = load_reference(options.reference)
+    with ReferenceCache.build(
+        source,
+        named.module,
+        options.out,
+        transform=named.transform,
+        tokenizer=named.tokenizer,
+        image_key=options.image_key or DEFAULT_IMAGE_KEY,
+        text_key=options.text_key or DEFAULT_TEXT_KEY,
+        num_workers=options.num_workers,
+        micro_batch_size=options.micro_batch_size,
+        autocast_dtype=None if options.dtype == "float32" else getattr(torch, options.dtype),
+        device=device,
+        on_bad_example=options.on_bad_example,
+        show_progress=True,
+    ) as cache:
+        try:
+            print(cache.summary())
+        except IncompleteCacheError as incomplete:  # of other ranks, which are still at work
+            print(
+                f"{options.out}: this process has done its shards; {incomplete.num_done} of "
+                f"{incomplete.num_shards} are done in all"
+            )
 
 
 def _index(options: argparse.Namespace) -> None:
@@ -97,3 +190,7 @@ def _demo(options: argparse.Namespace) -> None:
         device=options.device,
         filter_ratio=options.filter_ratio,
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,6 +5,8 @@ Iterated in the training process, by the training thread: scoring needs the trai
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, NoReturn
@@ -14,6 +16,7 @@ from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
 
 from jest_stream.batches import structured
+from jest_stream.caching import ReferenceCache
 from jest_stream.config import (
     OnBadExample,
     OnBadShard,
@@ -27,12 +30,13 @@ from jest_stream.errors import ClosedError, ConfigError, WrongProcessError
 from jest_stream.iterator import JESTIterator
 from jest_stream.pipeline import Pipeline
 from jest_stream.plan import Plan
-from jest_stream.reporting.metrics import Metrics
+from jest_stream.reporting import Metrics, RunCost
 from jest_stream.sizes import FilterRatio
 from jest_stream.sources.decode import Limits
 from jest_stream.storage import StorageConfig
 from jest_stream.views import Key, ReducedDecoding, TrainViewFrom, Transform
 
+_LOG = logging.getLogger("jest_stream")
 _HOW_TO_KNOW = (
     "pass steps_per_epoch to give it one, or repeat=False with a source that knows how many "
     "examples its shards hold (a manifest) and nothing that is skipped"
@@ -53,8 +57,10 @@ class JESTDataset(IterableDataset[Any]):
       storage: how remote shards are reached: cache, read-ahead, time-outs, retries.
       learner: the model being trained, with `encode_image`, `encode_text` and `logit_scale` (as in
         open_clip) or a CLIP or SigLIP of transformers. Never modified; copied at the first `next`.
-      reference: a frozen model of the same kind that defines what is learnable. Taken over: put
-        into eval mode and moved to the scoring device.
+      reference: what defines what is learnable: a frozen model of the same kind, taken over (put
+        into eval mode and moved to the scoring device); the name of one, `"open_clip:NAME/TAG"`,
+        `"open_clip:NAME/PATH.safetensors"` or a folder in open_clip's layout; or a
+        `ReferenceCache` or its address: then no reference runs.
       transform: makes the tensor that is scored from the decoded image. Deterministic.
       tokenizer: makes the tensor of token ids from the text.
       train_transform: makes the image that is trained on; may be random. Run for the selected
@@ -65,8 +71,9 @@ class JESTDataset(IterableDataset[Any]):
       reduced_decoding: whether JPEGs are decoded at a fraction of their size for scoring. `"auto"`:
         where `transform` is a known Compose that begins with a Resize, and the train view is made
         of the encoded image.
-      reference_transform: the reference's own view of the image. Default: `transform`'s.
-      reference_tokenizer: the reference's own tokens. Default: `tokenizer`'s.
+      reference_transform: the reference's own view of the image. Default: that of a named model,
+        else `transform`'s. With a cache: what it must have been built with.
+      reference_tokenizer: the reference's own tokens. Default: likewise, else `tokenizer`'s.
       image_key: member that holds the image; alternatives as in `"jpg;png"`, or a function of the
         decoded example.
       text_key: likewise for the text.
@@ -94,11 +101,16 @@ class JESTDataset(IterableDataset[Any]):
       scoring_device: where the copy and the reference run. Default: `device`.
       as_dict: yield a dict with `image`, `text`, `key` and `weight`, which undoes the selection in
         means over examples (see `Selection.weights`).
+      with_reference: add `reference` to the dict: a dict with the `image` and `text` embeddings of
+        the batch by the reference, `[b, D]` float32 with unit-norm rows, and its `logit_scale` and
+        `logit_bias`. For distillation.
       on_bad_example: `"raise"`, or `"skip"` to leave out and count an unreadable example.
       on_bad_shard: `"raise"`, or `"skip"` to leave out and count the rest of a damaged shard.
       max_bad_fraction: share of bad examples, of a thousand or more, above which skipping ends.
       limits: the largest images and texts that are decoded.
       timeout_s: seconds to wait for a worker process.
+      training_flops: FLOPs of your training step per example, for `metrics()` and `cost()`, as
+        `jest_stream.training_flops` measures them. Default: three forward passes of the learner.
 
     Raises:
       ConfigError: for arguments that cannot work, with the fix.
@@ -114,7 +126,7 @@ class JESTDataset(IterableDataset[Any]):
         *,
         storage: StorageConfig | None = None,
         learner: nn.Module | None = None,
-        reference: nn.Module | None = None,
+        reference: nn.Module | ReferenceCache | str | os.PathLike[str] | None = None,
         transform: Transform | None = None,
         tokenizer: Transform | None = None,
         train_transform: Transform | None = None,
@@ -140,17 +152,21 @@ class JESTDataset(IterableDataset[Any]):
         device: torch.device | str | None = None,
         scoring_device: torch.device | str | None = None,
         as_dict: bool = False,
+        with_reference: bool = False,
         on_bad_example: OnBadExample = "raise",
         on_bad_shard: OnBadShard = "raise",
         max_bad_fraction: float = 0.01,
         limits: Limits | None = None,
         timeout_s: float = 120.0,
+        training_flops: float | None = None,
     ) -> None:
         arguments = dict(locals())
         super().__init__()
         self._plan = Plan(arguments)
         self._as_dict = require_bool("as_dict", as_dict)
-        self._metrics = Metrics(groups=self._plan.selection.quotas or ())
+        self._metrics = Metrics(
+            groups=self._plan.selection.quotas or (), training_flops=training_flops
+        )
 
     def __iter__(self) -> JESTIterator:
         """Returns an iterator that continues the stream; an older one stops being usable."""
@@ -222,8 +238,22 @@ class JESTDataset(IterableDataset[Any]):
         self._open().refresh()
 
     def metrics(self) -> dict[str, float | int]:
-        """Returns what happened so far, as a flat dict for any logger."""
+        """Returns what happened so far, as a flat dict for any logger.
+
+        The first call that finds a model or a size of views for the first time runs one example
+        through the model, to count its FLOPs; nothing of it changes but that its forward hooks
+        see that example. FLOPs are NaN before the first batch, and for what cannot be counted.
+        """
+        self._price()
         return self._metrics.as_dict()
+
+    def cost(self) -> RunCost:
+        """Returns what the run paid so far on this rank, and what that means: `print` it.
+
+        FLOPs are counted as in `metrics()`: ask once before `close()`, which lets go of the models.
+        """
+        self._price()
+        return self._metrics.cost()
 
     def state_dict(self, *, include_learner_copy: bool = False) -> dict[str, Any]:
         """Returns what resumes the stream behind the last batch handed out.
@@ -254,8 +284,15 @@ class JESTDataset(IterableDataset[Any]):
     def close(self) -> None:
         """Stops workers, closes files and connections, lets go of the models.
 
-        May be called again. A `Source` that was passed is left open: others may read from it.
+        May be called again. A `Source` that was passed is left open: others may read from it. What
+        the run cost is logged by the logger `jest_stream`, at level INFO.
         """
+        if not self._is_closed and self._pipeline is not None and _LOG.isEnabledFor(logging.INFO):
+            _LOG.info("%r has ended.\n%s", self, self.cost())
+        self._release()
+
+    def _release(self) -> None:
+        self._metrics.stop_clock()
         self._is_closed = True
         if self._pipeline is not None:
             self._pipeline.close()
@@ -265,8 +302,8 @@ class JESTDataset(IterableDataset[Any]):
         return self
 
     def __del__(self) -> None:
-        if hasattr(self, "_plan"):  # the constructor may have failed before
-            self.close()
+        if hasattr(self, "_metrics"):  # the constructor may have failed before
+            self._release()
 
     def __exit__(
         self,
@@ -304,7 +341,15 @@ class JESTDataset(IterableDataset[Any]):
             self._pipeline = self._plan.build(self._metrics, rank=rank, world_size=world_size)
         return self._pipeline
 
+    def _price(self) -> None:
+        if self._pipeline is not None and not self._is_closed:
+            self._pipeline.price()
+
+    def _rest(self) -> None:
+        self._metrics.stop_clock()
+
     def _pause(self) -> None:
+        self._rest()
         if self._pipeline is not None:
             self._pipeline.pause()
 
@@ -313,13 +358,14 @@ class JESTDataset(IterableDataset[Any]):
 
     def _next(self) -> tuple[Any, bool]:
         """One batch in the user's structure, None at the end of a pass; whether the epoch ended."""
-        pipeline = self._open()
-        try:
-            columns = pipeline.next_batch()
-        except BaseException:
-            pipeline.pause()
-            raise
-        has_ended = pipeline.epoch_step == 0
-        if columns is None:
-            return None, has_ended
-        return structured(columns, as_dict=self._as_dict), has_ended
+        with self._metrics.timed("yielding"):
+            pipeline = self._open()
+            try:
+                columns = pipeline.next_batch()
+            except BaseException:
+                pipeline.pause()
+                raise
+            has_ended = pipeline.epoch_step == 0
+            batch = None if columns is None else structured(columns, as_dict=self._as_dict)
+        self._metrics.hand_over()
+        return batch, has_ended

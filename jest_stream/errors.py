@@ -94,6 +94,39 @@ class ScoringMemoryError(JESTError, RuntimeError):
     """A device that has too little memory to score even one candidate at a time."""
 
 
+class ReferenceMismatchError(JESTError):
+    """A reference cache that does not belong to the reference, its views or the data at hand."""
+
+
+class IncompleteCacheError(ReferenceMismatchError):
+    """A reference cache whose building has not come to its end.
+
+    Attributes:
+      num_done: shards that are in it.
+      num_shards: shards that the source has.
+    """
+
+    def __init__(self, message: str, *, num_done: int, num_shards: int) -> None:
+        super().__init__(message)
+        self.num_done = num_done
+        self.num_shards = num_shards
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+class CacheDamagedError(ShardError, ReferenceMismatchError):
+    """A file of a reference cache that was cut, or is not what was written."""
+
+
+class CachedShardChangedError(ShardChangedError, ReferenceMismatchError):
+    """A shard that is no longer what it was when its embeddings were cached."""
+
+
+class NotCachedError(BadExampleError, ReferenceMismatchError):
+    """An example whose reference embeddings are not in the cache."""
+
+
 class ResumeMismatchError(JESTError):
     """A checkpoint that was taken under other settings than it is loaded into."""
 

@@ -23,6 +23,9 @@ class Stream(Protocol):
     def _pause(self) -> None:
         """Stops worker processes and closes files."""
 
+    def _rest(self) -> None:
+        """Notes that the loop has ended: what the user does next is not training."""
+
     def _is_held_by(self, token: object) -> bool:
         """Returns whether no newer iterator, with another token, has taken over."""
 
@@ -46,6 +49,7 @@ class JESTIterator(Iterator[Any]):
                 "stream. Use the newest iterator, or one JESTDataset for each loop."
             )
         if self._has_ended:
+            self._stream._rest()
             raise StopIteration
         try:
             batch, self._has_ended = self._stream._next()
@@ -55,6 +59,7 @@ class JESTIterator(Iterator[Any]):
                 "training loop in silence. Catch it there."
             ) from error
         if batch is None:
+            self._stream._rest()
             raise StopIteration
         return batch
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,28 +27,19 @@ from jest_stream.checkpoint import (
     state_of,
 )
 from jest_stream.config import StreamConfig
+from jest_stream.embedder import Embedder
 from jest_stream.epochs import PassLength, shard_counts
 from jest_stream.errors import ConfigError, NonFiniteError, ResumeMismatchError
 from jest_stream.feed import Feed
+from jest_stream.ledger import Ledger, Scored
 from jest_stream.randomness import derive_seed
 from jest_stream.reporting.metrics import Metrics
-from jest_stream.scoring.choice import Choice
 from jest_stream.scoring.streams import Ring
 from jest_stream.selector import Selector
 from jest_stream.sizes import Layout, Sizes
 from jest_stream.superbatch import Position, SuperBatch
 from jest_stream.types import Cursor, Source
 from jest_stream.views import Columns, ScoreView
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """A super-batch in flight: chosen from, not yet handed out."""
-
-    super_batch: SuperBatch
-    choice: Choice
-    weights_step: int | None
-    """The step whose learner weights it was scored with; None without a learner."""
 
 
 class Pipeline:
@@ -63,6 +54,7 @@ class Pipeline:
         layout: Layout,
         score_view: ScoreView,
         batches: Batches,
+        embedder: Embedder,
         selector: Selector,
         metrics: Metrics,
         devices: Callable[[], tuple[torch.device, torch.device]],
@@ -72,8 +64,10 @@ class Pipeline:
         self._sizes = sizes
         self._source = source
         self._batches = batches
+        self._embedder = embedder
         self._selector = selector
         self._metrics = metrics
+        self._ledger = Ledger(metrics)
         self._devices = devices  # asked when reading begins: models may be moved until then
         self._device = torch.device("cpu")
         self._ring = Ring(self._device)  # of the scoring device
@@ -112,7 +106,7 @@ class Pipeline:
             # Only now, with all that is next queued, may the host wait for a choice.
             self._start_views(num_awaited=len(self._in_flight) - 1)
             batch = self._hand_out(self._in_flight[0])
-        self._count(self._in_flight.popleft())
+        self._ledger.book(self._in_flight.popleft(), batch, step=self.step)
         self.step += 1
         self.epoch_step += 1
         self.is_resumed, self._has_begun = False, True
@@ -151,16 +145,20 @@ class Pipeline:
             self.step = epoch * (self._config.steps_per_epoch or 0)
             self._go_to(self._start_of(epoch), restored=[])
 
+    def price(self) -> None:
+        """Measures what the models' forward passes cost, as far as that is not known."""
+        self._embedder.price()
+
     def refresh(self) -> None:
         """Copies the learner's weights now."""
         self._place()
-        self._selector.refresh(self.step, force=True)
+        self._embedder.refresh(self.step, force=True)
 
     def describe(self) -> str:
         """Returns the live state, for `repr`."""
         parts = [f"step {self.step}", f"{len(self._in_flight)} super-batches in flight"]
-        if self._selector.weights_step is not None:
-            parts.append(f"learner copy {self.step - self._selector.weights_step} steps old")
+        if self._embedder.weights_step is not None:
+            parts.append(f"learner copy {self.step - self._embedder.weights_step} steps old")
         return " | ".join(parts)
 
     def pause(self) -> None:
@@ -177,7 +175,7 @@ class Pipeline:
             scored.super_batch.columns.clear()
             scored.super_batch.on_host.clear()
         self._ring.close()
-        self._selector.close()
+        self._embedder.close()
 
     def _start_of(self, epoch: int) -> Position:
         return Position({lane: Cursor(epoch, 0, 0, 0) for lane in self._feed.layout.lanes}, 0)
@@ -187,7 +185,7 @@ class Pipeline:
         lost = [scored.super_batch for scored in self._in_flight]
         for super_batch in lost if self._tail is None else [*lost, self._tail]:
             self._metrics.count("epoch_abandoned", super_batch.size)
-            self._count_skipped(super_batch)
+            self._ledger.book_skipped(super_batch)
         self._metrics.count("epoch_abandoned", sum(size for size, *_ in self._restored))
         self.epoch, self.epoch_step = epoch, 0
         self._go_to(self._start_of(epoch), restored=[])
@@ -278,7 +276,9 @@ class Pipeline:
                 f"They have changed since; start anew, or resume from the same data."
             )
         _, weights_step, selection = read_record(record, torch.device("cpu"))
-        choice = super_batch.slot.restore(selection)
+        choice = self._selector.restore(
+            super_batch.columns, slot=super_batch.slot, selection=selection
+        )
         return Scored(super_batch=super_batch, choice=choice, weights_step=weights_step)
 
     def _read(self, size: int) -> SuperBatch:
@@ -294,7 +294,7 @@ class Pipeline:
         if scoring_device != self._ring.device:
             self._ring.drain()
             self._ring = Ring(scoring_device)
-        self._selector.ring = self._ring
+        self._embedder.ring = self._ring
 
     def _go_to(self, position: Position, *, restored: list[Record]) -> None:
         """Forgets what is in flight; reading goes on at `position`."""
@@ -315,28 +315,6 @@ class Pipeline:
         with self._metrics.timed("yielding"), super_batch.slot.handing_out():
             return self._batches.make(super_batch, choice, step=self.step, device=self._device)
 
-    def _count(self, scored: Scored) -> None:
-        """Books what is handed out, when it is: a checkpoint counts what it describes."""
-        super_batch, metrics = scored.super_batch, self._metrics
-        selection = scored.choice.on_host()
-        rows = list(zip(super_batch.columns["shard"], super_batch.columns["key"], strict=True))
-        metrics.count("steps")
-        metrics.count("samples_read", super_batch.size)
-        metrics.count("samples_trained", len(selection.indices))
-        metrics.count("super_batch_duplicates", super_batch.size - len(set(rows)))
-        self._count_skipped(super_batch)
-        metrics.add_device_seconds(scored.choice.device_seconds())
-        metrics.count_groups(selection.group_counts.tolist(), selection.quota_excess.tolist())
-        metrics.observe(
-            selection,
-            staleness=None if scored.weights_step is None else self.step - scored.weights_step,
-        )
-
-    def _count_skipped(self, super_batch: SuperBatch) -> None:
-        for reason, amount in super_batch.skipped.items():
-            self._metrics.count_skipped(reason, amount)
-        self._metrics.count_source(super_batch.counts)
-
     def _end_pass(self) -> None:
         """Books what is left at the end of a pass: fewer examples than make a sub-batch."""
         if self._tail is not None:
@@ -347,7 +325,7 @@ class Pipeline:
                     f"or repeat=True."
                 )
             self._metrics.count("epoch_tail", self._tail.size)
-            self._count_skipped(self._tail)
+            self._ledger.book_skipped(self._tail)
             self._tail = None
         elif self._pass is not None:
             left = self._pass.num_left(self._feed.position.cursors, self._feed.layout, self.epoch)
@@ -369,7 +347,7 @@ class Pipeline:
             in_flight=[*in_flight, *self._restored],
             counters=self._metrics.state_dict(),
         )
-        copy = self._selector.copy_state() if include_learner_copy else None
+        copy = self._embedder.copy_state() if include_learner_copy else None
         layout = self._feed.layout
         settings = self._settings(layout.num_lanes, self._lookahead())
         return state_of(progress, settings, layout, copy)
@@ -398,7 +376,7 @@ class Pipeline:
         self._epoch_batches = epoch_batches
         self.is_resumed = self._has_begun = True
         self._metrics.load_state_dict(progress.counters)
-        self._selector.load_copy_state(state["learner_copy"])
+        self._embedder.load_copy_state(state["learner_copy"])
 
     def _settings(self, num_lanes: int | None, lookahead: int | None) -> dict[str, Any]:
         """Returns what must be the same where a checkpoint is loaded."""

@@ -6,26 +6,31 @@ Opens the source; builds when ranks are known. Reads nothing by itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from jest_stream.batches import Batches
+from jest_stream.caching import ReferenceCache
 from jest_stream.config import (
     ScoringConfig,
     SelectionConfig,
     StreamConfig,
     Term,
     as_device,
+    require_bool,
     require_functions,
     require_key,
     require_one_of,
     require_rule,
     require_scoring,
 )
+from jest_stream.embedder import Embedder
 from jest_stream.errors import ConfigError
+from jest_stream.models import Models
 from jest_stream.pipeline import Pipeline
+from jest_stream.references import open_reference
 from jest_stream.reporting.metrics import Metrics
-from jest_stream.selector import Models, Selector
+from jest_stream.selector import Selector
 from jest_stream.sizes import Layout, resolve_sizes
 from jest_stream.sources import open_source
 from jest_stream.sources.decode import Limits
@@ -127,7 +132,25 @@ class Plan:
         )
         self.stream = _settings(StreamConfig, given)
         self._scoring = require_scoring(ScoringConfig() if scoring is None else scoring)
-        self._views = _settings(Views, given)
+        self._devices = tuple(as_device(name, given[name]) for name in ("device", "scoring_device"))
+        self._source = open_source(given["source"], storage=given["storage"])
+        is_own = self._source is not given["source"]
+        self._closers: list[Callable[[], None]] = []
+        if is_own and hasattr(self._source, "close"):
+            self._closers.append(self._source.close)
+        views = _settings(Views, given)
+        reference = open_reference(
+            given["reference"],
+            transform=views.reference_transform,
+            tokenizer=views.reference_tokenizer,
+            keys=(views.image_key, views.text_key),
+            storage=given["storage"],
+        )
+        self._views = replace(
+            views,
+            reference_transform=reference.transform,
+            reference_tokenizer=reference.tokenizer,
+        )
         self._recipe = self._views.recipe()
         self._two_sizes = TwoSizes.of(
             given["score_view_fraction"],
@@ -136,13 +159,18 @@ class Plan:
             has_train_view=self._views.train_transform is not None,
             finish=self._recipe.finishes().get("image"),
         )
-        self._devices = tuple(as_device(name, given[name]) for name in ("device", "scoring_device"))
-        self._source = open_source(given["source"], storage=given["storage"])
-        is_own = self._source is not given["source"]
-        self._close_source: Callable[[], None] | None = (
-            getattr(self._source, "close", None) if is_own else None
+        self._yields_reference = _checked_request(given["with_reference"], given["as_dict"])
+        self._models = Models(
+            self.selection,
+            given["learner"],
+            reference.model,
+            yields_reference=self._yields_reference,
         )
-        self._models = Models(self.selection, given["learner"], given["reference"])
+        if isinstance(reference.model, ReferenceCache):
+            if reference.is_own:
+                self._closers.append(reference.model.close)
+            if self._models.cache is not None:
+                self._source = self._models.cache.join(self._source)
 
     def build(self, metrics: Metrics, *, rank: int, world_size: int) -> Pipeline:
         """Returns what reads, scores and hands out on this rank."""
@@ -151,13 +179,25 @@ class Plan:
         lanes = num_lanes(
             self._source.num_shards, self.sizes.stream_size * world_size, world_size, stream.lanes
         )
-        selector = Selector(
-            self.selection,
+        embedder = Embedder(
             self._models,
             scoring=self._scoring,
             refresh_every=stream.refresh_every,
             metrics=metrics,
             finishes=finishes,
+        )
+        selector = Selector(
+            self.selection,
+            embedder,
+            loss=self._models.loss,
+            metrics=metrics,
+            with_reference=self._yields_reference,
+        )
+        batches = Batches(
+            self._views.late_views(stream, recipe, rank=rank),
+            finishes,
+            self._two_sizes,
+            embedder.reference_of if self._yields_reference else None,
         )
         return Pipeline(
             stream,
@@ -165,9 +205,8 @@ class Plan:
             source=self._source,
             layout=Layout(num_lanes=lanes, rank=rank, world_size=world_size),
             score_view=self._views.score_view(self.selection, recipe),
-            batches=Batches(
-                self._views.late_views(stream, recipe, rank=rank), finishes, self._two_sizes
-            ),
+            batches=batches,
+            embedder=embedder,
             selector=selector,
             metrics=metrics,
             devices=lambda: self._models.devices(*self._devices),
@@ -175,8 +214,8 @@ class Plan:
 
     def release(self) -> None:
         """Closes the source, unless the user passed a `Source`; lets go of the models."""
-        if self._close_source is not None:
-            self._close_source()
+        for close in self._closers:
+            close()
         self._models.release()
 
     def describe(self) -> str:
@@ -192,3 +231,13 @@ class Plan:
 def _settings(kind: type[_Settings], arguments: Mapping[str, Any]) -> _Settings:
     """Returns the settings whose fields are named as arguments are."""
     return kind(**{field.name: arguments[field.name] for field in fields(kind)})
+
+
+def _checked_request(with_reference: object, as_dict: object) -> bool:
+    """Returns whether batches are to have reference embeddings; they need a dict to be in."""
+    if require_bool("with_reference", with_reference) and not as_dict:
+        raise ConfigError(
+            "with_reference=True adds an entry to the batch, but as_dict=False yields a pair "
+            "(images, texts). Pass as_dict=True."
+        )
+    return bool(with_reference)

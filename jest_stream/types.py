@@ -18,6 +18,13 @@ Example = dict[str, Any]
 """One image-text record: `__key__`, then one entry per member, encoded (bytes) or ready to use."""
 
 
+REFERENCE_ROW = "__reference__"
+"""Entry of an example that tells where its cached reference embeddings are: a `ReferenceRow`."""
+ReferenceRow = tuple[Tensor, Tensor, int]
+"""`[n, D]` image and text embeddings of several examples, and which row is this one's: rows are
+gathered together, many times faster than each alone."""
+
+
 class Cursor(NamedTuple):
     """Where a lane goes on reading. Plain integers, so that a checkpoint can hold it."""
 
@@ -34,10 +41,12 @@ class Cursor(NamedTuple):
 class Source(Protocol):
     """A fixed list of shards, each readable from any example on.
 
-    Three members more are used where a source has them. `num_examples: Sequence[int] | None` says
+    Four members more are used where a source has them. `num_examples: Sequence[int] | None` says
     how many examples each shard holds, where that is known. `take_counts() -> dict[str, int]`
     returns what was counted in this process since the last call (bytes, retries, ...), for
     `metrics()`. `close()` closes what this process holds open beyond single reads: connections.
+    `shard_content(shard) -> tuple[int, str]` returns what names the content of a shard now: its
+    length in bytes, and its ETag or the like, "" if that is unknown.
     """
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +34,7 @@ class StreamConfig:
     on_bad_shard: OnBadShard
     max_bad_fraction: float
     timeout_s: float
+    training_flops: float | None
 
     def __post_init__(self) -> None:
         integers = {"refresh_every": 1, "num_workers": 0, "seed": 0}
@@ -50,6 +52,12 @@ class StreamConfig:
             )
         if not as_number("timeout_s", self.timeout_s) > 0:
             raise ConfigError(f"timeout_s must be above 0 seconds, got {self.timeout_s}")
+        flops = self.training_flops
+        if flops is not None and not 0 < as_number("training_flops", flops) < math.inf:
+            raise ConfigError(
+                f"training_flops must be above 0, the FLOPs of a training step per example, or "
+                f"None for an estimate, got {flops}"
+            )
         if self.steps_per_epoch is not None and not self.repeat:
             raise ConfigError(
                 f"steps_per_epoch={self.steps_per_epoch} promises that many batches, "

@@ -30,7 +30,7 @@ from jest_stream.demo.plot import save_plot
 from jest_stream.demo.training import Point, train
 from jest_stream.errors import ConfigError
 from jest_stream.randomness import isolated_rng
-from jest_stream.reporting import StepFlops, forward_flops, step_flops, training_flops
+from jest_stream.reporting import RunCost, training_flops
 
 DEFAULT_STEPS = 400
 BATCH_SIZE = 256
@@ -69,7 +69,7 @@ def run_demo(
     sets = data.evaluation_sets()
     with isolated_rng("demo model", seed):
         initial = TwoTowerModel().to(device)
-    price = price_of_a_step(initial, data.load_reference().to(device), sets[data.TARGET])
+    price = price_of_training(initial, sets[data.TARGET])
     with _shared_cores(device) as num_workers, ExitStack() as stack:
         runs = []
         for name, method in METHODS.items():
@@ -86,9 +86,10 @@ def run_demo(
                 selection=SelectionConfig(method=method),
                 seed=seed,
                 num_workers=num_workers,
+                training_flops=price,
             )
             stack.enter_context(dataset)
-            runs.append(_Run(name, model, dataset, sets, steps=steps, price=price))
+            runs.append(_Run(name, model, dataset, sets, steps=steps))
             stack.callback(runs[-1].close)
         _alternate(runs)
     curves = {run.name: run.curve for run in runs}
@@ -96,26 +97,11 @@ def run_demo(
     return _write(folder, settings, curves, sets)
 
 
-def price_of_a_step(learner: TwoTowerModel, reference: TwoTowerModel, pairs: Pairs) -> StepFlops:
-    """Returns the FLOPs of training on a batch, and of scoring one candidate for it."""
-    images = pairs.images[:BATCH_SIZE].to(learner.logit_scale.device)
+def price_of_training(model: TwoTowerModel, pairs: Pairs) -> float:
+    """Returns the FLOPs of a training step per example, counted on a batch."""
+    images = pairs.images[:BATCH_SIZE].to(model.logit_scale.device)
     tokens = pairs.tokens[:BATCH_SIZE].to(images.device)
-    half = images[:, :, ::2, ::2]  # the cost is a matter of the size alone
-    dimension = reference.encode_text(tokens[:1]).shape[-1]
-
-    def scoring(model: TwoTowerModel) -> float:
-        """Returns the FLOPs of both towers for one candidate."""
-        towers = ((model.encode_image, half), (model.encode_text, tokens))
-        return sum(forward_flops(tower, inputs) for tower, inputs in towers) / len(tokens)
-
-    return step_flops(
-        super_batch_size=1,
-        batch_size=BATCH_SIZE,
-        training=training_flops(learner, lambda model: model(images, tokens)) / len(tokens),
-        learner_forward=scoring(learner),
-        reference_forward=scoring(reference),
-        dimensions=(dimension, dimension),
-    )
+    return training_flops(model, lambda copied: copied(images, tokens)) / len(tokens)
 
 
 class _Run:
@@ -129,14 +115,12 @@ class _Run:
         sets: Mapping[str, Pairs],
         *,
         steps: int,
-        price: StepFlops,
     ) -> None:
         from tqdm import tqdm
 
         self.name = name
         self.curve: list[Standing] = []
         self._dataset = dataset
-        self._price = price
         test_every = max(1, steps // TESTS_PER_RUN)
         self._training = train(model, dataset, sets, steps=steps, test_every=test_every)
         is_terminal = sys.stderr.isatty()
@@ -156,8 +140,7 @@ class _Run:
         self._bar.close()
 
     def _note(self, point: Point) -> None:
-        scored = int(self._dataset.metrics()["samples_scored"])
-        self.curve.append(_standing(point, scored, self._price))
+        self.curve.append(_standing(point, self._dataset.cost()))
         news = f"R@5 emoji {point.target.at_5:.1f} %, others {point.others.at_5:.1f} %"
         self._bar.set_postfix_str(news)
         if self._bar.disable:
@@ -174,12 +157,12 @@ def _alternate(runs: list[_Run]) -> None:
         runs = [run for run in runs if run.advance()]
 
 
-def _standing(point: Point, scored: int, price: StepFlops) -> Standing:
+def _standing(point: Point, cost: RunCost) -> Standing:
     return Standing(
         steps=point.step,
-        scored=scored,
-        trained=point.step * BATCH_SIZE,
-        flops=point.step * price.training + scored * (price.total - price.training),
+        scored=cost.samples_scored,
+        trained=cost.samples_trained,
+        flops=cost.flops.total,
         seconds=point.seconds,
         accuracy={"emoji": point.target, "others": point.others},
     )

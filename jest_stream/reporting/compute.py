@@ -8,7 +8,7 @@ Norms, softmax and other elementwise work count nothing.
 from __future__ import annotations
 
 import copy
-import warnings
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,33 +64,50 @@ def _counter() -> Iterator[FlopCounterMode]:
     has_cuda_state = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = [torch.cuda.current_device()] if has_cuda_state else []
     torch.backends.mha.set_fastpath_enabled(False)
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _OneModule()  # type: ignore[assignment]
     try:
         with (
-            warnings.catch_warnings(),
             torch.inference_mode(False),
             torch.random.fork_rng(devices=devices),
             sdpa_kernel(SDPBackend.MATH),
-            FlopCounterMode(display=False) as counter,
+            counter,
         ):
-            # The counter hooks all modules for the while; compiled ones remark on it.
-            warnings.filterwarnings("ignore", message=".*global hooks on modules")
             yield counter
     finally:
         torch.backends.mha.set_fastpath_enabled(has_fast_path)
 
 
+class _OneModule:
+    """Takes the place of what tells the counter in which module it is.
+
+    That would hook all modules of the process for the while, which compiled ones take ill, and
+    fails without gradients where a module is given a view of a parameter, as timm's attention
+    pool does.
+    """
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
-class StepFlops:
-    """FLOPs of one training step, by what they were spent on."""
+class Flops:
+    """FLOPs of a training step or of a whole run, by what they were spent on."""
 
     training: float
-    """The user's step on the sub-batch; all that a uniform step costs."""
+    """The user's steps on the sub-batches; all that uniform training costs."""
     learner_scoring: float
-    """The learner copy's pass over the super-batch."""
+    """The learner copy's passes over the super-batches."""
     reference_scoring: float
-    """The reference's pass over the super-batch; 0 if its embeddings are cached."""
+    """The reference's passes over the super-batches; 0 if its embeddings are cached."""
     selection: float
-    """Pair logits of the chosen with all candidates, both models."""
+    """Pair logits of the chosen with all candidates, of each model that counts."""
+    reusable: float = 0.0
+    """Part of `learner_scoring`: forward passes of the chosen at the size they are trained at. A
+    loader that scores with a copy pays them again in training; the paper counts them once."""
 
     @property
     def total(self) -> float:
@@ -99,39 +116,13 @@ class StepFlops:
 
     @property
     def ratio(self) -> float:
-        """Cost of the step over that of a uniform step of equal batch size."""
-        return self.total / self.training
+        """What was paid over what uniform training on as many examples costs."""
+        return self.total / self.training if self.training else math.nan
 
-
-def step_flops(
-    *,
-    super_batch_size: int,
-    batch_size: int,
-    training: float,
-    learner_forward: float = 0.0,
-    reference_forward: float = 0.0,
-    dimensions: tuple[int, ...] = (),
-    num_sweeps: int = 0,
-) -> StepFlops:
-    """Returns what one step costs, given what one example costs.
-
-    Args:
-      super_batch_size: examples scored per step.
-      batch_size: examples trained per step.
-      training: FLOPs of a training step per example.
-      learner_forward: FLOPs per example scored by the learner copy; 0 for scores without it.
-      reference_forward: FLOPs per example scored by the reference; 0 if cached.
-      dimensions: embedding dimension of each model that scores, for the pair logits.
-      num_sweeps: how often the chunks are drawn again, each time with as many pair logits.
-    """
-    return StepFlops(
-        training=batch_size * training,
-        learner_scoring=super_batch_size * learner_forward,
-        reference_scoring=super_batch_size * reference_forward,
-        # Each chosen example meets all candidates twice, as image and as text: two products of
-        # 2 D FLOPs per pair and model.
-        selection=4.0 * super_batch_size * batch_size * sum(dimensions) * (1 + num_sweeps),
-    )
+    @property
+    def ratio_with_reuse(self) -> float:
+        """The same as the paper counts it: without the reusable forward passes."""
+        return (self.total - self.reusable) / self.training if self.training else math.nan
 
 
 def cost_ratio(

@@ -1,4 +1,4 @@
-"""What the stream did so far: counters, last values and times, as one flat dict for any logger.
+"""What the stream did so far: counters, last values, times, FLOPs, as one flat dict for loggers.
 
 Fed by the training thread. Tensors are kept as they come and read only by `as_dict`, so that no
 step waits for the device.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
+from jest_stream.reporting.accounting import Accounting, Model, Pass
+from jest_stream.reporting.cost import RunCost
 from jest_stream.types import Selection
 
 _COUNTERS = (
@@ -22,7 +24,15 @@ _COUNTERS = (
     "epoch_abandoned",  # read for batches that were not handed out: the pass was broken off
     "super_batch_duplicates",  # keys that came again within one super-batch
 )
-_STAGES = ("data", "scoring", "selecting", "yielding")
+_STAGES = ("data", "scoring", "selecting", "yielding", "training")
+_FLOPS = (
+    "training",
+    "learner_scoring",
+    "reference_scoring",
+    "selection",
+    "ratio",
+    "ratio_with_reuse",
+)
 _SKIPPED = "skipped/"
 _OF_GROUPS = ("selected/", "quota_shortfall/", "quota_overrun/")
 
@@ -48,12 +58,17 @@ def shared_out(
 class Metrics:
     """Counters, last values and times of one dataset."""
 
-    def __init__(self, groups: Iterable[object] = ()) -> None:
+    def __init__(
+        self, groups: Iterable[object] = (), *, training_flops: float | None = None
+    ) -> None:
         """Starts at zero.
 
         Args:
           groups: names of the groups that have a quota, in the order of `count_groups`.
+          training_flops: of a training step per example, see `Accounting`.
         """
+        self.accounting = Accounting(training_flops=training_flops)
+        """What it costs in FLOPs."""
         self._counts = dict.fromkeys(_COUNTERS, 0)
         self._groups = [str(group) for group in groups]
         self._group_counts = {f"{name}{group}": 0 for name in _OF_GROUPS for group in self._groups}
@@ -104,7 +119,7 @@ class Metrics:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Adds the wall time of the block to a stage: data, scoring, selecting or yielding.
+        """Adds the wall time of the block to a stage: data, scoring, selecting, yielding.
 
         Stages nest: the inner one's time is not counted in the outer one, so that they add up.
         On CUDA this is the host's time; work that was only enqueued is not in it, see
@@ -117,17 +132,44 @@ class Metrics:
         finally:
             self._switch_to(outer)
 
+    def hand_over(self) -> None:
+        """Counts the time from now on as the user's training, until a stage begins."""
+        self._switch_to("training")
+
+    def stop_clock(self) -> None:
+        """Counts no time until a stage begins: the loop over the dataset has ended."""
+        self._switch_to(None)
+
+    def price(self, passes: Mapping[Model, Pass]) -> None:
+        """Measures what is not priced yet, see `Accounting`; within a loop as part of yielding."""
+        with self.timed("yielding") if self._stage else nullcontext():
+            self.accounting.price(passes)
+
+    def cost(self) -> RunCost:
+        """Returns what the run paid so far, FLOPs as far as they are priced."""
+        self._switch_to(self._stage)  # books the time that is running
+        return RunCost(
+            samples_read=self._counts["samples_read"],
+            samples_scored=self._counts["samples_scored"],
+            samples_trained=self._counts["samples_trained"],
+            flops=self.accounting.flops(),
+            is_training_estimated=self.accounting.is_training_estimated,
+            **{f"{stage}_s": seconds for stage, seconds in self._seconds.items()},
+        )
+
     def as_dict(self) -> dict[str, float | int]:
         """Returns everything, flat; the same keys each time but for what is first counted later:
         reasons of skipping, what the source counts, and on CUDA `scoring_device_s` and
         `selecting_device_s`, the device's seconds for the batches that were handed out.
 
         Last values are NaN where there is none (before the first batch, or for uniform
-        selection). Times are seconds since this object was made; the counters go on after a
-        resume.
+        selection), FLOPs where they are not priced. Times are seconds since this object was made;
+        the counters go on after a resume.
         """
         nan = math.nan
         last = self._selection
+        flops = self.accounting.flops()
+        self._switch_to(self._stage)  # books the time that is running
         return {
             **dict(sorted(self._of_source.items())),
             **self._counts,
@@ -138,6 +180,7 @@ class Metrics:
             "effective_support": float(last.effective_support.mean()) if last else nan,
             "selected_score": float(last.selected_score) if last else nan,
             "candidate_score": float(last.candidate_score) if last else nan,
+            **{f"flops_{name}": getattr(flops, name) for name in _FLOPS},
             **{f"{stage}_s": seconds for stage, seconds in self._seconds.items()},
             **{f"{stage}_device_s": amount for stage, amount in self._device_seconds.items()},
         }
@@ -149,6 +192,7 @@ class Metrics:
             **self._counts,
             **{_SKIPPED + reason: count for reason, count in self._skipped.items()},
             **self._group_counts,
+            **self.accounting.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
@@ -161,10 +205,13 @@ class Metrics:
         }
         # Quotas may change with a resume: what is new starts at 0.
         self._group_counts = {name: state.get(name, 0) for name in self._group_counts}
+        self.accounting.load_state_dict(state)
         self._of_source = {
             name: count
             for name, count in state.items()
-            if name not in self._counts and not name.startswith((_SKIPPED, *_OF_GROUPS))
+            if name not in self._counts
+            and not name.startswith((_SKIPPED, *_OF_GROUPS))
+            and not self.accounting.owns(name)
         }
 
     def _switch_to(self, stage: str | None) -> None:

@@ -31,6 +31,11 @@ class Pixels:
     image_size: tuple[int, ...]
     """Height and width of what it makes."""
 
+    @property
+    def shaped(self) -> Tensor:
+        """What it makes of all rows, without values."""
+        return torch.empty((*self.rows.shape[:2], *self.image_size), device="meta")
+
 
 Input = Tensor | Mapping[str, Tensor] | Pixels
 """What is embedded: one tensor, or named tensors that the tower takes as keywords, or pixels. All
@@ -71,6 +76,16 @@ class TwoTower:
         """Where the module is, told by its logit scale."""
         return _scalar(self.module, "logit_scale", self.role).device
 
+    @property
+    def scale_and_bias(self) -> tuple[Tensor, Tensor | float]:
+        """The multiplier of the logits, exponentiated, and their offset: tensors of their own."""
+        scale = _scalar(self.module, "logit_scale", self.role).float().exp().reshape(())
+        bias: Tensor | float = 0.0
+        if self.has_bias:
+            # Cloned: the learner copy is refreshed in place while embeddings are still in use.
+            bias = _scalar(self.module, "logit_bias", self.role).float().clone().reshape(())
+        return scale, bias
+
     def embed(self, image: Input, text: Input) -> Embeddings:
         """Returns the embeddings of B pairs, in float32 and with unit-norm rows.
 
@@ -90,11 +105,7 @@ class TwoTower:
                 f"embeddings of shape {list(text_rows.shape)}. Both towers must give one row per "
                 f"pair and the same dimension."
             )
-        scale = _scalar(self.module, "logit_scale", self.role).float().exp().reshape(())
-        bias: Tensor | float = 0.0
-        if self.has_bias:
-            # Cloned: the learner copy is refreshed in place while embeddings are still in use.
-            bias = _scalar(self.module, "logit_bias", self.role).float().clone().reshape(())
+        scale, bias = self.scale_and_bias
         return Embeddings(image=image_rows, text=text_rows, logit_scale=scale, logit_bias=bias)
 
     def _rows(self, method: str, value: Input) -> Tensor:

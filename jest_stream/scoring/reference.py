@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from jest_stream.config import ScoringConfig
 from jest_stream.errors import ConfigError
@@ -56,6 +56,11 @@ class ReferenceModel:
         if module is not self.tower.module:
             self.tower = two_tower(module, role="reference")
         self.tower.module.to(device=device).eval()
+
+    @property
+    def scale_and_bias(self) -> tuple[Tensor, Tensor | float]:
+        """What multiplies the reference's logits, and what is added to them."""
+        return self.tower.scale_and_bias
 
     def embed(
         self,

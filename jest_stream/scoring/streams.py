@@ -190,6 +190,17 @@ class Slot:
             marks=self._marks,
         )
 
+    def keep_rows(self, name: str, rows: Tensor) -> Tensor:
+        """Returns what was computed within `scoring`, copied to where it outlasts its use.
+
+        To be called before `keep`, behind which the consumer waits.
+        """
+        if not self._backend.overlaps:
+            return rows
+        kept = self._room(name, tuple(rows.shape), rows.dtype)[1]
+        kept.copy_(rows)
+        return kept
+
     def restore(self, selection: Selection) -> Choice:
         """Returns a choice of a former run, whose tensors lie on the CPU, as `keep` does."""
         if not self._backend.overlaps:

@@ -14,6 +14,7 @@ its baselines. Functions named `select_...` take a `torch.Generator` and return 
     sampling.py     drawing without replacement, its noise and its probabilities
     quotas.py       floors, caps and shares of groups
     baselines.py    independent and uniform selection
+    cost.py         what choosing costs
     checks.py       what the user passed, checked
 
 Pure functions: no state, no process groups, no global randomness.
@@ -25,6 +26,7 @@ from jest_stream.selection.baselines import (
     select_uniformly,
     uniform_selection,
 )
+from jest_stream.selection.cost import choice_flops, num_conditioned_on, selection_flops
 from jest_stream.selection.drawing import DrawRule
 from jest_stream.selection.joint import joint_selection, select_jointly
 from jest_stream.selection.quotas import Groups
@@ -47,6 +49,7 @@ __all__ = [
     "DrawRule",
     "Groups",
     "WeightedScore",
+    "choice_flops",
     "draw_key",
     "easy_reference",
     "effective_support",
@@ -57,9 +60,11 @@ __all__ = [
     "joint_selection",
     "learnability",
     "needs",
+    "num_conditioned_on",
     "select_independently",
     "select_jointly",
     "select_uniformly",
+    "selection_flops",
     "target_similarity",
     "uniform_selection",
 ]

@@ -145,6 +145,13 @@ class HuggingFaceSource:
         """Returns what to call a shard in a message."""
         return self._source.shard_name(shard)
 
+    def shard_content(self, shard: int) -> tuple[int, str] | None:
+        """Returns the length of a file of a repository; None of an object, which has none."""
+        if self._files is None:
+            return None
+        # Not the commit: it moves with every change of the repository, to other files too.
+        return self._files.infos[shard].num_bytes, ""
+
     def read(
         self, shard: int, *, offset: int = 0, index: int = 0
     ) -> Iterator[tuple[Example | BadExampleError, int]]:

@@ -102,6 +102,10 @@ class TarSource:
         url = self._shards[shard].url
         return redacted(url) if scheme_of(url) else url
 
+    def shard_content(self, shard: int) -> tuple[int, str]:
+        """Returns the length of a shard and its ETag or the like, as they were seen first."""
+        return self._info(shard)
+
     def read(
         self, shard: int, *, offset: int = 0, index: int = 0
     ) -> Iterator[tuple[Example | BadExampleError, int]]:

@@ -6,10 +6,13 @@
 from jest_stream.storage.redaction import redacted
 from jest_stream.storage.settings import ObjectInfo, StorageConfig
 from jest_stream.storage.storage import Storage
+from jest_stream.storage.writing import NewFile, folder_address
 
 __all__ = [
+    "NewFile",
     "ObjectInfo",
     "Storage",
     "StorageConfig",
+    "folder_address",
     "redacted",
 ]

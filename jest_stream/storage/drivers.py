@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from jest_stream.errors import ConfigError
 from jest_stream.storage.answers import Answer
+from jest_stream.storage.redaction import redacted
 from jest_stream.storage.settings import ObjectInfo, StorageConfig
 
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "hf": "huggingface_hub"}
@@ -38,6 +39,9 @@ class Driver(Protocol):
 
     def pinned(self, url: str) -> str:
         """Returns the address of this very content, where a store can name it. Blocks."""
+
+    async def put(self, url: str, path: str) -> None:
+        """Makes a local file the object of that address, all of it or none."""
 
     async def close(self) -> None:
         """Closes every connection."""
@@ -129,6 +133,10 @@ class WebDriver:
         """Returns the address as it is."""
         return url
 
+    async def put(self, url: str, path: str) -> None:
+        """Raises: web servers are only read."""
+        raise ConfigError(f"cannot write {redacted(url)!r}: web servers are only read.")
+
     async def close(self) -> None:
         """Closes the session and its sockets."""
         async with self._connecting:
@@ -153,7 +161,8 @@ class GoogleDriver(WebDriver):
     """`gs://`: addresses and credentials by gcsfs, the objects by their media addresses."""
 
     def __init__(self, config: StorageConfig) -> None:
-        gcsfs: Any = importlib.import_module("gcsfs")
+        # The plain one: gcsfs's default asks about buckets by gRPC, on threads that stay.
+        gcsfs: Any = importlib.import_module("gcsfs.core")
         options = {
             "requests_timeout": config.stall_timeout_s,
             "use_listings_cache": False,
@@ -186,6 +195,17 @@ class GoogleDriver(WebDriver):
             for name, info in found.items()
             if info["type"] == "file"
         ]
+
+    async def put(self, url: str, path: str) -> None:
+        """Uploads a file; a resumable upload becomes the object with its last part."""
+        await self._buckets._put_file(path, url)
+
+    async def close(self) -> None:
+        """Closes both sessions and their sockets."""
+        await super().close()
+        session, self._buckets._session = self._buckets._session, None
+        if session is not None:
+            await session.close()
 
 
 class S3Answer:
@@ -270,6 +290,11 @@ class S3Driver:
     def pinned(self, url: str) -> str:
         """Returns the address as it is."""
         return url
+
+    async def put(self, url: str, path: str) -> None:
+        """Uploads a file; a large one in parts, which become the object together."""
+        await self.connect()
+        await self._files._put_file(path, url)
 
     async def close(self) -> None:
         """Closes the client and its sockets."""

@@ -88,6 +88,17 @@ class Fetcher:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def put(self, driver: Driver, url: str, path: str) -> None:
+        """Writes a local file as an object; done again whole where that helps."""
+        patience = Patience(url, self._config, self._generator, is_writing=True)
+
+        async def _put() -> bool:
+            await driver.put(url, path)
+            return True
+
+        while not await self._attempt(patience, 0, _put):
+            pass
+
     def patiently(self, url: str, call: Callable[[], _Result]) -> _Result:
         """Returns what a blocking call returns, repeated while that helps."""
         patience = self._patience(url)

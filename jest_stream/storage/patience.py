@@ -43,13 +43,22 @@ class Patience:
       url: the shard, as the user wrote it.
       config: holds the time limit.
       generator: draws the jitter, so that lanes that failed together do not come back together.
+      is_writing: whether it is a write that is tried.
     """
 
-    def __init__(self, url: str, config: StorageConfig, generator: random.Random) -> None:
+    def __init__(
+        self,
+        url: str,
+        config: StorageConfig,
+        generator: random.Random,
+        *,
+        is_writing: bool = False,
+    ) -> None:
         self.attempts = 0
         self._url = url
         self._limit_s = config.retry_timeout_s
         self._generator = generator
+        self._is_writing = is_writing
         self._start = time.monotonic()
         self._failures = 0  # in a row, without a byte in between
         self._num_bytes = 0
@@ -101,6 +110,8 @@ class Patience:
         """Returns the error that the user sees."""
         shard = redacted(self._url)
         times = "1 attempt" if self.attempts == 1 else f"{self.attempts} attempts"
+        if self._is_writing:
+            return self._not_written(shard, failure, f"{times}{why}")
         if failure.kind == "changed":
             return ShardChangedError(
                 f"shard {shard!r} changed while it was read: at byte {offset:,}, {failure}. What "
@@ -125,5 +136,16 @@ class Patience:
             f"last: {failure}. Check the server and the network, or raise retry_timeout_s.",
             shard=shard,
             offset=offset,
+            attempts=self.attempts,
+        )
+
+    def _not_written(self, shard: str, failure: AttemptFailed, tried: str) -> ShardError:
+        is_about_access = failure.kind == "never" and failure.status in (0, 401, 403, 404)
+        advice = _HINTS[store_of(self._url)] if is_about_access else "Check server and network."
+        return ShardUnavailableError(
+            f"cannot write {shard!r}: {failure} ({tried}, "
+            f"retry_timeout_s={self._limit_s:g}). What was written before is whole; go on by "
+            f"starting again. {advice}",
+            shard=shard,
             attempts=self.attempts,
         )

@@ -10,6 +10,9 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, BinaryIO
 
+import numpy as np
+import torch
+
 from jest_stream.errors import ConfigError
 from jest_stream.storage import addresses
 from jest_stream.storage.cache import DiskCache
@@ -21,6 +24,7 @@ from jest_stream.storage.read_ahead import MAX_BLOCK_BYTES, Block, ReadAhead, Wi
 from jest_stream.storage.redaction import redacted
 from jest_stream.storage.remote import RemoteFile
 from jest_stream.storage.settings import ObjectInfo, StorageConfig
+from jest_stream.storage.writing import NewFile, list_local, remove_unfinished, require_writable
 
 _DOWNLOAD_BYTES = 1 << 20
 
@@ -158,6 +162,66 @@ class Storage:
             if file is not None:
                 return file
         return self._open_remote(url, expected)
+
+    def mapped(self, url: str, expected: ObjectInfo | None = None) -> Any:
+        """Returns all bytes of a file: of one on this disk, or in the cache, without reading them.
+
+        `[n]` uint8 of numpy; writable, so that tensors can be made of it, but nothing that is
+        written reaches the file. It holds no descriptor.
+        """
+        with self.open(url, expected) as file:
+            try:
+                number = file.fileno()
+            except OSError:
+                return np.frombuffer(bytearray(file.read()), np.uint8)
+            num_bytes = os.fstat(number).st_size
+            if num_bytes == 0:
+                return np.zeros(0, np.uint8)
+            # Python's mmap would keep a descriptor for as long as rows are in use.
+            path = f"/dev/fd/{number}"
+            return torch.from_file(path, shared=False, size=num_bytes, dtype=torch.uint8).numpy()
+
+    def create(self, url: str) -> NewFile:
+        """Returns a new file to write, which replaces the one at `url` when it is committed.
+
+        Args:
+          url: a local path, or an `s3://` or `gs://` address.
+
+        Raises:
+          ConfigError: for what cannot be written to.
+          ShardUnavailableError: by its `commit`, once all attempts to upload are used up.
+        """
+        require_writable(url)
+        if not addresses.scheme_of(url):
+            return NewFile(url, None)
+
+        def _put(path: str) -> None:
+            connections = self._here().connections
+            limit_s = 2 * self._longest_wait_s() + os.path.getsize(path) / SLOWEST_BYTES_PER_S
+            driver = connections.driver(url)
+            connections.run(self._here().fetcher.put, driver, url, path, timeout_s=limit_s)
+
+        return NewFile(url, _put)
+
+    def names_in(self, folder: str) -> list[str]:
+        """Returns the names of the files directly in a folder that can be written to, sorted.
+
+        Raises:
+          ConfigError: for a store that cannot be listed in this way.
+          ShardUnavailableError: if it cannot be reached.
+        """
+        require_writable(folder)
+        if not addresses.scheme_of(folder):
+            return list_local(folder)
+        here = self._here()
+        driver = here.connections.driver(folder)
+        found = here.fetcher.patiently(folder, lambda: driver.matches(f"{folder}/*"))
+        return sorted(name.rpartition("/")[2] for name, _ in found)
+
+    def remove_unfinished(self, folder: str) -> None:
+        """Removes what killed processes have left of files they wrote; in a store there is none."""
+        if not addresses.scheme_of(folder):
+            remove_unfinished(folder)
 
     def take_counts(self) -> dict[str, int]:
         """Returns what was counted in this process since the last call.

@@ -8,10 +8,12 @@ example's metadata travels along, as `term` and `group`.
 """
 
 from jest_stream.views.columns import (
+    REFERENCE,
     Columns,
     View,
     collate,
     columns_of,
+    gather_rows,
     put_view,
     require_same_fields,
     view_of,
@@ -26,6 +28,7 @@ from jest_stream.views.score import ScoreView
 from jest_stream.views.train import TrainView
 
 __all__ = [
+    "REFERENCE",
     "Columns",
     "Finish",
     "Key",
@@ -39,6 +42,7 @@ __all__ = [
     "View",
     "collate",
     "columns_of",
+    "gather_rows",
     "make_recipe",
     "put_view",
     "require_same_fields",

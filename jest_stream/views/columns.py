@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from jest_stream.errors import ConfigError
+from jest_stream.types import REFERENCE_ROW, ReferenceRow
 from jest_stream.views.rows import Row
 
 Columns = dict[str, Any]
 """Each value holds one entry per example: a tensor `[n, …]`, or a list."""
+REFERENCE = "reference_embeddings"
+"""The view that holds what the reference makes of the examples: `[n, D]` images and texts."""
 View = Tensor | dict[str, Tensor] | list[Any]
 
 
@@ -27,12 +30,37 @@ def collate(rows: list[Row]) -> Columns:
       ConfigError: for tensors of different shapes.
     """
     require_same_fields([{**row, "key": [row["key"]]} for row in rows], num_dims=0)
-    return {
+    columns: Columns = {
         name: torch.stack([row[name] for row in rows])
         if isinstance(rows[0][name], Tensor)
         else [row[name] for row in rows]
         for name in rows[0]
     }
+    if REFERENCE_ROW in columns:
+        image, text = gather_rows(columns.pop(REFERENCE_ROW))
+        put_view(columns, REFERENCE, {"image": image, "text": text})
+    return columns
+
+
+def gather_rows(rows: Sequence[ReferenceRow]) -> tuple[Tensor, Tensor]:
+    """Returns `[n, D]` image and text embeddings, copied from where they are."""
+    parts: list[tuple[Tensor, Tensor]] = []
+    start = 0
+    for stop in range(1, len(rows) + 1):
+        if stop < len(rows) and rows[stop][0] is rows[start][0]:
+            continue
+        image, text, first = rows[start]
+        wanted = [row for _, _, row in rows[start:stop]]
+        if wanted == list(range(first, first + len(wanted))):  # as nearly always
+            behind = first + len(wanted)
+            parts.append((image[first:behind].clone(), text[first:behind].clone()))
+        else:
+            at = torch.tensor(wanted)
+            parts.append((image[at], text[at]))
+        start = stop
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
 def require_same_fields(parts: Sequence[Columns], *, num_dims: int = 1) -> None:

@@ -28,6 +28,8 @@ _TO_RGB = frozenset("MaybeConvertMode _convert_to_rgb".split())
 _SMOOTH = frozenset("bilinear bicubic lanczos box hamming".split())
 
 # The decoder gives at least this many pixels for each one that the view keeps, in each direction.
+# On 500 x 375 photographs of quality 90 a pixel then moves by 0.35 of 255 at 64 px (2.9 are left),
+# by 0.57 at 96 px (1.95) and 0.72 at 112 px (1.67); with 1.46 left for 64 px it would be 1.33.
 _MIN_RATIO = 1.6
 
 

@@ -10,7 +10,7 @@ import torch
 
 from jest_stream.config import Metadata, Term
 from jest_stream.sources.decode import DEFAULT_LIMITS, Decoded, Limits, Reduced, decode
-from jest_stream.types import Example
+from jest_stream.types import REFERENCE_ROW, Example
 from jest_stream.views.compose import Recognised, Reduction
 from jest_stream.views.metadata import Key, find, group_of, number_of
 from jest_stream.views.rows import Row, Transform, add_view, as_rgb, raw_image
@@ -54,6 +54,8 @@ class ScoreView:
             add_view(row, "reference_image", _viewed(self.reference[0], image))
         if self.reference[1] is not None:
             add_view(row, "reference_text", self.reference[1](text))
+        if REFERENCE_ROW in example:
+            row[REFERENCE_ROW] = example[REFERENCE_ROW]
         if self.keep_image:
             row["raw_image"] = raw_image(example, self.keys[0], image)
         if self.terms:

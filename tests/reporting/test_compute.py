@@ -6,6 +6,7 @@ Run: pytest tests/reporting/test_compute.py
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jest_stream.errors import ConfigError
-from jest_stream.reporting import cost_ratio, forward_flops, step_flops, training_flops
+from jest_stream.reporting import (
+    Flops,
+    cost_ratio,
+    forward_flops,
+    training_flops,
+)
+from jest_stream.selection import joint_selection, num_conditioned_on, selection_flops
+from jest_stream.types import Embeddings
 
 WIDTH, LAYERS, HEADS, DIMENSION, TOKENS, WORDS = 64, 3, 4, 32, 17, 12
 
@@ -23,28 +31,78 @@ def build_open_clip() -> nn.Module:
 
     vision = {"layers": LAYERS, "width": WIDTH, "head_width": WIDTH // HEADS}
     vision |= {"image_size": 32, "patch_size": 8}  # 16 patches and the class token
-    text = {"context_length": WORDS, "vocab_size": 64, "width": WIDTH}
-    text |= {"heads": HEADS, "layers": LAYERS}
-    return open_clip.CLIP(DIMENSION, vision, text).eval()
+    return open_clip.CLIP(DIMENSION, vision, text_config()).eval()
 
 
-def transformer_flops(tokens: int) -> int:
+def build_open_clip_with_timm() -> nn.Module:
+    """An image tower of timm: width 192, 12 layers, 3 heads, patches of 16."""
+    import open_clip
+
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False}
+    vision |= {"timm_pool": "", "timm_proj": "linear", "image_size": 224}
+    return open_clip.CustomTextCLIP(DIMENSION, vision, text_config()).eval()
+
+
+def text_config() -> dict[str, int]:
+    return {
+        "context_length": WORDS,
+        "vocab_size": 64,
+        "width": WIDTH,
+        "heads": HEADS,
+        "layers": LAYERS,
+    }
+
+
+def transformer_flops(tokens: int, width: int = WIDTH, layers: int = LAYERS) -> int:
     """Multiply-adds times two of a pre-norm transformer with an MLP of four times the width."""
-    projections = 4 * tokens * WIDTH * WIDTH  # query, key, value, output
-    attention = 2 * tokens * tokens * WIDTH  # scores, and their use
-    mlp = 2 * tokens * WIDTH * 4 * WIDTH
-    return 2 * LAYERS * (projections + attention + mlp)
+    projections = 4 * tokens * width * width  # query, key, value, output
+    attention = 2 * tokens * tokens * width  # scores, and their use
+    mlp = 2 * tokens * width * 4 * width
+    return 2 * layers * (projections + attention + mlp)
 
 
-def test_an_open_clip_model_counts_as_by_hand():
+def test_both_towers_of_open_clip_count_as_by_hand():
     model = build_open_clip()
     patches = 2 * 16 * (3 * 8 * 8) * WIDTH
-    projection = 2 * WIDTH * DIMENSION
+    projection = 2 * WIDTH * DIMENSION  # of the pooled token alone
     image, text = torch.randn(1, 3, 32, 32), torch.randint(1, 64, (1, WORDS))
     got = forward_flops(model.encode_image, image)
-    assert got == pytest.approx(patches + transformer_flops(TOKENS) + projection, rel=0.01)
+    assert got == patches + transformer_flops(TOKENS) + projection
     got = forward_flops(model.encode_text, text)
-    assert got == pytest.approx(transformer_flops(WORDS) + projection, rel=0.01)
+    assert got == transformer_flops(WORDS) + projection
+
+
+def test_a_timm_tower_in_open_clip_counts_as_by_hand():
+    model = build_open_clip_with_timm()
+    patches = 2 * 196 * (3 * 16 * 16) * 192
+    projection = 2 * 192 * DIMENSION
+    image, text = torch.randn(1, 3, 224, 224), torch.randint(1, 64, (1, WORDS))
+    got = forward_flops(model.encode_image, image)
+    assert got == patches + transformer_flops(1 + 196, width=192, layers=12) + projection
+    got = forward_flops(model.encode_text, text)
+    assert got == transformer_flops(WORDS) + 2 * WIDTH * DIMENSION
+
+
+def test_a_timm_tower_with_an_attention_pool_counts_as_by_hand():
+    import timm
+
+    model = timm.create_model(  # SigLIP's image tower, small
+        "vit_base_patch16_siglip_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=WIDTH,
+        depth=LAYERS,
+        num_heads=HEADS,
+        num_classes=0,
+    ).eval()
+    patches = 2 * 16 * (3 * 8 * 8) * WIDTH
+    query_and_output = 2 * 2 * WIDTH * WIDTH  # of one token
+    keys_and_values = 2 * 16 * WIDTH * 2 * WIDTH
+    attention = 2 * 2 * 16 * WIDTH
+    mlp = 2 * 2 * WIDTH * 4 * WIDTH
+    pool = query_and_output + keys_and_values + attention + mlp
+    got = forward_flops(model, torch.randn(1, 3, 32, 32))
+    assert got == patches + transformer_flops(16) + pool
 
 
 def test_flops_grow_with_the_rows():
@@ -179,37 +237,58 @@ def test_the_cost_formula_gives_the_known_table(
     )
 
 
-def test_step_costs_agree_with_the_formula():
-    step = step_flops(
-        super_batch_size=1280, batch_size=256, training=30, learner_forward=10, reference_forward=10
+def test_a_step_of_known_cost_agrees_with_the_formula():
+    step = Flops(
+        training=256 * 30,
+        learner_scoring=1280 * 10,
+        reference_scoring=1280 * 10,
+        selection=0,
+        reusable=256 * 10,
     )
-    assert (step.training, step.learner_scoring, step.reference_scoring) == (7680, 12800, 12800)
     assert step.ratio == pytest.approx(cost_ratio(0.8))
-    uniform = step_flops(super_batch_size=256, batch_size=256, training=30)
-    assert (uniform.total, uniform.ratio) == (7680, 1.0)
+    assert step.ratio_with_reuse == pytest.approx(cost_ratio(0.8, reuse=1))
+    nothing = Flops(training=0, learner_scoring=0, reference_scoring=0, selection=0)
+    assert math.isnan(nothing.ratio) and math.isnan(nothing.ratio_with_reuse)
 
 
 def test_selection_costs_a_third_of_a_percent_of_encoding_at_the_papers_size():
-    step = step_flops(
-        super_batch_size=163_840,
-        batch_size=32_768,
-        training=3 * 57e9,
-        learner_forward=57e9,
-        reference_forward=0,
-        dimensions=(768, 768),
-    )
-    assert step.selection == pytest.approx(33e12, rel=0.01)
-    assert step.selection / step.learner_scoring == pytest.approx(0.0035, rel=0.02)
+    given = num_conditioned_on(32_768, 16, 0)
+    selection = selection_flops(163_840, given, (768, 768))
+    assert given == 32_768 * 15 // 16
+    assert selection == pytest.approx(33e12 * 15 / 16, rel=0.01)
+    assert selection / (163_840 * 57e9) == pytest.approx(0.0035 * 15 / 16, rel=0.02)
 
 
-def test_every_sweep_costs_one_more_selection():
-    plain, swept = (
-        step_flops(
-            super_batch_size=100, batch_size=20, training=1.0, dimensions=(8, 4), num_sweeps=sweeps
+@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
+@pytest.mark.parametrize(
+    ("batch_size", "num_chunks", "num_sweeps"), [(20, 6, 0), (20, 6, 2), (20, 20, 1), (20, 1, 3)]
+)
+def test_selection_costs_what_the_counter_sees(
+    batch_size: int, num_chunks: int, num_sweeps: int, loss: str
+):
+    generator = torch.Generator().manual_seed(0)
+    models = [
+        Embeddings(
+            image=F.normalize(torch.randn(100, dim, generator=generator), dim=1),
+            text=F.normalize(torch.randn(100, dim, generator=generator), dim=1),
+            logit_scale=10.0,
         )
-        for sweeps in (0, 2)
+        for dim in (8, 24)
+    ]
+    counted = forward_flops(
+        lambda: joint_selection(
+            *models,
+            batch_size=batch_size,
+            num_chunks=num_chunks,
+            num_sweeps=num_sweeps,
+            loss=loss,
+            key=0,
+            step=0,
+        )
     )
-    assert plain.selection == 4 * 100 * 20 * 12 and swept.selection == 3 * plain.selection
+    given = num_conditioned_on(batch_size, num_chunks, num_sweeps)
+    assert counted == selection_flops(100, given, (8, 24))
+    assert given == {(6, 0): 17, (6, 2): 57, (20, 1): 39, (1, 3): 0}[num_chunks, num_sweeps]
 
 
 def test_a_filter_ratio_that_keeps_nothing_is_refused():

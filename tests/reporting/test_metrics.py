@@ -17,6 +17,8 @@ from jest_stream.reporting import Metrics
 from jest_stream.reporting.metrics import shared_out
 from jest_stream.types import Selection
 
+STAGES = ("data", "scoring", "selecting", "yielding", "training")
+
 
 def selection_of(score: float) -> Selection:
     return Selection(
@@ -43,7 +45,8 @@ def test_a_short_run_as_a_flat_dict():
     metrics.count_skipped("bad_image")
     metrics.count_skipped("missing_text")
     got = metrics.as_dict()
-    times = {name: got.pop(name) for name in ("data_s", "scoring_s", "selecting_s", "yielding_s")}
+    times = {f"{stage}_s": got.pop(f"{stage}_s") for stage in STAGES}
+    flops = {name: got.pop(name) for name in list(got) if name.startswith("flops_")}
     assert got == {
         "steps": 3,
         "samples_read": 30,
@@ -61,6 +64,9 @@ def test_a_short_run_as_a_flat_dict():
         "candidate_score": 0.5,
     }
     assert set(times.values()) == {0.0}
+    ratios = {"flops_ratio", "flops_ratio_with_reuse"}
+    assert {name for name, value in flops.items() if math.isnan(value)} == ratios
+    assert all(flops[name] == 0 for name in flops.keys() - ratios)
 
 
 def test_the_keys_are_there_before_the_first_batch():

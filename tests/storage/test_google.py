@@ -5,6 +5,10 @@ pytest tests/storage/test_google.py
 
 from __future__ import annotations
 
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
 import pytest
 from remote import noise, nothing_survives  # noqa: F401
 
@@ -34,6 +38,50 @@ def test_objects_are_read_by_ranges_and_resumed() -> None:
         assert storage.take_counts()["storage_retries"] == 1
         storage.close()
         assert {request.query for request in server.requests} == {"alt=media"}
+
+
+class _Uploads(BaseHTTPRequestHandler):
+    """Takes an upload as Google's JSON interface does: the object is the second part."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        uploads: list[tuple[str, bytes]] = self.server.uploads  # type: ignore[attr-defined]
+        if uploads and uploads[-1][0] == "busy":
+            uploads.clear()
+            self.send_error(503)
+            return
+        uploads.append((self.path, body))
+        answer = json.dumps({"name": "a", "size": "0", "generation": "1"}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+def test_objects_are_written_whole_and_again_where_that_helps() -> None:
+    server = HTTPServer(("127.0.0.1", 0), _Uploads)
+    server.uploads = [("busy", b"")]  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        options = {"gs": {"endpoint_url": address, "token": "anon"}}
+        storage = Storage(StorageConfig(retry_timeout_s=60, options=options))
+        file = storage.create("gs://bucket/folder/a")
+        file.write(b"the whole object")
+        file.commit()
+        storage.close()
+        ((path, body),) = server.uploads  # type: ignore[attr-defined]
+        assert path.startswith("/upload/storage/v1/b/bucket/o?") and b"folder/a" in body
+        assert b"\nthe whole object\n" in body
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def test_a_missing_object_is_named_with_a_hint() -> None:

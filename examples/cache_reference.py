@@ -1,0 +1,64 @@
+"""Embed the icons once with the reference, then train from the embeddings: no reference runs.
+
+    pip install -e ".[demo,cache]"
+    python examples/cache_reference.py
+
+The learner is also pulled towards the reference's embeddings of what was chosen (distillation, as
+in ACED, https://arxiv.org/abs/2411.18674): they come with the batch.
+"""
+
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from jest_stream import JESTDataset, ReferenceCache
+from jest_stream.demo.data import full_view, load_reference, unpack
+from jest_stream.demo.model import HashTokenizer, TwoTowerModel
+
+shards = unpack()[:2]  # tar shards; yours could be "/data/pairs/{00000..00999}.tar"
+tokenizer = HashTokenizer()
+folder = Path("reference_cache")  # or "s3://bucket/reference-cache"
+
+# Killed and started again, it goes on with the shard it was at; done once, it does nothing.
+cache = ReferenceCache.build(
+    shards,
+    load_reference(),
+    folder,
+    transform=full_view,
+    tokenizer=tokenizer,
+    show_progress=True,
+)
+print(cache.summary())
+
+torch.manual_seed(0)
+model = TwoTowerModel()
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+dataset = JESTDataset(
+    shards,
+    learner=model,
+    reference=cache,  # or its path
+    transform=full_view,
+    tokenizer=tokenizer,
+    batch_size=64,
+    filter_ratio=0.8,
+    as_dict=True,
+    with_reference=True,
+)
+with dataset:
+    for step, batch in enumerate(islice(dataset, 5)):
+        reference = batch["reference"]  # image and text: [b, D]; logit_scale; logit_bias
+        targets = reference["logit_scale"] * reference["image"] @ reference["text"].T
+        image = F.normalize(model.encode_image(batch["image"]), dim=-1)
+        text = F.normalize(model.encode_text(batch["text"]), dim=-1)
+        logits = model.logit_scale.exp() * image @ text.T
+        distillation = F.kl_div(logits.log_softmax(1), targets.softmax(1), reduction="batchmean")
+        loss = model(batch["image"], batch["text"]) + distillation
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        print(
+            f"step {step + 1}: loss {loss.item():.2f}, of it {distillation.item():.2f} to imitate"
+        )
+    print(f"{dataset.metrics()['scoring_s']:.1f} s of scoring, all of it the learner's")

@@ -1,0 +1,10 @@
+"""Reference embeddings of a whole source, made once and read in step with its shards.
+
+`build` embeds a source, shard by shard, into Arrow files beside a manifest; `cache` opens them;
+`join` puts each example's embeddings beside it while its shard is read.
+"""
+
+from jest_stream.caching.cache import ReferenceCache
+from jest_stream.caching.join import JoinedSource
+
+__all__ = ["JoinedSource", "ReferenceCache"]

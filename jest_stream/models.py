@@ -1,0 +1,93 @@
+"""The models of a run, checked: what a selection rule needs of learner and reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from jest_stream.caching import ReferenceCache
+from jest_stream.config import SelectionConfig, TargetSimilarity
+from jest_stream.errors import ConfigError
+from jest_stream.scoring.encoders import has_bias, two_tower
+from jest_stream.selection import needs
+
+
+class Models:
+    """The modules that a selection rule needs, checked; those it does not need are None."""
+
+    def __init__(
+        self,
+        config: SelectionConfig,
+        learner: nn.Module | None,
+        reference: nn.Module | ReferenceCache | None,
+        *,
+        yields_reference: bool = False,
+    ) -> None:
+        """Raises `ConfigError` if a needed module is missing or cannot embed."""
+        needs_learner, needs_reference = (False, False)
+        if config.method != "uniform":
+            needs_learner, needs_reference = needs(config.score)
+            if any(isinstance(term, TargetSimilarity) for term in config.terms):
+                needs_reference = True
+                if reference is None:
+                    raise ConfigError(
+                        "reference=None, but TargetSimilarity compares examples with targets by "
+                        "their reference embeddings: pass the model that embedded the targets as "
+                        "reference=."
+                    )
+        if yields_reference and not needs_reference:
+            needs_reference = True
+            if reference is None:
+                raise ConfigError(
+                    "with_reference=True yields the reference's embeddings, but reference=None: "
+                    "pass a reference, or a cache of one."
+                )
+        self.learner = _checked(learner, "learner", config) if needs_learner else None
+        self.reference: nn.Module | None = None
+        self.cache: ReferenceCache | None = None
+        """Where the reference's embeddings are read instead of made."""
+        if needs_reference and isinstance(reference, ReferenceCache):
+            self.cache = reference
+        elif needs_reference and not isinstance(reference, ReferenceCache):
+            self.reference = _checked(reference, "reference", config)
+        self.loss = config.loss
+        model = self.learner if self.learner is not None else self.reference
+        if config.loss == "auto" and model is not None:
+            self.loss = "sigmoid" if has_bias(model) else "softmax"
+        elif config.loss == "auto" and self.cache is not None:
+            self.loss = "sigmoid" if self.cache.has_bias else "softmax"
+        self.home = next((m for m in (learner, reference) if isinstance(m, nn.Module)), None)
+        """The module on whose device batches are wanted."""
+        self.trained = learner if isinstance(learner, nn.Module) else None
+        """What the user trains, as far as we know, whether or not scoring needs it."""
+
+    def devices(
+        self, device: torch.device | None, scoring_device: torch.device | None
+    ) -> tuple[torch.device, torch.device]:
+        """Returns where batches go and where scoring runs, by where the models are now.
+
+        Args:
+          device: what the user asked for; None: the learner's, else the reference's, else the CPU.
+          scoring_device: likewise; None: where batches go.
+        """
+        parameter = None if self.home is None else next(self.home.parameters(), None)
+        if device is None:
+            device = torch.device("cpu") if parameter is None else parameter.device
+        return device, scoring_device or device
+
+    def release(self) -> None:
+        """Lets go of the modules."""
+        self.learner = self.reference = self.cache = self.home = self.trained = None
+
+
+def _checked(module: nn.Module | None, role: str, config: SelectionConfig) -> nn.Module:
+    if module is not None:
+        two_tower(module, role=role)
+        return module
+    score = f"score={config.score!r}" if isinstance(config.score, str) else "a score of your own"
+    other = "hard_learner" if role == "reference" else "easy_reference"
+    raise ConfigError(
+        f"{role}=None, but {score} compares pairs by a {role} model: pass one as {role}=. "
+        f"SelectionConfig(score={other!r}) needs none, SelectionConfig(method='uniform') "
+        f"needs no model at all."
+    )
