@@ -171,6 +171,23 @@ def on_several_streams(shards: list[str], device: QueuedDevice | None) -> list[d
     return held
 
 
+def doubled(image: Any) -> Tensor:
+    """A train view of twice the size of the score view."""
+    return to_tensor(image).repeat(1, 2, 2)
+
+
+def of_two_sizes(shards: list[str], device: QueuedDevice | None) -> list[dict[str, Any]]:
+    """Batches whose one half is as it was scored, the other half made late."""
+    learner, held = Learner(seed=1), []
+    options = {"lookahead": 2, "train_transform": doubled, "score_view_fraction": 0.5}
+    with dataset_of(shards, learner, device_model=device, **options) as dataset:
+        with watched(device):
+            for batch in islice(dataset, 6):
+                train_step(learner, (batch["small_image"], batch["small_text"]))
+                held.append({name: batch[name] for name in ("key", "text", "weight")})
+    return held
+
+
 SCENARIOS: dict[str, Scenario] = {
     **{
         f"lookahead {lookahead}, refresh every {refresh_every}": scenario_of(
@@ -185,6 +202,7 @@ SCENARIOS: dict[str, Scenario] = {
         )
         for lookahead in (0, 1, 2)
     },
+    "two sizes": of_two_sizes,
     "a schedule of sizes": scenario_of(
         super_batch_size=None, filter_ratio={0: 0.5, 3: 0.75, 6: 0.5}, lookahead=1
     ),

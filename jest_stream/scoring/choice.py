@@ -40,7 +40,8 @@ class Choice:
     """Which candidates were chosen from a super-batch.
 
     Args:
-      selection: on the scoring device. Its tensors may be used within `Slot.handing_out` only.
+      selection: on the scoring device, or what gets it when it is first needed there. Its tensors
+        may be used within `Slot.handing_out` only.
       read_back: waits for it and returns it in memory of the host. None: it is there.
       has_come: tells, without a wait, whether `read_back` would not wait.
       marks: when the device worked on it.
@@ -48,23 +49,34 @@ class Choice:
 
     def __init__(
         self,
-        selection: Selection,
+        selection: Selection | Callable[[], Selection],
         *,
         read_back: Callable[[], Selection] | None = None,
         has_come: Callable[[], bool] | None = None,
         marks: Marks | None = None,
     ) -> None:
-        self.on_device = selection
+        self._on_device = selection
         self._read_back = read_back
         self._has_come = has_come
         self._known: Selection | None = None
         self._marks = marks or []
+
+    @property
+    def on_device(self) -> Selection:
+        """The choice on the scoring device. For use within `Slot.handing_out`."""
+        if not isinstance(self._on_device, Selection):
+            self._on_device = self._on_device()
+        return self._on_device
 
     def on_host(self) -> Selection:
         """Returns the choice where the host can read it at once. On CUDA it is waited for."""
         if self._known is None:
             self._known = self.on_device if self._read_back is None else self._read_back()
         return self._known
+
+    def is_known(self) -> bool:
+        """Returns whether `on_host` would return at once."""
+        return self._known is not None or self._has_come is None or self._has_come()
 
     def part(self, on_device: Tensor, on_host: Tensor) -> Choice:
         """Returns some places of the draw order as a choice; what is said of all of it stays.
@@ -74,12 +86,10 @@ class Choice:
           on_host: the same, on the CPU.
         """
         return Choice(
-            _rows(self.on_device, on_device), read_back=lambda: _rows(self.on_host(), on_host)
+            lambda: _rows(self.on_device, on_device),  # on a device it may be too early for that
+            read_back=lambda: _rows(self.on_host(), on_host),
+            has_come=self.is_known,
         )
-
-    def is_known(self) -> bool:
-        """Returns whether `on_host` would return at once."""
-        return self._known is not None or self._has_come is None or self._has_come()
 
     def weights(self, device: torch.device) -> Tensor:
         """Returns the weights on `device`, in memory that nothing here writes to again."""
