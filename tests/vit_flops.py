@@ -202,7 +202,7 @@ def cached_step(
     def step() -> None:
         learner_copy = LearnerCopy(model, refresh_every=1, scoring=scoring)
         learner = learner_copy.embed(images, texts)
-        select_jointly(learner, reference, batch_size=batch_size, num_chunks=4)
+        select_jointly(learner, reference, batch_size=batch_size, num_chunks=min(4, batch_size))
 
     return forward_flops(step)
 

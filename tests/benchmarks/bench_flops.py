@@ -11,6 +11,7 @@ bf16 leaves FLOPs alone, so its time is measured: medians of paired passes of th
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import sys
 import time
@@ -30,6 +31,7 @@ from jest_stream.scoring import LearnerCopy  # noqa: E402
 def main() -> None:
     options = parse_arguments()
     torch.set_num_threads(options.threads)
+    logging.disable(logging.WARNING)  # that the weights are random, for every model
 
     def build(seed: int) -> nn.Module:
         torch.manual_seed(seed)
