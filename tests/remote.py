@@ -67,4 +67,4 @@ def nothing_survives() -> Iterator[None]:
     before = num_tasks()
     with nothing_left_behind():
         yield
-    assert num_tasks() == before
+    until(lambda: num_tasks() == before)  # some end a moment later, on their own

@@ -119,7 +119,7 @@ def test_easy_reference_needs_no_copy_and_no_learner_pass(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a learner copy was made")
 
-    monkeypatch.setattr("jest_stream.selector.LearnerCopy", refuse)
+    monkeypatch.setattr("jest_stream.embedder.LearnerCopy", refuse)
     learner = open_clip_model(seed=1)
     learner.register_forward_pre_hook(refuse)
     for module in learner.modules():

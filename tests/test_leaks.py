@@ -22,7 +22,7 @@ MODULES = sorted(TESTS.rglob("test_*.py"))
 # What opens files, connections or processes. Tests of what is computed need no check.
 OPENS = (
     "JESTDataset TarSource IterableSource HuggingFaceSource open_source sources storage testing "
-    "dataset pipeline feed superbatch demo cli"
+    "ReferenceCache caching dataset pipeline feed superbatch demo cli"
 ).split()
 
 

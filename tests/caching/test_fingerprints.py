@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from leaks import no_leaks  # noqa: F401
 from models import TinyTwoTower, to_tensor, tokenize
 from torch import nn
 from torchvision import transforms
@@ -22,6 +23,8 @@ from jest_stream.caching.fingerprints import (
     weights_fingerprint,
 )
 from jest_stream.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 

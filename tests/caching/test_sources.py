@@ -34,6 +34,8 @@ from jest_stream.sources.decode import Decoded
 from jest_stream.testing import FaultServer
 from jest_stream.types import REFERENCE_ROW, Source
 
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
 REFERENCE = TinyTwoTower(2)
 
 

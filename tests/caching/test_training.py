@@ -35,6 +35,8 @@ from jest_stream.testing.resume import assert_resumes
 from jest_stream.types import REFERENCE_ROW
 from jest_stream.views import ScoreView, collate, gather_rows
 
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
 NUM_SHARDS, PER_SHARD = 5, 12
 
 

@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import torch
 from clip_models import config, write_folder
+from leaks import no_leaks  # noqa: F401
 from models import TinyTwoTower, to_tensor, tokenize
 from safetensors.torch import load_file
 from shards import draw, write_shards
@@ -19,6 +20,8 @@ from shards import draw, write_shards
 from jest_stream import JESTDataset
 from jest_stream.errors import ConfigError, UnsafeDataError
 from jest_stream.scoring.named import is_named, load_reference
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 @pytest.fixture

@@ -34,8 +34,11 @@ from jest_stream.errors import (
     UserCodeError,
     WorkerDiedError,
 )
+from jest_stream.scoring.choice import Choice
+from jest_stream.scoring.streams import Ring
 from jest_stream.sources import process
 from jest_stream.sources.transport import WorkerTraceback
+from jest_stream.superbatch import Position, SuperBatch
 from jest_stream.types import Selection
 from jest_stream.views import LateViews, TrainView
 
@@ -341,14 +344,22 @@ def test_scoring_ahead_is_one_call_more_where_choices_reach_the_host_late(
 
 def test_what_was_not_finite_is_not_made(shards: list[str]) -> None:
     views = late(num_workers=0)
-    candidates = {**chosen(), "text": torch.zeros(6, 1)}
+    columns = {**chosen(), "text": torch.zeros(6, 1)}
+    candidates = SuperBatch(
+        columns=columns,
+        on_host=columns,
+        slot=Ring(torch.device("cpu")).slot(),
+        size=6,
+        start=Position({}, 0),
+        skipped={},
+    )
     indices = torch.tensor([9, 9])  # beyond the candidates
     nothing = torch.zeros(0, dtype=torch.int64)
     selection = Selection(
         **{name: nothing for name in Selection.__dataclass_fields__}
         | {"indices": indices, "is_finite": torch.tensor(False)}
     )
-    Batches(views, {}).start(candidates, selection, step=0)
+    Batches(views, {}).start(candidates, Choice(selection), step=0)
     assert not views.has(0)
 
 
