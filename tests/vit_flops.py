@@ -5,8 +5,11 @@ A multiply-add is two. Shared by `reporting/test_cost_formula.py` and `benchmark
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jest_stream import (
-    Embeddings,
     JESTDataset,
+    ReferenceCache,
     ScoringConfig,
     SelectionConfig,
     at_score_size,
-    select_jointly,
 )
 from jest_stream.reporting import cost_ratio, forward_flops, training_flops
-from jest_stream.scoring import LearnerCopy
 
 Batch = tuple[Any, Any]
 
@@ -155,24 +156,26 @@ def counted(
     model, reference = build(0), build(1)
     shape = Shape.of(model)
     pairs = pairs_for(shape, super_batch_size)
-    options: dict[str, Any] = {"reference": reference, "score": setting.score}
-    if setting.is_cached:
-        options = {"reference": None, "score": "hard_learner"}
-    with JESTDataset(
-        pairs,
-        learner=model,
-        reference=options["reference"],
-        batch_size=batch_size,
-        super_batch_size=super_batch_size,
-        selection=SelectionConfig(score=options["score"], num_chunks=4, loss="sigmoid"),
-        scoring=setting.scoring,
-        score_view_fraction=setting.small_fraction,
-        lookahead=0,
-    ) as dataset:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
+        judge: Any = reference
+        if setting.is_cached:
+            judge = ReferenceCache.build(pairs, reference, Path(folder) / "cache")
+            opened.callback(judge.close)
+        dataset = opened.enter_context(
+            JESTDataset(
+                pairs,
+                learner=model,
+                reference=judge,
+                batch_size=batch_size,
+                super_batch_size=super_batch_size,
+                selection=SelectionConfig(score=setting.score, num_chunks=4, loss="sigmoid"),
+                scoring=setting.scoring,
+                score_view_fraction=setting.small_fraction,
+                lookahead=0,
+            )
+        )
         batches: list[Any] = []
         scoring = forward_flops(lambda: batches.append(next(iter(dataset))))
-    if setting.is_cached:  # and the reference's part of the selection, from embeddings at hand
-        scoring = cached_step(model, setting.scoring, pairs, batch_size)
     plain = stacked(pairs[:batch_size])
     uniform = training_flops(model, lambda trained: sigmoid_loss(trained, plain))
     training = training_flops(model, lambda trained: two_size_loss(trained, batches[0], setting))
@@ -187,24 +190,6 @@ def two_size_loss(model: nn.Module, batch: Any, setting: Setting) -> Tensor:
     small_model = at_score_size(model, setting.scoring)
     share = len(small[1]) / (len(small[1]) + len(large[1]))
     return (1 - share) * sigmoid_loss(model, large) + share * sigmoid_loss(small_model, small)
-
-
-def cached_step(
-    model: nn.Module, scoring: ScoringConfig, pairs: list[tuple[Tensor, Tensor]], batch_size: int
-) -> int:
-    """Returns the FLOPs of scoring and selection, given reference embeddings."""
-    images, texts = stacked(pairs)
-    side = scoring.image_size or images.shape[-1]
-    images = images[..., :side, :side]
-    rows = F.normalize(torch.randn(len(pairs), Shape.of(model).dimension), dim=-1)
-    reference = Embeddings(image=rows, text=rows, logit_scale=10.0, logit_bias=-10.0)
-
-    def step() -> None:
-        learner_copy = LearnerCopy(model, refresh_every=1, scoring=scoring)
-        learner = learner_copy.embed(images, texts)
-        select_jointly(learner, reference, batch_size=batch_size, num_chunks=min(4, batch_size))
-
-    return forward_flops(step)
 
 
 def stacked(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
