@@ -57,6 +57,18 @@ def without_shard(examples: list[dict]) -> list[dict]:
     return [{k: v for k, v in example.items() if k != "__shard__"} for example in examples]
 
 
+def test_what_steers_webdataset_by_the_environment_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`GOPEN_REWRITE` and `WDS_*` redirect, log or loosen what webdataset reads."""
+    [path] = write_shards(tmp_path, num_shards=1)
+    expected = read_all(path)
+    monkeypatch.setenv("GOPEN_REWRITE", f"{tmp_path}={tmp_path}/elsewhere")
+    for name in ("WDS_SECURE", "WDS_REWRITE", "WDS_CACHE", "WDS_SHUFFLE", "WDS_DEBUG"):
+        monkeypatch.setenv(name, "1")
+    assert read_all(path) == expected
+
+
 def test_members_of_one_key_become_one_example(tmp_path: Path) -> None:
     path = write_tar(
         tmp_path / "x.tar",
