@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from clip_models import write_folder
 from leaks import no_leaks  # noqa: F401
+from remote import until
 from s3_server import S3Server
 from shards import write_shards
 
@@ -150,14 +151,18 @@ def kill_often(
     for _ in range(num_kills):
         process = start(arguments(pattern, model, out, "--num-workers", draw.choice("01")))
         target = num_done(out) + draw.randint(0, 3)
-        while process.poll() is None and num_done(out) < min(target, NUM_SHARDS):
-            time.sleep(0.001)
+        wait_for(process, out, min(target, NUM_SHARDS))
         if target < NUM_SHARDS:
             time.sleep(draw.random() * 0.02)  # anywhere within what comes next
             process.kill()
         process.communicate(timeout=60)
     finish(start(arguments(pattern, model, out)))
     assert files_of(out) == expected
+
+
+def wait_for(process: subprocess.Popen[str], folder: Path, number: int) -> None:
+    """Waits until so many shards are done, or the build has ended."""
+    until(lambda: process.poll() is not None or num_done(folder) >= number, limit_s=60)
 
 
 def num_done(folder: Path) -> int:
@@ -184,8 +189,7 @@ def test_ctrl_c_is_status_130(pattern: str, model: str, tmp_path: Path) -> None:
     )
     command = arguments(pattern, model, tmp_path / "cache", "--num-workers", "1")
     process = start(command, program=(sys.executable, "-c", program))
-    while num_done(tmp_path / "cache") < 1 and process.poll() is None:
-        time.sleep(0.001)
+    wait_for(process, tmp_path / "cache", 1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
@@ -213,8 +217,12 @@ def test_an_object_store_gets_the_same_files_and_no_halves(
     from jest_stream.storage import Storage
 
     store = Storage(storage)
-    while process.poll() is None and "00003.json" not in store.names_in(f"s3://{bucket}/a/cache"):
-        time.sleep(0.005)
+    until(
+        lambda: (
+            process.poll() is not None or "00003.json" in store.names_in(f"s3://{bucket}/a/cache")
+        ),
+        limit_s=60,
+    )
     process.kill()
     process.communicate(timeout=60)
     out, _ = finish(start(command, environment=s3.environment))
