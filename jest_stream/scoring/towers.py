@@ -1,12 +1,13 @@
 """The image towers that can score at another size, and what changes in each when they do.
 
-`find_tower` knows the vision transformers of open_clip and timm, and CLIP's and SigLIP's of
+`known_towers` knows the vision transformers of open_clip and timm, and CLIP's and SigLIP's of
 transformers, by their classes; none of these libraries is imported here. A tower is changed in
 place: give it a copy. New weights are left empty, `score_size` fills them.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ _TRANSFORMERS = (
 
 
 @dataclass(frozen=True)
-class Tower:
+class Tower(ABC):
     """A vision transformer inside a model. Children say where its library keeps things."""
 
     path: str
@@ -87,13 +88,13 @@ class Tower:
         """Returns a name within the tower as one within the model."""
         return f"{self.path}.{name}".strip(".")
 
+    @abstractmethod
     def resize(self, image_size: Size, patch_size: Size) -> None:
         """Makes the tower one for images and patches of these sizes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def keep_tokens(self, fraction: float) -> None:
         """Makes the tower drop tokens before its first block."""
-        raise NotImplementedError
 
 
 class OpenClipTower(Tower):
