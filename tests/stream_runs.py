@@ -6,16 +6,18 @@ held. What it returns must be the same on both.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from models import TinyTwoTower, flipped, to_tensor, tokenize, train_step
+from models import SIZE, TinyTwoTower, flipped, to_tensor, tokenize, train_step
 from queued_device import QueuedDevice
 from torch import Tensor
+from torchvision import transforms
 
-from jest_stream import JESTDataset
+from jest_stream import JESTDataset, ReferenceCache
 
 
 class Learner(TinyTwoTower):
@@ -40,15 +42,14 @@ def dataset_of(shards: list[str], learner: TinyTwoTower, **options: Any) -> JEST
     if isinstance(options.get("device_model"), QueuedDevice):
         options.pop("device_model").put(learner, reference)
     options.pop("device_model", None)
+    usual = {"reference": reference, "transform": to_tensor, "super_batch_size": 8}
     return JESTDataset(
         shards,
         learner=learner,
-        reference=reference,
-        transform=to_tensor,
         tokenizer=tokenize,
         batch_size=4,
         as_dict=True,
-        **{"super_batch_size": 8, **options},
+        **{**usual, **options},
     )
 
 
@@ -188,6 +189,51 @@ def of_two_sizes(shards: list[str], device: QueuedDevice | None) -> list[dict[st
     return held
 
 
+def distilled(shards: list[str], device: QueuedDevice | None) -> list[dict[str, Any]]:
+    """Batches with the embeddings of a live reference, resumed with super-batches in flight."""
+    learner, held = Learner(seed=1), []
+
+    def note(num_steps: int) -> None:
+        for batch in islice(dataset, num_steps):
+            reference = {name: value.clone() for name, value in batch["reference"].items()}
+            held.append({"key": batch["key"], **reference})
+            train_step(learner, (batch["image"], batch["text"]))
+            batch["reference"]["image"].mul_(0)
+
+    options = {"lookahead": 2, "with_reference": True, "filter_ratio": {0: 0.5, 7: 0.0}}
+    with dataset_of(
+        shards, learner, device_model=device, super_batch_size=None, **options
+    ) as dataset:
+        with watched(device):
+            note(3)
+            state = dataset.state_dict(include_learner_copy=True)
+            note(2)
+            dataset.load_state_dict(state)
+            note(7)
+    return held
+
+
+def from_pixels(shards: list[str], device: QueuedDevice | None) -> list[dict[str, Any]]:
+    """Score views that are uint8 on their way, and floats where they are used."""
+    steps = [transforms.Resize((SIZE, SIZE)), transforms.ToTensor(), transforms.Normalize(0.5, 0.2)]
+    return scenario_of(transform=transforms.Compose(steps), lookahead=1)(shards, device)
+
+
+def from_a_cache(shards: list[str], device: QueuedDevice | None) -> list[dict[str, Any]]:
+    """A cached reference, whose embeddings batches have too."""
+    with tempfile.TemporaryDirectory() as folder:
+        views = {"transform": to_tensor, "tokenizer": tokenize}
+        cache = ReferenceCache.build(shards, TinyTwoTower(seed=2), folder + "/cache", **views)
+        learner = Learner(seed=1)
+        options = {"lookahead": 1, "with_reference": True, "reference": cache}
+        with dataset_of(shards, learner, device_model=device, **options) as dataset:
+            with watched(device):
+                batches = list(islice(dataset, 6))
+                found = [{"key": each["key"], **each["reference"]} for each in batches]
+        cache.close()
+    return found
+
+
 SCENARIOS: dict[str, Scenario] = {
     **{
         f"lookahead {lookahead}, refresh every {refresh_every}": scenario_of(
@@ -206,6 +252,9 @@ SCENARIOS: dict[str, Scenario] = {
     "a schedule of sizes": scenario_of(
         super_batch_size=None, filter_ratio={0: 0.5, 3: 0.75, 6: 0.5}, lookahead=1
     ),
+    "distilled": distilled,
+    "from pixels": from_pixels,
+    "from a cache": from_a_cache,
     "broken off": broken_off,
     "resumed": resumed,
     "closed": closed_in_the_middle,
