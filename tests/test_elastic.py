@@ -284,6 +284,7 @@ def choose_on(
     return {"own": own, "merged": merged, "keys": keys}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_two_ranks_resume_their_choices_from_their_own_or_the_merged_state(
     shards: list[str], tmp_path: Path

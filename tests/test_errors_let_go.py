@@ -192,6 +192,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", WORKERS)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_of_storage(shards: list[str], fault: str, num_workers: int) -> None:

@@ -304,7 +304,7 @@ def test_a_wholly_wrong_cache_is_not_skipped_in_silence(tmp_path: Path, shards: 
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_cache_that_becomes_unreachable_is_named_with_its_attempts(
     s3: S3Server, shards: list[str], num_workers: int
 ) -> None:

@@ -172,6 +172,7 @@ def num_done(folder: Path) -> int:
     return len(list(folder.glob("0*.json")))
 
 
+@pytest.mark.slow
 def test_what_a_killed_build_left_half_written_is_removed(
     pattern: str, model: str, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
@@ -197,6 +198,7 @@ def test_ctrl_c_is_status_130(pattern: str, model: str, tmp_path: Path) -> None:
     assert not [name for name in left if name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_two_ranks_of_torchrun_share_the_work(
     pattern: str, model: str, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
@@ -207,6 +209,7 @@ def test_two_ranks_of_torchrun_share_the_work(
     assert files_of(tmp_path / "cache") == expected
 
 
+@pytest.mark.slow
 def test_an_object_store_gets_the_same_files_and_no_halves(
     s3: S3Server, pattern: str, model: str, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:

@@ -194,7 +194,7 @@ def test_weights_that_still_lie_in_the_slot_are_caught(
     assert any("writes buffer" in race and "while train reads" in race for race in device.races)
 
 
-@pytest.mark.parametrize("lookahead", [0, 1, 2])
+@pytest.mark.parametrize("lookahead", [pytest.param(0, marks=pytest.mark.slow), 1, 2])
 def test_any_order_that_the_waits_allow_gives_the_same_batches(
     shards: list[str], patch: Callable[[QueuedDevice | None], None], lookahead: int
 ) -> None:

@@ -463,6 +463,7 @@ ENDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ENDS)
 def test_no_worker_outlives_the_interpreter(shards: list[str], end: str) -> None:
     """However it ends; Ctrl-C reaches the whole group."""
