@@ -238,6 +238,7 @@ def steps_of(found: list[dict[str, Any]]) -> list[list[str]]:
     return [sorted(sum(step, [])) for step in zip(*(each["keys"] for each in found), strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch's checkpoints
 @pytest.mark.timeout(240)
 def test_one_two_and_four_ranks_continue_each_others_stream(

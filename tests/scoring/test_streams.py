@@ -102,6 +102,7 @@ NEEDED_BY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", waits_of(streams))
 def test_a_wait_that_is_left_out_is_caught(
     shards: list[str], patch: Callable[[QueuedDevice | None], None], line: str

@@ -176,6 +176,7 @@ def test_of_a_table_of_the_hub_beside_what_is_read(
     assert not any(set(step[0]) & set(payloads) for step in source.read(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", WORKERS)
 @pytest.mark.parametrize("role", ["image_key", "text_key"])
 def test_of_a_table_of_the_hub_named_as_what_is_read(
