@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -234,6 +235,27 @@ class _Pickler(ForkingPickler):
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, 5)  # 5: arrays are copied once less
         self.dispatch_table = copyreg.dispatch_table
+
+    def reducer_override(self, value: Any) -> Any:
+        """Returns how a sparse tensor is copied: torch's own way keeps each that arrives.
+
+        It puts them into a list that the next `torch.load` checks and empties (torch 2.14).
+        """
+        layout = value.layout if isinstance(value, Tensor) else None
+        parts: tuple[Tensor, ...]
+        if layout == torch.sparse_coo:
+            make = partial(torch.sparse_coo_tensor, is_coalesced=value.is_coalesced())
+            parts = value._indices(), value._values()
+        elif layout in (torch.sparse_csr, torch.sparse_bsr):
+            make = partial(torch.sparse_compressed_tensor, layout=layout)
+            parts = value.crow_indices(), value.col_indices(), value.values()
+        elif layout in (torch.sparse_csc, torch.sparse_bsc):
+            make = partial(torch.sparse_compressed_tensor, layout=layout)
+            parts = value.ccol_indices(), value.row_indices(), value.values()
+        else:
+            return NotImplemented
+        # A tensor made them, so they need no check.
+        return partial(make, check_invariants=False), (*parts, value.shape)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Files that are there whole or not at all: written beside their place, then put into it.
 
-On a local disk that is a rename, after the bytes are safe; what a killed process leaves is told by
-its lock, which ends with the process, and removed by the next one. In an object store a put is all
-or nothing. No threads.
+On a local disk that is a rename, after the bytes are safe; what an interrupted process leaves goes
+with its object, what a killed one leaves is told by its lock, which ends with the process, and
+removed by the next one. In an object store a put is all or nothing. No threads.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import fcntl
 import os
 import secrets
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -70,6 +71,8 @@ class NewFile:
         self._path = os.path.join(self._folder, unfinished)
         with self._explained():
             os.makedirs(self._folder, exist_ok=True)
+            # Ctrl-C can come between any two lines, also where nobody knows of this object yet.
+            weakref.finalize(self, _remove, self._path, os.getpid())
             self._file = open(self._path, "xb")
             # Held until it is closed, or the process ends: tells others that it is being written.
             fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -117,6 +120,12 @@ class NewFile:
                 f"cannot write {redacted(place)!r}: {error.strerror or error}. Make room, or "
                 "choose a folder that can be written. What was finished before is whole."
             ) from error
+
+
+def _remove(path: str, pid: int) -> None:
+    if os.getpid() == pid:  # not in a fork of the process that writes
+        with suppress(OSError):
+            os.unlink(path)
 
 
 def remove_unfinished(folder: str) -> None:

@@ -240,6 +240,8 @@ def rows_of_every_kind(example: Example) -> dict[str, Any]:
         "tuple": (torch.ones(2), "x"),
         "complex": torch.tensor([1 + 2j]).conj(),
         "sparse": torch.eye(2).to_sparse(),
+        "csr": torch.eye(2).to_sparse_csr(),
+        "csc": torch.eye(2).to_sparse_csc(),
         "transposed": torch.arange(6.0).reshape(2, 3).t(),
     }
 
@@ -248,6 +250,7 @@ def list_of(rows: list[Any]) -> Any:
     return {"large": torch.stack([row["large"] for row in rows]), "rows": rows}
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CS. tensor support is in beta")
 def test_tensors_of_every_kind_arrive_whole_and_hold_no_descriptor(source: Source) -> None:
     """Large ones come through shared memory, where each would hold one while it lives."""
     settings: dict[str, Any] = {"prepare": rows_of_every_kind, "collate": list_of}
@@ -273,8 +276,11 @@ def test_tensors_of_every_kind_arrive_whole_and_hold_no_descriptor(source: Sourc
             assert torch.equal(row["tokens"]["ids"], other["tokens"]["ids"])
             row["tokens"]["ids"].add_(1)  # writable, and nobody else's
             assert row["tokens"]["empty"].shape == (0,)
-            for name in ("complex", "sparse", "transposed"):
+            for name in ("complex", "sparse", "csr", "csc", "transposed"):
                 assert torch.equal(row[name].to_dense(), other[name].to_dense()), name
+                assert row[name].layout == other[name].layout
+    kept = torch._utils._sparse_tensors_to_validate
+    assert not kept, "torch holds the sparse tensors that arrived, for its next torch.load"
 
 
 @pytest.mark.parametrize("make", [list, iter])

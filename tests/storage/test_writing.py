@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 from remote import noise, nothing_survives  # noqa: F401
@@ -15,6 +18,7 @@ from s3_server import S3Server
 
 from jest_stream.errors import ConfigError, ShardUnavailableError, UnsafeDataError
 from jest_stream.storage import Storage, StorageConfig, folder_address
+from jest_stream.storage.writing import NewFile
 
 
 def test_a_file_appears_whole_when_it_is_committed(tmp_path: Path) -> None:
@@ -47,6 +51,52 @@ def test_what_is_being_written_is_not_removed_as_unfinished(tmp_path: Path) -> N
     assert storage.names_in(str(tmp_path)) == []
     file.commit()
     assert storage.names_in(str(tmp_path)) == ["file"]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file")  # of a constructor that never returned
+def test_an_interrupt_at_any_line_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """Ctrl-C raises wherever the program is: in a constructor, and while it cleans up too."""
+
+    class Interrupted(BaseException):
+        pass
+
+    def write() -> None:
+        file = Storage(StorageConfig()).create(f"{tmp_path}/file")
+        try:
+            file.write(b"new")
+            file.commit()
+        finally:
+            file.abort()
+
+    def interrupted_at(line: int) -> bool:
+        """Whether that many lines of `NewFile` ran before the end."""
+        left = line
+
+        def trace(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal left
+            if not isinstance(frame.f_locals.get("self"), NewFile):
+                return None
+            left -= event == "line"
+            if event == "line" and left < 0:
+                sys.settrace(None)
+                raise Interrupted
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            write()
+        except Interrupted:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    line = 0
+    while interrupted_at(line):
+        assert {path.name for path in tmp_path.iterdir()} <= {"file"}, line
+        line += 1
+    assert line > 20 and (tmp_path / "file").read_bytes() == b"new"
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
