@@ -24,6 +24,7 @@ from shards import write_shards
 
 from jest_stream import ReferenceCache, StorageConfig
 from jest_stream.cli import main
+from jest_stream.testing import Fault, FaultServer
 
 pytestmark = [pytest.mark.usefixtures("no_leaks"), pytest.mark.timeout(400)]
 
@@ -188,14 +189,18 @@ def test_ctrl_c_is_status_130(pattern: str, model: str, tmp_path: Path) -> None:
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "from jest_stream.cli import main; sys.exit(main())"
     )
-    command = arguments(pattern, model, tmp_path / "cache", "--num-workers", "1")
-    process = start(command, program=(sys.executable, "-c", program))
-    wait_for(process, tmp_path / "cache", 1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    shards, out = Path(pattern).parent, tmp_path / "cache"
+    size = max(path.stat().st_size for path in shards.iterdir())
+    sixth = sorted(path.name for path in shards.iterdir())[5]
+    with FaultServer(shards, (Fault("stall", path=sixth, after_bytes=size // 2),)) as server:
+        command = arguments(server.url("*.tar"), model, out, "--num-workers", "1")
+        process = start(command, program=(sys.executable, "-c", program))
+        wait_for(process, out, 5)  # it waits for the rest of the sixth now
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
-    left = [path.name for path in (tmp_path / "cache").iterdir()]
-    assert not [name for name in left if name.startswith(".")]
+    assert num_done(out) == 5
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.slow
