@@ -79,6 +79,7 @@ class HubDriver(WebDriver):
 
     def __init__(self, config: StorageConfig) -> None:
         self._hub: Any = importlib.import_module("huggingface_hub")
+        self._utils: Any = importlib.import_module("huggingface_hub.utils")
         self._options = dict(config.options.get("hf", {}))
         self._token = self._options.get("token")
         self._endpoint = self._options.get("endpoint")
@@ -151,7 +152,7 @@ class HubDriver(WebDriver):
             revision=file.revision or None,
             endpoint=self._endpoint,
         )
-        headers: Mapping[str, str] = self._hub.utils.build_hf_headers(token=self._token)
+        headers: Mapping[str, str] = self._utils.build_hf_headers(token=self._token)
         answer = await self._get(address, {**headers, **asked})
         if answer.redirected_to and answer.status in (200, 206):
             self._signed[url] = answer.redirected_to
