@@ -26,6 +26,7 @@ MAX_SHARDS = 1_000_000
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+):")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?|([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?")
 _GLOB = re.compile(r"[*?\[]")
+_SIGNATURE = re.compile(r"[?&](?:x-(?:amz|goog)-signature|signature|sig)=", re.IGNORECASE)
 
 
 def expand(
@@ -78,6 +79,14 @@ def store_of(url: str) -> str:
     """Returns the kind of store that a remote address needs: http and https share one."""
     scheme = scheme_of(url)
     return "http" if scheme == "https" else scheme
+
+
+def without_signature(url: str) -> str:
+    """Returns what a remote address names: without its query, if that signs it.
+
+    Stores that sign addresses name an object by its path. Any other query may tell objects apart.
+    """
+    return url.partition("?")[0] if _SIGNATURE.search(url) else url
 
 
 def check(url: str) -> str:

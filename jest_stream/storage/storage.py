@@ -152,9 +152,9 @@ class Storage:
         if expected is None:
             expected = self.info(url)
         cache = self._here().cache
-        if cache is not None and expected.version:  # else a change would not be noticed
+        if cache is not None:
             file = cache.open(
-                url.partition("?")[0],  # what signs an address is not what it names
+                addresses.without_signature(url),
                 expected.num_bytes,
                 expected.version,
                 partial(self._download, url, expected),
