@@ -17,6 +17,7 @@ from jest_stream.errors import ConfigError
 from jest_stream.storage import addresses
 from jest_stream.storage.cache import DiskCache
 from jest_stream.storage.connections import Connections
+from jest_stream.storage.drivers import Driver
 from jest_stream.storage.fetching import Fetcher
 from jest_stream.storage.local import BUFFER_BYTES, local_info, open_local
 from jest_stream.storage.patience import SLOWEST_BYTES_PER_S
@@ -40,6 +41,10 @@ class _Here:
         self.files: weakref.WeakSet[RemoteFile] = weakref.WeakSet()
         self.listed: dict[str, ObjectInfo] = {}
         self.cache = _make_cache(config)
+
+    def driver(self, url: str) -> Driver:
+        """Returns the driver for an address; connects, which can fail as any request can."""
+        return self.fetcher.patiently(url, lambda: self.connections.driver(url))
 
     def close(self) -> None:
         """Closes files and connections."""
@@ -112,7 +117,7 @@ class Storage:
                 remote.setdefault(addresses.store_of(url), []).append(url)
         for group in remote.values():
             here = self._here()
-            driver = here.connections.driver(group[0])
+            driver = here.driver(group[0])
             rounds = 1 + len(group) // 32
             limit_s = rounds * self._longest_wait_s()
             infos = here.connections.run(here.fetcher.infos, driver, group, timeout_s=limit_s)
@@ -196,10 +201,10 @@ class Storage:
             return NewFile(url, None)
 
         def _put(path: str) -> None:
-            connections = self._here().connections
+            here = self._here()
             limit_s = 2 * self._longest_wait_s() + os.path.getsize(path) / SLOWEST_BYTES_PER_S
-            driver = connections.driver(url)
-            connections.run(self._here().fetcher.put, driver, url, path, timeout_s=limit_s)
+            driver = here.driver(url)
+            here.connections.run(here.fetcher.put, driver, url, path, timeout_s=limit_s)
 
         return NewFile(url, _put)
 
@@ -214,7 +219,7 @@ class Storage:
         if not addresses.scheme_of(folder):
             return list_local(folder)
         here = self._here()
-        driver = here.connections.driver(folder)
+        driver = here.driver(folder)
         found = here.fetcher.patiently(folder, lambda: driver.matches(f"{folder}/*"))
         return sorted(name.rpartition("/")[2] for name, _ in found)
 
@@ -271,7 +276,7 @@ class Storage:
         file = RemoteFile(
             window,
             here.read_ahead,
-            lambda: here.connections.driver(url),
+            lambda: here.driver(url),
             self._longest_wait_s(),
             _forget,
         )
@@ -289,7 +294,7 @@ class Storage:
         if not is_glob and addresses.scheme_of(url) != "hf":
             return [url]
         here = self._here()
-        driver = here.connections.driver(url)
+        driver = here.driver(url)
         url = here.fetcher.patiently(url, lambda: driver.pinned(url))
         if not is_glob:
             return [url]

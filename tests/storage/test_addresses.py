@@ -157,6 +157,21 @@ def test_options_that_a_driver_does_not_know_are_named() -> None:
         storage.info("s3://bucket/a.tar")
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"endpoint_url": "nowhere"}, "Invalid endpoint: nowhere"),
+        ({"profile": "no-such-profile"}, "profile .no-such-profile. could not be found"),
+        ({"key": "AKIAEXAMPLE"}, "Partial credentials"),
+        ({"client_kwargs": {"colour": "red"}}, "unexpected keyword argument 'colour'"),
+    ],
+)
+def test_options_that_fail_when_it_connects_are_named(options: dict[str, Any], said: str) -> None:
+    storage = Storage(StorageConfig(options={"s3": options}))
+    with pytest.raises(ShardUnavailableError, match=rf"s3://bucket/a\.tar.*{said}.*options="):
+        storage.info("s3://bucket/a.tar")
+
+
 def test_nothing_to_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="matches no file"):
         expand(f"{tmp_path}/*.tar")
