@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from braceexpand import braceexpand
 
@@ -47,6 +47,12 @@ def expand(
         than `MAX_SHARDS` shards.
     """
     listed = [urls] if isinstance(urls, (str, os.PathLike)) else urls
+    wrong = [url for url in listed if not isinstance(url, (str, os.PathLike))]
+    if wrong:
+        raise ConfigError(
+            f"source lists a {type(wrong[0]).__name__} ({_short(str(wrong[0]))}) among paths; list "
+            "paths and addresses of shards only."
+        )
     patterns = [os.fspath(url) for url in listed]
     if not patterns:
         raise ConfigError("source names no shards: got an empty list; pass at least one path.")
@@ -121,6 +127,10 @@ def check(url: str) -> str:
                 f"source {_short(url)} names no host, bucket or repository; an address is written "
                 f"{scheme}://NAME/path/shard.tar."
             )
+        try:
+            urlsplit(url)
+        except ValueError as error:
+            raise ConfigError(f"source {_short(url)} is no address: {error}.") from None
         if any(ord(character) < 32 for character in rest):
             raise UnsafeDataError(f"source {_short(url)} holds a control character.")
         return f"{scheme}:{rest}"
@@ -139,6 +149,16 @@ def is_remote_glob(url: str) -> bool:
     if scheme == "s3":
         path = url.partition("?versionId=")[0]
     return bool(_GLOB.search(path))
+
+
+def is_folder(url: str) -> bool:
+    """Whether a remote address can only be a bucket, a repository or a folder in a store."""
+    scheme, path = scheme_of(url), url.partition("://")[2]
+    if scheme in ("http", "https"):
+        return False  # there, anything may be a file
+    is_typed = path.startswith(("datasets/", "spaces/", "models/"))
+    num_slashes = 0 if scheme != "hf" else 2 if is_typed else 1
+    return path.endswith("/") or path.count("/") == num_slashes
 
 
 def _match(path: str, pattern: str) -> list[str]:

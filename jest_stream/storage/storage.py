@@ -291,6 +291,12 @@ class Storage:
     def _list(self, url: str) -> list[str]:
         """Returns what a remote address stands for."""
         is_glob = addresses.is_remote_glob(url)
+        if addresses.is_folder(url) and not is_glob:
+            raise ConfigError(
+                f"source {redacted(url)!r} is a bucket, a folder or a whole repository, not a "
+                f"shard; pass a pattern: {redacted(url.rstrip('/')) + '/*.tar'!r}. A repository of "
+                "the Hub is read as a whole if it is the only source, not one of a list."
+            )
         if not is_glob and addresses.scheme_of(url) != "hf":
             return [url]
         here = self._here()

@@ -172,6 +172,22 @@ def test_options_that_fail_when_it_connects_are_named(options: dict[str, Any], s
         storage.info("s3://bucket/a.tar")
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["s3://bucket", "s3://bucket/folder/", "gs://bucket/", "hf://datasets/org/name", "hf://org/n/"],
+)
+def test_a_folder_of_a_store_is_no_shard(url: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{url}' is a bucket.*pass a pattern: .*/\*\.tar'"):
+        Storage().expand([url])
+
+
+def test_what_is_no_path_or_address_is_named() -> None:
+    with pytest.raises(ConfigError, match="lists a NoneType"):
+        Storage().expand(["a.tar", None])  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match="is no address: Invalid IPv6 URL"):
+        Storage().expand("http://[host/a.tar")
+
+
 def test_nothing_to_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="matches no file"):
         expand(f"{tmp_path}/*.tar")
