@@ -220,7 +220,7 @@ class Storage:
             return list_local(folder)
         here = self._here()
         driver = here.driver(folder)
-        found = here.fetcher.patiently(folder, lambda: driver.matches(f"{folder}/*"))
+        found = self._matches(here, driver, f"{folder}/*")
         return sorted(name.rpartition("/")[2] for name, _ in found)
 
     def remove_unfinished(self, folder: str) -> None:
@@ -304,7 +304,7 @@ class Storage:
         url = here.fetcher.patiently(url, lambda: driver.pinned(url))
         if not is_glob:
             return [url]
-        found = sorted(here.fetcher.patiently(url, lambda: driver.matches(url)))
+        found = sorted(self._matches(here, driver, url))
         if not found:
             raise ConfigError(
                 f"source {redacted(url)!r} matches nothing. Check the pattern, and that you may "
@@ -312,6 +312,19 @@ class Storage:
             )
         here.listed.update((name, info) for name, info in found if info is not None)
         return [name for name, _ in found]
+
+    def _matches(
+        self, here: _Here, driver: Driver, pattern: str
+    ) -> list[tuple[str, ObjectInfo | None]]:
+        """Returns the objects that match, asked for until that succeeds or is in vain."""
+        limit_s = self._longest_wait_s()
+
+        def _once() -> list[tuple[str, ObjectInfo | None]]:
+            return here.connections.run(
+                here.fetcher.matches, driver, pattern, limit_s, timeout_s=2 * limit_s
+            )
+
+        return here.fetcher.patiently(pattern, _once)
 
     def _longest_wait_s(self) -> float:
         """Returns a time that no read can take: all attempts, and one that ends as they do."""
