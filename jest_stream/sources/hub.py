@@ -25,7 +25,7 @@ from jest_stream.storage.addresses import MAX_SHARDS
 from jest_stream.storage.failures import failure_of
 from jest_stream.storage.patience import Patience
 
-_ADDRESS = re.compile(r"(?:hf://datasets/)?([^/@\s]+/[^/@\s]+?)(?:@([^\s]+?))?/?")
+_ADDRESS = re.compile(r"(?:(?i:hf)://datasets/)?([^/@\s]+/[^/@\s]+?)(?:@([^\s]+?))?/?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_README_BYTES = 8 << 20
 _NOT_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}

@@ -151,6 +151,7 @@ def test_a_repository_is_a_source_by_its_address(hub: HubServer) -> None:
     [
         ("hf://datasets/org/name", ("org/name", None)),
         ("hf://datasets/org/name/", ("org/name", None)),
+        ("HF://datasets/org/name", ("org/name", None)),
         ("org/name@v1.0", ("org/name", "v1.0")),
         ("hf://datasets/org/name@refs/convert/parquet", ("org/name", "refs/convert/parquet")),
         ("hf://datasets/org/name/data/*.tar", None),
