@@ -185,7 +185,12 @@ class Build:
         self._folder, self._storage = folder, storage
         self._rank, self._world_size = rank_and_world_size(*place)
         self._view = ScoreView(
-            keys=keys, learner=views, reference=(None, None), keep_image=False, limits=limits
+            keys=keys,
+            learner=views,
+            reference=(None, None),
+            keep_image=False,
+            limits=limits,
+            for_cache=True,
         )
         self._works: dict[int, ShardWork] = {}
         self._records: dict[str, ShardRecord] = {}  # that this process wrote, by file

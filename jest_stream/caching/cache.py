@@ -49,9 +49,10 @@ class ReferenceCache:
     """The embeddings that a reference gave of every example of a source.
 
     `JESTDataset(reference=cache)` scores with them instead of running a reference. Per shard there
-    is one Arrow file with the columns `key`, `image` and `text` (float16), read in step with the
-    shard: memory does not grow with the data. Local files are mapped; of a remote cache one file
-    per open shard is held in memory, or mapped from `StorageConfig(cache_folder=...)`.
+    is one Arrow file with `key`, `image` and `text` (float16) and checksums of what was embedded,
+    read in step with the shard: memory does not grow with the data. Local files are mapped; of a
+    remote cache one file per open shard is held in memory, or mapped from
+    `StorageConfig(cache_folder=...)`.
 
     `build` makes one. Its arguments, beside those that `JESTDataset` has too:
 

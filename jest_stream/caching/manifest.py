@@ -16,7 +16,7 @@ from jest_stream.caching.fingerprints import ViewFingerprint, view_difference
 from jest_stream.errors import CacheDamagedError, ReferenceMismatchError
 from jest_stream.storage import Storage, redacted
 
-VERSION = 1
+VERSION = 2
 BEGUN, COMPLETE = "build.json", "manifest.json"
 _MAX_BYTES = 1 << 30
 

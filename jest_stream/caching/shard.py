@@ -146,7 +146,7 @@ class ShardWork:
             name = part_file(self._shard, len(self._begun.parts), self._part_size)
             file = self._storage.create(f"{self._folder}/{name}.arrow")
             self._writer = EmbeddingsWriter(file, image.shape[1])
-        self._writer.add(rows["key"], image, text)
+        self._writer.add(rows["key"], image, text, rows["checksums"])
         self._hashes.append(key_hashes(rows["key"]))
         num_read, skipped = self._read[size - 1]
         del self._read[:size]

@@ -16,7 +16,7 @@ import torch
 from leaks import no_leaks  # noqa: F401
 from models import TinyTwoTower, to_tensor, tokenize
 from s3_server import S3Server
-from shards import make_example, members, write_shards, write_tar
+from shards import draw, make_example, members, write_shards, write_tar
 
 from jest_stream import JESTDataset, ReferenceCache, SelectionConfig, StorageConfig, TarSource
 from jest_stream.errors import (
@@ -85,8 +85,8 @@ def test_an_incomplete_build_says_how_much_is_done(folder: Path, shards: list[st
 
 def test_a_future_version_is_refused(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 2}))
-    with pytest.raises(ReferenceMismatchError, match="version 2, this release reads 1"):
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 3}))
+    with pytest.raises(ReferenceMismatchError, match="version 3, this release reads 2"):
         ReferenceCache(folder)
 
 
@@ -335,3 +335,51 @@ def test_a_cache_that_becomes_unreachable_is_named_with_its_attempts(
             s3.start()
     cache.close()
     assert raised.value.attempts > 1
+
+
+def rewritten(shards: list[str], change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Changes every example; each shard stays as long as it was."""
+    for shard, path in enumerate(shards):
+        size = Path(path).stat().st_size
+        indices = range(shard * PER_SHARD, (shard + 1) * PER_SHARD)
+        write_tar(Path(path), members(change(make_example(index)) for index in indices))
+        assert Path(path).stat().st_size == size
+
+
+@pytest.mark.parametrize(
+    ("member", "data", "message"),
+    [
+        ("txt", b"a caption that was written anew", "the text of example '0000"),
+        ("jpg", make_example(1)["jpg"], "the image of example '0000"),
+    ],
+)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_other_captions_and_pictures_under_the_same_keys_are_noticed(
+    folder: Path, shards: list[str], member: str, data: bytes, message: str, num_workers: int
+) -> None:
+    rewritten(shards, lambda example: {**example, member: data})
+    with pytest.raises(CachedShardChangedError, match=message + r"\d\d' of shard .*") as raised:
+        run(shards, str(folder), num_workers=num_workers)
+    assert raised.value.shard in shards
+
+
+@pytest.mark.parametrize(
+    "text_key", ["caption.txt;txt", lambda example: example["json"]["caption"] + " again"]
+)
+def test_another_text_than_was_embedded_is_noticed(tmp_path: Path, text_key: Any) -> None:
+    examples = [{**make_example(index), "caption.txt": b"another text"} for index in range(40)]
+    paths = [write_tar(tmp_path / "0.tar", members(examples))]
+    build(paths, tmp_path / "cache", text_key="txt")
+    run(paths, str(tmp_path / "cache"), text_key=lambda example: example["json"]["caption"])
+    with pytest.raises(CachedShardChangedError, match="the text of example '0000.*text_key mean"):
+        run(paths, str(tmp_path / "cache"), text_key=text_key)
+
+
+def test_what_comes_decoded_is_known_by_its_key(tmp_path: Path) -> None:
+    examples = [make_example(index) for index in range(40)]
+    build(examples, tmp_path / "cache")
+    pictures = [
+        {"__key__": e["__key__"], "jpg": draw(i)[0], "txt": e["txt"]}
+        for i, e in enumerate(examples)
+    ]
+    run(pictures, str(tmp_path / "cache"))
