@@ -282,6 +282,15 @@ def test_parts_are_found_in_order_and_out_of_order(tmp_path: Path, part_size: in
         assert [example["__key__"] for example, _ in rest] == [f"k{i}" for i in range(start, 45)]
 
 
+@pytest.mark.parametrize("indices", [range(30), range(1, 45, 2), [*range(45), 7]], ids=str)
+def test_a_stream_of_some_of_the_keys_is_joined(tmp_path: Path, indices: Any) -> None:
+    cache = build(Captions(45), tmp_path / "cache", part_size=20)
+    examples = list(Captions(45))
+    stream = IterableSource([examples[index] for index in indices])
+    found = [example for example, _ in cache.join(stream).read(0)]
+    assert [example["__key__"] for example in found] == [f"k{index}" for index in indices]
+
+
 def test_keys_that_come_twice_are_refused(tmp_path: Path) -> None:
     examples = [{**example, "__key__": "same"} for example in Captions(3)]
     with pytest.raises(ConfigError, match="2 keys of shard '<list>' come twice"):
