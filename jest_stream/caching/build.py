@@ -40,7 +40,7 @@ from jest_stream.caching.shard import (
     record_file,
     write_whole,
 )
-from jest_stream.config import as_integer
+from jest_stream.config import as_device, as_integer
 from jest_stream.errors import ConfigError, ReferenceMismatchError
 from jest_stream.scoring import ReferenceModel, two_tower
 from jest_stream.sources import IterableSource
@@ -108,6 +108,16 @@ def rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, 
     return rank, world_size
 
 
+def usable_device(device: torch.device | str | None) -> torch.device | None:
+    """Returns what `device` names; `ConfigError` where nothing can be put on it."""
+    found = as_device("device", device)
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise ConfigError(f"device={str(device)!r} cannot be used here: {error}") from error
+    return found
+
+
 def build_into(
     folder: str,
     source: Source,
@@ -126,6 +136,7 @@ def build_into(
     show_progress: bool,
 ) -> None:
     """Does this process's part of building a cache; `ReferenceCache.build` explains all."""
+    device = usable_device(device)
     header = make_header(
         source,
         reference,

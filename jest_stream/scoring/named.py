@@ -60,6 +60,8 @@ def load_reference(name: str | os.PathLike[str]) -> NamedReference:
         folder = Path(name)
         if folder.is_dir():
             return _of_folder(folder)
+        if not is_named(name):
+            raise ConfigError(f"reference={name!r} is no folder and names no model. {_FORMS}")
         _require_safetensors(name)
         raise ConfigError(f"reference={name!r} holds weights, but of which model? {_FORMS}")
     model, _, weights = name.removeprefix(_PREFIX).partition("/")
