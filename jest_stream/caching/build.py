@@ -249,8 +249,13 @@ class Build:
         found = next((name for name in (COMPLETE, BEGUN) if name in names), None)
         if found is None:
             write_whole(self._storage, f"{self._folder}/{BEGUN}", dump_header(self._header))
-            return names
-        url = f"{self._folder}/{found}"
+        else:
+            self._adopt(found)
+        return names
+
+    def _adopt(self, file: str) -> None:
+        """Takes over what a file says the build is of; raises if that is something else."""
+        url = f"{self._folder}/{file}"
         before = parse_header(read_json(self._storage, url), url)
         if difference := header_difference(before, self._header):
             raise ReferenceMismatchError(
@@ -258,7 +263,6 @@ class Build:
                 f"{difference}. Choose another folder, or delete that one."
             )
         self._header = before
-        return names
 
     def _embed_all(
         self,
@@ -284,6 +288,7 @@ class Build:
                     micro_batch_size=self._header.micro_batch_size,
                     part_size=part_size,
                     begun=begun.get(shard, Progress()),
+                    build=self._header.build,
                 )
             self._take(group, progress)
 
@@ -313,7 +318,11 @@ class Build:
             (part,) = record.parts
             data = self._storage.mapped(f"{self._folder}/{part.file}")
             file = EmbeddingsFile(
-                data, part.file, num_examples=part.num_examples, dimension=part.dimension
+                data,
+                part.file,
+                num_examples=part.num_examples,
+                dimension=part.dimension,
+                build=self._header.build,
             )
             keys = [key for i in range(len(file.starts) - 1) for key in file.batch(i).keys]
             progress = Progress(
@@ -331,6 +340,7 @@ class Build:
         if not names.issuperset(files):
             return
         records = tuple(self._records.get(file) or self._read_record(file) for file in files)
+        self._adopt(BEGUN)  # two builds may have found the folder empty at once; one file is left
         manifest = Manifest(header=self._header, shards=records)
         sizes = {part.dimension for record in records for part in record.parts}
         assert len(sizes) < 2, f"one reference gave embeddings of {sizes} dimensions"

@@ -307,7 +307,11 @@ class ReferenceCache:
             )
         data = self._mapped(url, info)
         return EmbeddingsFile(
-            data, redacted(url), num_examples=part.num_examples, dimension=part.dimension
+            data,
+            redacted(url),
+            num_examples=part.num_examples,
+            dimension=part.dimension,
+            build=self.manifest.header.build,
         )
 
     def _open_index(self, file: str) -> KeyIndex:

@@ -3,7 +3,7 @@
 Columns: `key` (string), `image` and `text` (fixed-size lists of D float16), `image_crc32` and
 `text_crc32` (uint32) of what was embedded; record batches of fixed size, no compression. Any Arrow
 reader takes them: `pyarrow.ipc.open_file(path).read_all()`. What a file holds depends on the rows
-alone, not on when they came. No threads.
+alone, not on when they came. Its metadata name the `build` that it belongs to. No threads.
 
 Shapes: n: rows of a record batch, D: embedding dimension.
 """
@@ -45,15 +45,16 @@ class EmbeddingsWriter:
     Args:
       file: where to; committed or aborted with this.
       dimension: D.
+      build: that it is of; see `Header.build`.
     """
 
-    def __init__(self, file: NewFile, dimension: int) -> None:
+    def __init__(self, file: NewFile, dimension: int, build: str) -> None:
         arrow = arrow_or_error()
         self._arrow = arrow
         self._file = file
         self.dimension = dimension
         """D."""
-        self._schema = _schema(dimension)
+        self._schema = _schema(dimension).with_metadata({"build": build})
         self._sink = arrow.PythonFile(_Sink(file), mode="w")
         self._writer = arrow.ipc.new_file(self._sink, self._schema)
         self._keys: list[str] = []
@@ -110,12 +111,15 @@ class EmbeddingsFile:
       url: what to call it in messages.
       num_examples: rows that it must have.
       dimension: D that it must have.
+      build: that it must be of.
 
     Raises:
       CacheDamagedError: if it is anything else.
     """
 
-    def __init__(self, data: Any, url: str, *, num_examples: int, dimension: int) -> None:
+    def __init__(
+        self, data: Any, url: str, *, num_examples: int, dimension: int, build: str
+    ) -> None:
         arrow = arrow_or_error()
         self._data = data
         self._url = url
@@ -126,6 +130,8 @@ class EmbeddingsFile:
             self._reader = arrow.ipc.open_file(arrow.BufferReader(buffer))
             if not self._reader.schema.equals(_schema(dimension)):
                 raise damaged(url, f"has the columns {self._reader.schema.to_string()!r}")
+            if (self._reader.schema.metadata or {}).get(b"build") != build.encode():
+                raise damaged(url, "is a file of another cache")
             batches = [
                 self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)
             ]
