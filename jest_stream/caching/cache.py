@@ -135,18 +135,14 @@ class ReferenceCache:
           ConfigError: for arguments that cannot work, such as a view that draws at random.
           ReferenceMismatchError: if the folder holds a cache of something else; says of what.
         """
-        settings = ReadSettings(num_workers, on_bad_example, max_bad_fraction, timeout_s)
         folder = folder_address(path)
-        if isinstance(reference, str | os.PathLike):
-            named = load_reference(reference)
-            reference = named.module
-            transform, tokenizer = transform or named.transform, tokenizer or named.tokenizer
+        model, views = _with_views(reference, transform, tokenizer)
         opened = open_source(source, storage=storage if _is_address(source) else None)
         try:
             build_into(
-                *(folder, opened, reference),
+                *(folder, opened, model),
                 storage=storage,
-                views=(transform, tokenizer),
+                views=views,
                 keys=(image_key, text_key),
                 limits=limits,
                 micro_batch_size=micro_batch_size,
@@ -154,7 +150,7 @@ class ReferenceCache:
                 part_size=part_size,
                 device=device,
                 place=(rank, world_size),
-                settings=settings,
+                settings=ReadSettings(num_workers, on_bad_example, max_bad_fraction, timeout_s),
                 show_progress=show_progress,
             )
         finally:
@@ -350,6 +346,18 @@ def _incomplete(storage: Storage, folder: str, names: Sequence[str]) -> Incomple
         num_done=num_done,
         num_shards=num_shards,
     )
+
+
+def _with_views(
+    reference: nn.Module | str | os.PathLike[str],
+    transform: Transform | None,
+    tokenizer: Transform | None,
+) -> tuple[nn.Module, tuple[Transform | None, Transform | None]]:
+    """Returns the reference and its views; one that was named brings them."""
+    if not isinstance(reference, str | os.PathLike):
+        return reference, (transform, tokenizer)
+    named = load_reference(reference)
+    return named.module, (transform or named.transform, tokenizer or named.tokenizer)
 
 
 def _is_address(source: Any) -> bool:
