@@ -100,7 +100,7 @@ def _add_cache(commands: Any) -> None:
     cache.add_argument(
         "--reference",
         required=True,
-        help="open_clip:NAME/TAG, open_clip:NAME/FILE.safetensors, or a folder with "
+        help="open_clip:NAME[/TAG], open_clip:NAME/FILE.safetensors, or a folder with "
         "open_clip_config.json and open_clip_model.safetensors",
     )
     cache.add_argument("--out", required=True, help="a folder, or an s3:// or gs:// address")
@@ -134,7 +134,6 @@ def _cache(options: argparse.Namespace) -> None:
     from jest_stream.caching import ReferenceCache
     from jest_stream.caching.cache import DEFAULT_IMAGE_KEY, DEFAULT_TEXT_KEY
     from jest_stream.errors import IncompleteCacheError
-    from jest_stream.scoring.named import load_reference
 
     # torchrun's; a device that names its number is taken as it is.
     local_rank = os.environ.get("LOCAL_RANK")
@@ -142,13 +141,10 @@ def _cache(options: argparse.Namespace) -> None:
     if device == "cuda" and local_rank is not None:
         device = f"cuda:{local_rank}"
     source = options.source[0] if len(options.source) == 1 else options.source
-    named = load_reference(options.reference)
     with ReferenceCache.build(
         source,
-        named.module,
+        options.reference,
         options.out,
-        transform=named.transform,
-        tokenizer=named.tokenizer,
         image_key=options.image_key or DEFAULT_IMAGE_KEY,
         text_key=options.text_key or DEFAULT_TEXT_KEY,
         num_workers=options.num_workers,

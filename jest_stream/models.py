@@ -24,17 +24,16 @@ class Models:
         yields_reference: bool = False,
     ) -> None:
         """Raises `ConfigError` if a needed module is missing or cannot embed."""
-        needs_learner, needs_reference = (False, False)
-        if config.method != "uniform":
-            needs_learner, needs_reference = needs(config.score)
-            if any(isinstance(term, TargetSimilarity) for term in config.terms):
-                needs_reference = True
-                if reference is None:
-                    raise ConfigError(
-                        "reference=None, but TargetSimilarity compares examples with targets by "
-                        "their reference embeddings: pass the model that embedded the targets as "
-                        "reference=."
-                    )
+        selects = config.method != "uniform"
+        needs_learner, needs_reference = needs(config.score) if selects else (False, False)
+        is_scored = needs_reference  # by its losses: not only yielded, or looked at by a term
+        if selects and any(isinstance(term, TargetSimilarity) for term in config.terms):
+            needs_reference = True
+            if reference is None:
+                raise ConfigError(
+                    "reference=None, but TargetSimilarity compares examples with targets by their "
+                    "reference embeddings: pass the model that embedded the targets as reference=."
+                )
         if yields_reference and not needs_reference:
             needs_reference = True
             if reference is None:
@@ -50,12 +49,12 @@ class Models:
             self.cache = reference
         elif needs_reference and not isinstance(reference, ReferenceCache):
             self.reference = _checked(reference, "reference", config)
+        models = [self.learner, *((self.reference, self.cache) if is_scored else ())]
+        biases = [_has_bias(model) for model in models if model is not None]
         self.loss = config.loss
-        model = self.learner if self.learner is not None else self.reference
-        if config.loss == "auto" and model is not None:
-            self.loss = "sigmoid" if has_bias(model) else "softmax"
-        elif config.loss == "auto" and self.cache is not None:
-            self.loss = "sigmoid" if self.cache.has_bias else "softmax"
+        if config.loss == "auto" and biases:
+            # The softmax of a model with a bias does without it; the sigmoid needs one.
+            self.loss = "sigmoid" if all(biases) else "softmax"
         self.home = next((m for m in (learner, reference) if isinstance(m, nn.Module)), None)
         """The module on whose device batches are wanted."""
         self.trained = learner if isinstance(learner, nn.Module) else None
@@ -78,6 +77,10 @@ class Models:
     def release(self) -> None:
         """Lets go of the modules."""
         self.learner = self.reference = self.cache = self.home = self.trained = None
+
+
+def _has_bias(model: nn.Module | ReferenceCache) -> bool:
+    return model.has_bias if isinstance(model, ReferenceCache) else has_bias(model)
 
 
 def _checked(module: nn.Module | None, role: str, config: SelectionConfig) -> nn.Module:

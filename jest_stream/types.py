@@ -20,9 +20,9 @@ Example = dict[str, Any]
 
 REFERENCE_ROW = "__reference__"
 """Entry of an example that tells where its cached reference embeddings are: a `ReferenceRow`."""
-ReferenceRow = tuple[Tensor, Tensor, int]
-"""`[n, D]` image and text embeddings of several examples, and which row is this one's: rows are
-gathered together, many times faster than each alone."""
+ReferenceRow = tuple[Tensor, Tensor, Tensor, int]
+"""`[n, D]` image and text embeddings and `[n, 2]` checksums of several examples, and which row is
+this one's: rows are gathered together, many times faster than each alone."""
 
 
 class Cursor(NamedTuple):

@@ -5,9 +5,11 @@ pytest tests/test_dataset.py
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from jest_stream import (
     Embeddings,
     IterableSource,
     JESTDataset,
+    ReferenceCache,
     SelectionConfig,
     select_jointly,
 )
@@ -342,3 +345,31 @@ def test_a_super_batch_larger_than_the_data_counts_its_duplicates(shards: list[s
     dataset = jest(shards[:1], super_batch_size=30)
     next(iter(dataset))
     assert dataset.metrics()["super_batch_duplicates"] == 10
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_the_loss_is_one_that_all_models_of_the_score_have(
+    shards: list[str], tmp_path: Path, is_cached: bool
+) -> None:
+    """A model without a bias says nothing by a sigmoid; by the softmax a bias does not matter."""
+    clip, siglip = (TinyTwoTower(2, has_bias=has_bias) for has_bias in (False, True))
+    if is_cached:
+        references = [
+            ReferenceCache.build(shards, model, tmp_path / name, **VIEWS)
+            for model, name in ((clip, "clip"), (siglip, "siglip"))
+        ]
+    else:
+        references = [clip, siglip]
+    hard, easy = (SelectionConfig(score=name) for name in ("hard_learner", "easy_reference"))
+    for learner, reference, selection, loss in (
+        (siglip, references[0], None, "softmax"),
+        (clip, references[1], None, "softmax"),
+        (siglip, references[1], None, "sigmoid"),
+        (siglip, references[0], hard, "sigmoid"),
+        (clip, references[1], easy, "sigmoid"),
+        (siglip, references[0], SelectionConfig(loss="sigmoid"), "sigmoid"),
+    ):
+        options = {"learner": copy.deepcopy(learner), "reference": reference}
+        with jest(shards, selection=selection, **options) as dataset:
+            assert f"{loss} loss" in repr(dataset)
+            next(iter(dataset))

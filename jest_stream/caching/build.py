@@ -40,7 +40,7 @@ from jest_stream.caching.shard import (
     record_file,
     write_whole,
 )
-from jest_stream.config import as_integer
+from jest_stream.config import as_device, as_integer
 from jest_stream.errors import ConfigError, ReferenceMismatchError
 from jest_stream.scoring import ReferenceModel, two_tower
 from jest_stream.sources import IterableSource
@@ -108,6 +108,16 @@ def rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, 
     return rank, world_size
 
 
+def usable_device(device: torch.device | str | None) -> torch.device | None:
+    """Returns what `device` names; `ConfigError` where nothing can be put on it."""
+    found = as_device("device", device)
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise ConfigError(f"device={str(device)!r} cannot be used here: {error}") from error
+    return found
+
+
 def build_into(
     folder: str,
     source: Source,
@@ -126,6 +136,7 @@ def build_into(
     show_progress: bool,
 ) -> None:
     """Does this process's part of building a cache; `ReferenceCache.build` explains all."""
+    device = usable_device(device)
     header = make_header(
         source,
         reference,
@@ -185,7 +196,12 @@ class Build:
         self._folder, self._storage = folder, storage
         self._rank, self._world_size = rank_and_world_size(*place)
         self._view = ScoreView(
-            keys=keys, learner=views, reference=(None, None), keep_image=False, limits=limits
+            keys=keys,
+            learner=views,
+            reference=(None, None),
+            keep_image=False,
+            limits=limits,
+            for_cache=True,
         )
         self._works: dict[int, ShardWork] = {}
         self._records: dict[str, ShardRecord] = {}  # that this process wrote, by file
@@ -233,8 +249,13 @@ class Build:
         found = next((name for name in (COMPLETE, BEGUN) if name in names), None)
         if found is None:
             write_whole(self._storage, f"{self._folder}/{BEGUN}", dump_header(self._header))
-            return names
-        url = f"{self._folder}/{found}"
+        else:
+            self._adopt(found)
+        return names
+
+    def _adopt(self, file: str) -> None:
+        """Takes over what a file says the build is of; raises if that is something else."""
+        url = f"{self._folder}/{file}"
         before = parse_header(read_json(self._storage, url), url)
         if difference := header_difference(before, self._header):
             raise ReferenceMismatchError(
@@ -242,7 +263,6 @@ class Build:
                 f"{difference}. Choose another folder, or delete that one."
             )
         self._header = before
-        return names
 
     def _embed_all(
         self,
@@ -268,6 +288,7 @@ class Build:
                     micro_batch_size=self._header.micro_batch_size,
                     part_size=part_size,
                     begun=begun.get(shard, Progress()),
+                    build=self._header.build,
                 )
             self._take(group, progress)
 
@@ -297,7 +318,11 @@ class Build:
             (part,) = record.parts
             data = self._storage.mapped(f"{self._folder}/{part.file}")
             file = EmbeddingsFile(
-                data, part.file, num_examples=part.num_examples, dimension=part.dimension
+                data,
+                part.file,
+                num_examples=part.num_examples,
+                dimension=part.dimension,
+                build=self._header.build,
             )
             keys = [key for i in range(len(file.starts) - 1) for key in file.batch(i).keys]
             progress = Progress(
@@ -315,6 +340,7 @@ class Build:
         if not names.issuperset(files):
             return
         records = tuple(self._records.get(file) or self._read_record(file) for file in files)
+        self._adopt(BEGUN)  # two builds may have found the folder empty at once; one file is left
         manifest = Manifest(header=self._header, shards=records)
         sizes = {part.dimension for record in records for part in record.parts}
         assert len(sizes) < 2, f"one reference gave embeddings of {sizes} dimensions"

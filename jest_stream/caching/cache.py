@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jest_stream.caching import fingerprints
 from jest_stream.caching.build import RECORD, build_into
+from jest_stream.caching.expectations import Expected, require_expected, require_keys
 from jest_stream.caching.files import EmbeddingsFile, KeyIndex, arrow_or_error, read_index
 from jest_stream.caching.join import JoinedSource
 from jest_stream.caching.manifest import (
@@ -30,9 +30,9 @@ from jest_stream.caching.rows import ShardRows
 from jest_stream.errors import (
     ConfigError,
     IncompleteCacheError,
-    ReferenceMismatchError,
     ShardChangedError,
 )
+from jest_stream.scoring.named import load_reference
 from jest_stream.sources import open_source
 from jest_stream.sources.decode import Limits
 from jest_stream.storage import ObjectInfo, Storage, StorageConfig, folder_address, redacted
@@ -40,7 +40,6 @@ from jest_stream.storage.addresses import scheme_of
 from jest_stream.types import Embeddings, Source
 from jest_stream.views import Key, Transform
 
-_EXPECTED = ("reference", "transform", "tokenizer")
 DEFAULT_IMAGE_KEY = "jpg;jpeg;png;webp;gif;image"
 DEFAULT_TEXT_KEY = "txt;text"
 
@@ -49,13 +48,15 @@ class ReferenceCache:
     """The embeddings that a reference gave of every example of a source.
 
     `JESTDataset(reference=cache)` scores with them instead of running a reference. Per shard there
-    is one Arrow file with the columns `key`, `image` and `text` (float16), read in step with the
-    shard: memory does not grow with the data. Local files are mapped; of a remote cache one file
-    per open shard is held in memory, or mapped from `StorageConfig(cache_folder=...)`.
+    is one Arrow file with `key`, `image` and `text` (float16) and checksums of what was embedded,
+    read in step with the shard: memory does not grow with the data. Local files are mapped; of a
+    remote cache one file per open shard is held in memory, or mapped from
+    `StorageConfig(cache_folder=...)`.
 
     `build` makes one. Its arguments, beside those that `JESTDataset` has too:
 
-    - `reference`, the frozen module: taken over, put into eval mode and moved to `device`.
+    - `reference`, the frozen module: taken over, put into eval mode and moved to `device`. Or its
+      name, such as `"open_clip:ViT-B-32/laion2b_s34b_b79k"`, which brings its views.
     - `path`: a folder, or an `s3://` or `gs://` address. One that holds a cache of another
       reference, view or source is refused.
     - `transform` and `tokenizer`: the reference's own views; deterministic.
@@ -73,8 +74,8 @@ class ReferenceCache:
     Args:
       path: the folder, or its address.
       storage: how a remote one is read.
-      expect: what it must be of: the reference, a module; or a dict with some of `"reference"`,
-        `"transform"` and `"tokenizer"`, each a module or function or what `fingerprints` gives.
+      expect: what it must be of: the reference, a module or a name; or a dict with some of
+        `"reference"`, `"transform"` and `"tokenizer"`, each of them or what `fingerprints` gives.
 
     Raises:
       IncompleteCacheError: if building it has not come to its end.
@@ -88,7 +89,7 @@ class ReferenceCache:
         path: Any,
         *,
         storage: StorageConfig | None = None,
-        expect: nn.Module | Mapping[str, Any] | None = None,
+        expect: Expected | None = None,
     ) -> None:
         arrow_or_error()
         self._folder = folder_address(path)
@@ -101,7 +102,7 @@ class ReferenceCache:
     def build(
         cls,
         source: Any,
-        reference: nn.Module,
+        reference: nn.Module | str | os.PathLike[str],
         path: Any,
         *,
         transform: Transform | None = None,
@@ -134,14 +135,14 @@ class ReferenceCache:
           ConfigError: for arguments that cannot work, such as a view that draws at random.
           ReferenceMismatchError: if the folder holds a cache of something else; says of what.
         """
-        settings = ReadSettings(num_workers, on_bad_example, max_bad_fraction, timeout_s)
         folder = folder_address(path)
+        model, views = _with_views(reference, transform, tokenizer)
         opened = open_source(source, storage=storage if _is_address(source) else None)
         try:
             build_into(
-                *(folder, opened, reference),
+                *(folder, opened, model),
                 storage=storage,
-                views=(transform, tokenizer),
+                views=views,
                 keys=(image_key, text_key),
                 limits=limits,
                 micro_batch_size=micro_batch_size,
@@ -149,7 +150,7 @@ class ReferenceCache:
                 part_size=part_size,
                 device=device,
                 place=(rank, world_size),
-                settings=settings,
+                settings=ReadSettings(num_workers, on_bad_example, max_bad_fraction, timeout_s),
                 show_progress=show_progress,
             )
         finally:
@@ -211,53 +212,13 @@ class ReferenceCache:
             "tokenizer": header.tokenizer,
         }
 
-    def check(self, expect: nn.Module | Mapping[str, Any]) -> None:
+    def check(self, expect: Expected) -> None:
         """Raises `ReferenceMismatchError` unless the cache is of what is expected; see `expect`."""
-        expected: dict[str, Any] = (
-            {"reference": expect} if isinstance(expect, nn.Module) else dict(expect)
-        )
-        if unknown := sorted(set(expected) - set(_EXPECTED)):
-            raise ConfigError(f"expect names {unknown}; known are {', '.join(_EXPECTED)}.")
-        header = self.manifest.header
-        for name, value in expected.items():
-            difference = ""
-            if name == "reference":
-                found = value if isinstance(value, str) else fingerprints.weights_fingerprint(value)
-                if found != header.weights:
-                    difference = (
-                        f"its weights have the fingerprint {found}, those of the cache's "
-                        f"{header.model} {header.weights}"
-                    )
-            elif name == "transform":
-                wanted = value if _is_given(value) else fingerprints.transform_fingerprint(value)
-                difference = fingerprints.view_difference(header.transform, wanted)
-            else:
-                wanted = value if _is_given(value) else fingerprints.tokenizer_fingerprint(value)
-                difference = fingerprints.view_difference(header.tokenizer, wanted)
-            if difference:
-                raise ReferenceMismatchError(
-                    f"the reference cache {self.path!r} was built with another {name}: "
-                    f"{difference}. Pass what it was built with, or build a cache with this one."
-                )
+        require_expected(self.manifest.header, expect, self.path)
 
     def check_keys(self, image_key: Key, text_key: Key) -> None:
         """Raises `ReferenceMismatchError` if the members that were cached are surely others."""
-        header = self.manifest.header
-        for name, cached, key in (
-            ("image_key", header.image_key, image_key),
-            ("text_key", header.text_key, text_key),
-        ):
-            if (
-                callable(key)
-                or cached == "a function"
-                or set(cached.split(";")) & set(key.split(";"))
-            ):
-                continue
-            raise ReferenceMismatchError(
-                f"the reference cache {self.path!r} was built with {name}={cached!r}, this dataset "
-                f"has {name}={key!r}: learner and reference would see different things. Build a "
-                f"cache with this {name}."
-            )
+        require_keys(self.manifest.header, image_key, text_key, self.path)
 
     def join(self, source: Source) -> JoinedSource:
         """Returns the source with each example's reference embeddings beside it.
@@ -342,7 +303,11 @@ class ReferenceCache:
             )
         data = self._mapped(url, info)
         return EmbeddingsFile(
-            data, redacted(url), num_examples=part.num_examples, dimension=part.dimension
+            data,
+            redacted(url),
+            num_examples=part.num_examples,
+            dimension=part.dimension,
+            build=self.manifest.header.build,
         )
 
     def _open_index(self, file: str) -> KeyIndex:
@@ -383,12 +348,19 @@ def _incomplete(storage: Storage, folder: str, names: Sequence[str]) -> Incomple
     )
 
 
+def _with_views(
+    reference: nn.Module | str | os.PathLike[str],
+    transform: Transform | None,
+    tokenizer: Transform | None,
+) -> tuple[nn.Module, tuple[Transform | None, Transform | None]]:
+    """Returns the reference and its views; one that was named brings them."""
+    if not isinstance(reference, str | os.PathLike):
+        return reference, (transform, tokenizer)
+    named = load_reference(reference)
+    return named.module, (transform or named.transform, tokenizer or named.tokenizer)
+
+
 def _is_address(source: Any) -> bool:
     """Whether a source is read by `storage`."""
     first = source[0] if isinstance(source, list | tuple) and source else source
     return isinstance(first, str | os.PathLike)
-
-
-def _is_given(value: Any) -> bool:
-    """Whether it is a fingerprint already."""
-    return isinstance(value, list)

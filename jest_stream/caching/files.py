@@ -1,8 +1,9 @@
 """Arrow files of embeddings: written row by row, read without copying.
 
-Columns: `key` (string), `image` and `text` (fixed-size lists of D float16); record batches of fixed
-size, no compression. Any Arrow reader takes them: `pyarrow.ipc.open_file(path).read_all()`. What a
-file holds depends on the rows alone, not on when they came. No threads.
+Columns: `key` (string), `image` and `text` (fixed-size lists of D float16), `image_crc32` and
+`text_crc32` (uint32) of what was embedded; record batches of fixed size, no compression. Any Arrow
+reader takes them: `pyarrow.ipc.open_file(path).read_all()`. What a file holds depends on the rows
+alone, not on when they came. Its metadata name the `build` that it belongs to. No threads.
 
 Shapes: n: rows of a record batch, D: embedding dimension.
 """
@@ -34,6 +35,8 @@ class Batch(NamedTuple):
     """`[n, D]` float16, unit norm; the mapped file itself."""
     text: Tensor
     """`[n, D]` likewise."""
+    checksums: Tensor
+    """`[n, 2]` int64: of the image and of the text; see `views.checksums`."""
 
 
 class EmbeddingsWriter:
@@ -42,32 +45,27 @@ class EmbeddingsWriter:
     Args:
       file: where to; committed or aborted with this.
       dimension: D.
+      build: that it is of; see `Header.build`.
     """
 
-    def __init__(self, file: NewFile, dimension: int) -> None:
+    def __init__(self, file: NewFile, dimension: int, build: str) -> None:
         arrow = arrow_or_error()
         self._arrow = arrow
         self._file = file
         self.dimension = dimension
         """D."""
-        self._schema = arrow.schema(
-            [
-                arrow.field("key", arrow.string(), nullable=False),
-                arrow.field("image", arrow.list_(arrow.float16(), dimension), nullable=False),
-                arrow.field("text", arrow.list_(arrow.float16(), dimension), nullable=False),
-            ]
-        )
+        self._schema = _schema(dimension).with_metadata({"build": build})
         self._sink = arrow.PythonFile(_Sink(file), mode="w")
         self._writer = arrow.ipc.new_file(self._sink, self._schema)
         self._keys: list[str] = []
-        self._rows: list[tuple[Tensor, Tensor]] = []
+        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
         self.num_examples = 0
         """Rows so far."""
 
-    def add(self, keys: Sequence[str], image: Tensor, text: Tensor) -> None:
-        """Adds rows: `[n, D]` float16 on the CPU."""
+    def add(self, keys: Sequence[str], image: Tensor, text: Tensor, checksums: Tensor) -> None:
+        """Adds rows: `[n, D]` float16 on the CPU, `[n, 2]` int64."""
         self._keys += keys
-        self._rows.append((image, text))
+        self._rows.append((image, text, checksums))
         self.num_examples += len(keys)
         while len(self._keys) >= ROWS_PER_BATCH:
             self._write(ROWS_PER_BATCH)
@@ -91,15 +89,18 @@ class EmbeddingsWriter:
 
     def _write(self, num_rows: int) -> None:
         arrow = self._arrow
-        towers = [torch.cat(column) for column in zip(*self._rows, strict=True)]
+        image, text, checksums = (torch.cat(column) for column in zip(*self._rows, strict=True))
         columns = [arrow.array(self._keys[:num_rows], arrow.string())]
-        for rows, name in zip(towers, ("image", "text"), strict=True):
+        for rows in (image, text):
             flat = arrow.array(rows[:num_rows].contiguous().numpy().ravel())
-            kind = self._schema.field(name).type
+            kind = self._schema.field("image").type
             columns.append(arrow.FixedSizeListArray.from_arrays(flat, type=kind))
+        columns += [
+            arrow.array(column, arrow.uint32()) for column in checksums[:num_rows].T.numpy()
+        ]
         self._writer.write_batch(arrow.record_batch(columns, schema=self._schema))
         self._keys = self._keys[num_rows:]
-        self._rows = [(towers[0][num_rows:], towers[1][num_rows:])]
+        self._rows = [(image[num_rows:], text[num_rows:], checksums[num_rows:])]
 
 
 class EmbeddingsFile:
@@ -110,12 +111,15 @@ class EmbeddingsFile:
       url: what to call it in messages.
       num_examples: rows that it must have.
       dimension: D that it must have.
+      build: that it must be of.
 
     Raises:
       CacheDamagedError: if it is anything else.
     """
 
-    def __init__(self, data: Any, url: str, *, num_examples: int, dimension: int) -> None:
+    def __init__(
+        self, data: Any, url: str, *, num_examples: int, dimension: int, build: str
+    ) -> None:
         arrow = arrow_or_error()
         self._data = data
         self._url = url
@@ -124,10 +128,10 @@ class EmbeddingsFile:
             buffer = arrow.py_buffer(data)
             self._base: int = buffer.address
             self._reader = arrow.ipc.open_file(arrow.BufferReader(buffer))
-            wanted = arrow.list_(arrow.float16(), dimension)
-            names, kinds = self._reader.schema.names, self._reader.schema.types
-            if names != ["key", "image", "text"] or kinds != [arrow.string(), wanted, wanted]:
+            if not self._reader.schema.equals(_schema(dimension)):
                 raise damaged(url, f"has the columns {self._reader.schema.to_string()!r}")
+            if (self._reader.schema.metadata or {}).get(b"build") != build.encode():
+                raise damaged(url, "is a file of another cache")
             batches = [
                 self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)
             ]
@@ -148,18 +152,35 @@ class EmbeddingsFile:
         try:
             found = self._reader.get_batch(number)
             found.column(0).validate(full=True)
+            if any(column.null_count for column in found.columns):
+                raise damaged(self._url, "has rows without values")
             keys: list[str] = found.column(0).to_pylist()
         except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise damaged(self._url, f"is damaged in record batch {number}: {error}") from error
-        return Batch(keys, self._tower(found.column(1)), self._tower(found.column(2)))
+        crcs = [self._values(found.column(at), np.uint32, len(keys)) for at in (3, 4)]
+        checksums = torch.from_numpy(np.stack(crcs, axis=1).astype(np.int64))
+        return Batch(keys, self._tower(found.column(1)), self._tower(found.column(2)), checksums)
 
     def _tower(self, column: Any) -> Tensor:
         num_values = len(column) * self._dimension
-        start = column.values.buffers()[1].address - self._base
-        if column.null_count or not 0 <= start <= len(self._data) - 2 * num_values:
-            raise damaged(self._url, "has a column that leads out of it")
-        rows = np.frombuffer(self._data, np.float16, num_values, start)
+        rows = self._values(column.values, np.float16, num_values)
         return torch.from_numpy(rows).view(len(column), self._dimension)
+
+    def _values(self, array: Any, kind: type[np.generic], num_values: int) -> Any:
+        """Returns numbers as they lie in the file."""
+        start = array.buffers()[1].address - self._base
+        num_bytes = num_values * np.dtype(kind).itemsize
+        if array.null_count or not 0 <= start <= len(self._data) - num_bytes:
+            raise damaged(self._url, "has a column that leads out of it")
+        return np.frombuffer(self._data, kind, num_values, start)
+
+
+def _schema(dimension: int) -> Any:
+    arrow = arrow_or_error()
+    rows = arrow.list_(arrow.float16(), dimension)
+    kinds = {"key": arrow.string(), "image": rows, "text": rows}
+    kinds |= dict.fromkeys(("image_crc32", "text_crc32"), arrow.uint32())
+    return arrow.schema([arrow.field(name, kind, nullable=False) for name, kind in kinds.items()])
 
 
 def key_hashes(keys: Iterable[str]) -> Any:

@@ -35,15 +35,22 @@ _TEXTS = (
 _NUM_VALUES = 256
 _NUM_INTEGERS = 512
 _TOLERANCE = 5e-3
+_PASSIVE = (nn.Identity, nn.Dropout)  # which of them stands there differs between releases
 
 
 def weights_fingerprint(module: nn.Module) -> str:
     """Returns a hash of names, shapes, dtypes and bytes of all weights of a module.
 
-    Wrappers are looked through. Tensors are copied to the CPU one by one.
+    So are the kinds of its layers without weights: one set of weights gives other embeddings with
+    GELU than with QuickGELU. Wrappers are looked through. Tensors are copied to the CPU one by one.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(unwrap(module).state_dict().items()):
+    inner = unwrap(module)
+    for layer in inner.modules():
+        content = [*layer.children(), *layer.parameters(), *layer.buffers()]
+        if not content and not isinstance(layer, _PASSIVE):
+            digest.update(f"{type(layer).__name__}\n".encode())
+    for name, tensor in sorted(inner.state_dict().items()):
         if not isinstance(tensor, Tensor):
             continue  # extra state of a module's own
         plain = tensor.detach().cpu().contiguous()

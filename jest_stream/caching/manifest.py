@@ -7,6 +7,7 @@ each depend on what was embedded alone, so that it does not matter who writes th
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -16,7 +17,7 @@ from jest_stream.caching.fingerprints import ViewFingerprint, view_difference
 from jest_stream.errors import CacheDamagedError, ReferenceMismatchError
 from jest_stream.storage import Storage, redacted
 
-VERSION = 1
+VERSION = 2
 BEGUN, COMPLETE = "build.json", "manifest.json"
 _MAX_BYTES = 1 << 30
 
@@ -48,6 +49,16 @@ class Header:
     num_shards: int
     part_size: int | None
     """Examples per file of a source without shards; None where a shard is a file."""
+
+    @property
+    def build(self) -> str:
+        """Names the build in its files, by what must be exactly the same to go on with it."""
+        about = (  # of the others views are compared with some tolerance, the model's name is not
+            *(self.version, self.weights, self.image_key, self.text_key, self.logit_scale),
+            *(self.logit_bias, self.autocast_dtype, self.micro_batch_size, self.source),
+            *(self.num_shards, self.part_size),
+        )
+        return hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ class ShardRows:
         self._files: OrderedDict[int, EmbeddingsFile] = OrderedDict()
         self._index: KeyIndex | None = None
         self._place: tuple[int, int] | None = None  # part and number of the batch at hand
-        self._keys, self._image, self._text = Batch([], Tensor(), Tensor())  # the batch at hand
+        self._keys, *self._values = Batch([], Tensor(), Tensor(), Tensor())  # of the batch at hand
         self._row = 0  # the next in it
         self._go_to_example(first)
 
@@ -59,7 +59,8 @@ class ShardRows:
                 return None
             row = self._row
         self._row = row + 1
-        return self._image, self._text, row
+        image, text, checksums = self._values
+        return image, text, checksums, row
 
     def _find(self, key: str) -> bool:
         """Goes to the row of a key; False if there is none."""
@@ -112,7 +113,7 @@ class ShardRows:
         return False
 
     def _open_batch(self, part: int, number: int) -> None:
-        self._keys, self._image, self._text = self._file(part).batch(number)
+        self._keys, *self._values = self._file(part).batch(number)
         self._place, self._row = (part, number), 0
 
     def _file(self, part: int) -> EmbeddingsFile:

@@ -58,6 +58,7 @@ class ShardWork:
       micro_batch_size: rows per pass.
       part_size: rows per file; None for one file.
       begun: what is finished of it.
+      build: that it is part of; see `Header.build`.
     """
 
     def __init__(
@@ -71,12 +72,14 @@ class ShardWork:
         micro_batch_size: int,
         part_size: int | None,
         begun: Progress,
+        build: str,
     ) -> None:
         self._shard, self._name = shard, name
         self._folder, self._storage = folder, storage
         self._embed = embed
         self._micro_batch_size, self._part_size = micro_batch_size, part_size
         self._begun = begun
+        self._build = build
         self._skipped = dict(begun.skipped)
         self._columns: list[Columns] = []  # rows that wait for a micro-batch,
         self._read: list[tuple[int, dict[str, int]]] = []  # and what was read with each
@@ -145,8 +148,8 @@ class ShardWork:
         if self._writer is None:
             name = part_file(self._shard, len(self._begun.parts), self._part_size)
             file = self._storage.create(f"{self._folder}/{name}.arrow")
-            self._writer = EmbeddingsWriter(file, image.shape[1])
-        self._writer.add(rows["key"], image, text)
+            self._writer = EmbeddingsWriter(file, image.shape[1], self._build)
+        self._writer.add(rows["key"], image, text, rows["checksums"])
         self._hashes.append(key_hashes(rows["key"]))
         num_read, skipped = self._read[size - 1]
         del self._read[:size]

@@ -156,7 +156,8 @@ class SelectionConfig:
     quotas: Mapping[Hashable, Quota] | None = None
     """Bounds of the groups, by what `group_by` gives. Groups without one have none."""
     loss: Loss = "auto"
-    """Family of the pair losses. `auto`: sigmoid when the model has a bias, softmax otherwise."""
+    """Family of the pair losses. `auto`: sigmoid when learner and reference, as far as the score
+    needs them, have a bias; softmax otherwise."""
     start_step: int = 0
     """First step whose batch is selected; those before are uniform and score nothing."""
     stop_step: int | None = None

@@ -1,6 +1,7 @@
 """References by name: open_clip's models, with the transform and tokenizer that belong to them.
 
-In: `open_clip:NAME/TAG`, `open_clip:NAME/PATH.safetensors`, or a folder in open_clip's own layout.
+In: `open_clip:NAME/TAG`, `open_clip:NAME` where open_clip knows one tag only,
+`open_clip:NAME/PATH.safetensors`, or a folder in open_clip's own layout.
 Weights from a path are safetensors, never anything that could hold code. open_clip is imported when
 a name is asked for.
 """
@@ -19,6 +20,7 @@ from jest_stream.errors import ConfigError, UnsafeDataError
 
 _PREFIX = "open_clip:"
 _CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+_VIEW = ("mean", "std", "interpolation", "resize_mode")
 _FORMS = (
     "Write open_clip:NAME/TAG for weights that open_clip knows, open_clip:NAME/PATH.safetensors "
     f"for your own, or the path of a folder with {_CONFIG} and {_WEIGHTS}."
@@ -58,6 +60,8 @@ def load_reference(name: str | os.PathLike[str]) -> NamedReference:
         folder = Path(name)
         if folder.is_dir():
             return _of_folder(folder)
+        if not is_named(name):
+            raise ConfigError(f"reference={name!r} is no folder and names no model. {_FORMS}")
         _require_safetensors(name)
         raise ConfigError(f"reference={name!r} holds weights, but of which model? {_FORMS}")
     model, _, weights = name.removeprefix(_PREFIX).partition("/")
@@ -67,6 +71,8 @@ def load_reference(name: str | os.PathLike[str]) -> NamedReference:
             f"reference={name!r}: open_clip has no model {model!r}; see open_clip.list_models()."
         )
     known = open_clip.list_pretrained_tags_by_model(model)
+    if not weights and len(known) == 1:
+        weights = known[0]
     if not weights:
         raise ConfigError(
             f"reference={name!r} names no weights, and an untrained model says nothing of what can "
@@ -79,7 +85,7 @@ def load_reference(name: str | os.PathLike[str]) -> NamedReference:
         _require_safetensors(weights)
         if not Path(weights).is_file():
             raise ConfigError(f"reference={name!r}: there is no file {weights!r}. {_FORMS}")
-        return _created(open_clip, name, model, weights)
+        return _created(open_clip, name, model, weights, view=_view_of_all(open_clip, model, known))
     raise ConfigError(
         f"reference={name!r}: open_clip knows no weights {weights!r} of {model}; it knows "
         f"{', '.join(known) or 'none'}."
@@ -95,9 +101,28 @@ def _of_folder(folder: Path) -> NamedReference:
     return _created(_open_clip(), str(folder), f"local-dir:{folder}", None)
 
 
-def _created(open_clip: Any, name: str, model: str, weights: str | None) -> NamedReference:
+def _view_of_all(open_clip: Any, model: str, tags: list[str]) -> dict[str, Any]:
+    """Returns how the known weights of a model see images, if they all agree.
+
+    open_clip would take CLIP's own mean, deviation and crop for a file of SigLIP's weights, too.
+    """
+    found = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
+    views = [{f"image_{key}": about[key] for key in _VIEW if key in about} for about in found]
+    return views[0] if views and all(view == views[0] for view in views) else {}
+
+
+def _created(
+    open_clip: Any,
+    name: str,
+    model: str,
+    weights: str | None,
+    *,
+    view: dict[str, Any] | None = None,
+) -> NamedReference:
     try:
-        module, _, transform = open_clip.create_model_and_transforms(model, pretrained=weights)
+        module, _, transform = open_clip.create_model_and_transforms(
+            model, pretrained=weights, **(view or {})
+        )
         tokenizer = open_clip.get_tokenizer(model)
     except Exception as error:
         raise ConfigError(f"reference={name!r} cannot be loaded by open_clip: {error}") from error

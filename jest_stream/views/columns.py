@@ -49,8 +49,8 @@ def gather_rows(rows: Sequence[ReferenceRow]) -> tuple[Tensor, Tensor]:
     for stop in range(1, len(rows) + 1):
         if stop < len(rows) and rows[stop][0] is rows[start][0]:
             continue
-        image, text, first = rows[start]
-        wanted = [row for _, _, row in rows[start:stop]]
+        image, text, _, first = rows[start]
+        wanted = [row[-1] for row in rows[start:stop]]
         if wanted == list(range(first, first + len(wanted))):  # as nearly always
             behind = first + len(wanted)
             parts.append((image[first:behind].clone(), text[first:behind].clone()))

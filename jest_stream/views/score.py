@@ -11,6 +11,7 @@ import torch
 from jest_stream.config import Metadata, Term
 from jest_stream.sources.decode import DEFAULT_LIMITS, Decoded, Limits, Reduced, decode
 from jest_stream.types import REFERENCE_ROW, Example
+from jest_stream.views.checksums import checksums, require_same
 from jest_stream.views.compose import Recognised, Reduction
 from jest_stream.views.metadata import Key, find, group_of, number_of
 from jest_stream.views.rows import Row, Transform, add_view, as_rgb, raw_image
@@ -36,12 +37,15 @@ class ScoreView:
     """The largest members that are decoded."""
     reduction: Reduction | None = None
     """How far JPEGs are reduced while they are decoded. Then the transforms are `Recognised`."""
+    for_cache: bool = False
+    """Whether checksums of image and text travel along, for a cache to hold."""
 
     def __call__(self, example: Example) -> Row:
         """Returns the row of one example.
 
         Raises:
           BadExampleError: for a missing or unreadable member, or metadata that are.
+          CachedShardChangedError: if its cached embeddings are of another image or text.
           ConfigError: for a value that no transform was given for, or a term that is no number.
         """
         decoded = Decoded(example, self.limits)
@@ -54,10 +58,14 @@ class ScoreView:
             add_view(row, "reference_image", _viewed(self.reference[0], image))
         if self.reference[1] is not None:
             add_view(row, "reference_text", self.reference[1](text))
+        raw = raw_image(example, self.keys[0], image)
         if REFERENCE_ROW in example:
+            require_same(example, checksums(raw[1], text))
             row[REFERENCE_ROW] = example[REFERENCE_ROW]
+        if self.for_cache:
+            row["checksums"] = torch.tensor(checksums(raw[1], text))
         if self.keep_image:
-            row["raw_image"] = raw_image(example, self.keys[0], image)
+            row["raw_image"] = raw
         if self.terms:
             total = sum(term.weight * number_of(decoded, term) for term in self.terms)
             row["term"] = torch.tensor(total, dtype=torch.float32)

@@ -85,8 +85,8 @@ def test_an_incomplete_build_says_how_much_is_done(folder: Path, shards: list[st
 
 def test_a_future_version_is_refused(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 2}))
-    with pytest.raises(ReferenceMismatchError, match="version 2, this release reads 1"):
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 3}))
+    with pytest.raises(ReferenceMismatchError, match="version 3, this release reads 2"):
         ReferenceCache(folder)
 
 
@@ -155,15 +155,40 @@ def test_a_missing_file_is_named(folder: Path, shards: list[str]) -> None:
         run(shards, str(folder))
 
 
-def test_another_file_under_the_name_is_noticed(
-    folder: Path, shards: list[str], tmp_path: Path
-) -> None:
-    build(shards[:1], tmp_path / "other")
-    data = (tmp_path / "other" / "00000.arrow").read_bytes()
+def test_another_file_under_the_name_is_noticed(folder: Path, shards: list[str]) -> None:
+    data = (folder / "00000.arrow").read_bytes()
     assert len(data) == (folder / "00003.arrow").stat().st_size
     (folder / "00003.arrow").write_bytes(data)  # whole, of the same size, with other keys
     with pytest.raises(NotCachedError, match=r"example '0000\d\d' of shard .*00003.tar'"):
         run(shards, str(folder))
+
+
+def test_a_file_of_another_reference_is_noticed(
+    folder: Path, shards: list[str], tmp_path: Path
+) -> None:
+    views = {"transform": to_tensor, "tokenizer": tokenize}
+    ReferenceCache.build(shards, TinyTwoTower(3), tmp_path / "other", **views)
+    shutil.copy(tmp_path / "other" / "00001.arrow", folder)  # as long, and with the same keys
+    with pytest.raises(CacheDamagedError, match="00001.arrow' .* is a file of another cache"):
+        run(shards, str(folder))
+
+
+def test_a_build_whose_folder_was_claimed_by_another_is_not_completed(
+    tmp_path: Path, shards: list[str]
+) -> None:
+    other, claimed = tmp_path / "other", tmp_path / "cache"
+    views = {"transform": to_tensor, "tokenizer": tokenize}
+    ReferenceCache.build(shards, TinyTwoTower(3), other, **views)
+
+    def transform(image: Any) -> torch.Tensor:
+        if claimed.exists():  # both had found the folder empty; the other's file is the last
+            shutil.copy(other / "build.json", claimed)
+        return to_tensor(image)
+
+    with pytest.raises(ReferenceMismatchError, match="of something else: weights was"):
+        build(shards, claimed, transform=transform)
+    with pytest.raises(IncompleteCacheError):
+        ReferenceCache(claimed)
 
 
 def test_every_byte_of_a_file_may_be_wrong_without_a_crash(folder: Path, shards: list[str]) -> None:

@@ -60,7 +60,7 @@ def test_every_shard_is_an_arrow_file_that_pyarrow_alone_reads(
         path = tmp_path / "cache" / f"{shard:05d}.arrow"
         with pyarrow.memory_map(str(path)) as file:
             table = pyarrow.ipc.open_file(file).read_all()
-        assert table.schema.names == ["key", "image", "text"]
+        assert table.schema.names == ["key", "image", "text", "image_crc32", "text_crc32"]
         assert table.schema.field("image").type == pyarrow.list_(pyarrow.float16(), 16)
         expected = range(shard * PER_SHARD, (shard + 1) * PER_SHARD)
         assert table["key"].to_pylist() == [f"{index:06d}" for index in expected]
@@ -80,7 +80,7 @@ def test_what_is_read_in_step_is_what_the_reference_gives(
         plain = [example for example, _ in source.read(shard)]
         for (example, _), expected in zip(joined.read(shard), plain, strict=True):
             assert isinstance(example, dict) and isinstance(expected, dict)
-            images, texts, row = example.pop(REFERENCE_ROW)
+            images, texts, _, row = example.pop(REFERENCE_ROW)
             image, text = images[row], texts[row]
             assert example == expected
             pixels = to_tensor(decode(expected))
@@ -101,7 +101,7 @@ def decode(example: Any) -> Image.Image:
 def test_the_manifest_names_reference_views_and_shards(shards: list[str], tmp_path: Path) -> None:
     build(shards, tmp_path / "cache", text_key="txt")
     manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
-    assert manifest["version"] == 1 and manifest["dimension"] == 16
+    assert manifest["version"] == 2 and manifest["dimension"] == 16
     assert manifest["logit_scale"] == pytest.approx(torch.tensor(2.0).exp().item())
     assert manifest["logit_bias"] == -3.0
     assert manifest["text_key"] == "txt"
@@ -229,7 +229,7 @@ def test_bad_examples_raise_or_are_left_out_and_counted(tmp_path: Path) -> None:
 
 
 def image_row(example: Any) -> torch.Tensor:
-    images, _, row = example[REFERENCE_ROW]
+    images, *_, row = example[REFERENCE_ROW]
     return images[row]
 
 
@@ -280,6 +280,15 @@ def test_parts_are_found_in_order_and_out_of_order(tmp_path: Path, part_size: in
     for start in (0, 1, 19, 20, 44, 45):
         rest = list(cache.join(IterableSource(examples)).read(0, index=start))
         assert [example["__key__"] for example, _ in rest] == [f"k{i}" for i in range(start, 45)]
+
+
+@pytest.mark.parametrize("indices", [range(30), range(1, 45, 2), [*range(45), 7]], ids=str)
+def test_a_stream_of_some_of_the_keys_is_joined(tmp_path: Path, indices: Any) -> None:
+    cache = build(Captions(45), tmp_path / "cache", part_size=20)
+    examples = list(Captions(45))
+    stream = IterableSource([examples[index] for index in indices])
+    found = [example for example, _ in cache.join(stream).read(0)]
+    assert [example["__key__"] for example in found] == [f"k{index}" for index in indices]
 
 
 def test_keys_that_come_twice_are_refused(tmp_path: Path) -> None:

@@ -104,9 +104,13 @@ def test_an_error_is_status_1_and_says_what_to_do(
     for reference, message in (
         ("open_clip:ViT-B-32", "names no weights"),
         ("model.pt", "is no .safetensors file"),
-        ("nowhere", "is no .safetensors file"),
+        ("nowhere", "reference='nowhere' is no folder and names no model"),
     ):
         assert main(["cache", pattern, "--reference", reference, "--out", out]) == 1
+        assert message in capsys.readouterr().err
+    for device, message in (("gpu", "got 'gpu'"), ("cuda:99", "'cuda:99' cannot be used here: ")):
+        command = ["cache", pattern, "--reference", model, "--out", out, "--device", device]
+        assert main(command) == 1
         assert message in capsys.readouterr().err
     for where in ("https://example.org/c", "hf://datasets/a/b/c"):
         assert main(["cache", pattern, "--reference", model, "--out", where]) == 1

@@ -9,12 +9,15 @@ import copy
 import json
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from leaks import no_leaks  # noqa: F401
 from models import TinyTwoTower, to_tensor, tokenize
+from open_clip.transformer import QuickGELU
 from torch import nn
 from torchvision import transforms
+from vision_models import DIMENSION, TEXT, VISION, timm_model
 
 from jest_stream.caching.fingerprints import (
     tokenizer_fingerprint,
@@ -44,6 +47,21 @@ def compose(
             *more,
         ]
     )
+
+
+@pytest.mark.parametrize("name", ["open_clip", "timm"])
+def test_one_set_of_weights_is_two_models_with_two_activations(name: str) -> None:
+    def model(activation: type[nn.Module]) -> nn.Module:
+        if name == "timm":
+            return timm_model("test_vit", act_layer=activation)
+        torch.manual_seed(0)
+        quick = activation is not nn.GELU
+        return open_clip.CLIP(DIMENSION, VISION, TEXT, quick_gelu=quick)
+
+    plain, again, quick = model(nn.GELU), model(nn.GELU), model(QuickGELU)
+    state = plain.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in quick.state_dict().items())
+    assert weights_fingerprint(plain) == weights_fingerprint(again) != weights_fingerprint(quick)
 
 
 def test_weights_are_told_apart_by_names_shapes_types_and_values() -> None:

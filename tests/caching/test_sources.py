@@ -57,7 +57,7 @@ def assert_joined(joined: Source, num_examples: int) -> None:
     for shard in range(joined.num_shards):
         for example, _ in joined.read(shard):
             assert isinstance(example, dict), example
-            images, _, row = example[REFERENCE_ROW]
+            images, *_, row = example[REFERENCE_ROW]
             pixels = to_tensor(image_of(example))[None]
             live = F.normalize(REFERENCE.encode_image(pixels), dim=-1)[0]
             assert torch.allclose(images[row].float(), live, atol=1e-3)

@@ -27,7 +27,7 @@ from jest_stream import (
     TargetSimilarity,
     TarSource,
 )
-from jest_stream.errors import ConfigError
+from jest_stream.errors import ConfigError, ReferenceMismatchError
 from jest_stream.scoring import ReferenceModel
 from jest_stream.scoring.named import NamedReference, load_reference
 from jest_stream.selection import joint_selection
@@ -349,3 +349,25 @@ def test_a_checkpoint_does_not_mind_where_embeddings_come_from(
         found = [batch["key"] for _, batch in zip(range(2), cached, strict=False)]
     assert found[:1] == expected[:1]
     assert overlap(found, expected) >= 0.8
+
+
+def test_a_reference_by_name_is_cached_and_expected_with_its_views(
+    shards: list[str], tmp_path: Path
+) -> None:
+    folder = write_folder(tmp_path / "clip", seed=5)
+    by_name = ReferenceCache.build(shards, folder, tmp_path / "name")
+    named = load_reference(folder)
+    views = {"transform": named.transform, "tokenizer": named.tokenizer}
+    ReferenceCache.build(shards, named.module, tmp_path / "module", **views)
+    names = sorted(path.name for path in (tmp_path / "module").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "name").iterdir())
+    for name in names:
+        assert (tmp_path / "name" / name).read_bytes() == (tmp_path / "module" / name).read_bytes()
+    by_name.check(folder)
+    by_name.check({"reference": folder})
+    with pytest.raises(ReferenceMismatchError, match="another reference: its weights"):
+        by_name.check(write_folder(tmp_path / "other", seed=6))
+    with pytest.raises(ConfigError, match="open_clip has no model 'ViT-Z-9'"):
+        by_name.check("open_clip:ViT-Z-9")
+    with pytest.raises(ConfigError, match="reference must be a module, the name .* got None"):
+        by_name.check({"reference": None})

@@ -8,12 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 from clip_models import config, write_folder
 from leaks import no_leaks  # noqa: F401
 from models import TinyTwoTower, to_tensor, tokenize
+from PIL import Image
 from safetensors.torch import load_file
 from shards import draw, write_shards
 
@@ -57,6 +59,45 @@ def test_a_name_and_a_safetensors_file_make_a_model(tmp_path: Path, registered: 
     named = load_reference(f"open_clip:{registered}/{weights}")
     state = load_file(weights)
     assert all(torch.equal(state[k], v) for k, v in named.module.state_dict().items())
+
+
+SIGLIP_VIEW = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": "squash"}
+
+
+def know(name: str, monkeypatch: pytest.MonkeyPatch, **tags: dict[str, Any]) -> None:
+    """Lets open_clip know weights of a model for the time of a test."""
+    from open_clip import pretrained
+
+    monkeypatch.setitem(pretrained._PRETRAINED, name, tags)
+
+
+def test_a_file_is_shown_images_as_the_known_weights_of_its_model(
+    tmp_path: Path, registered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = f"{write_folder(tmp_path / 'model')}/open_clip_model.safetensors"
+    image = draw(3, size=64)[0].crop((0, 0, 64, 40))
+    plain = load_reference(f"open_clip:{registered}/{weights}").transform(image)
+    know(registered, monkeypatch, webli=SIGLIP_VIEW, other=SIGLIP_VIEW)
+    found = load_reference(f"open_clip:{registered}/{weights}").transform(image)
+    squashed = image.resize((32, 32), Image.Resampling.BICUBIC)
+    expected = torch.from_numpy(np.array(squashed)).permute(2, 0, 1) / 255
+    torch.testing.assert_close(found, (expected - 0.5) / 0.5)
+    know(registered, monkeypatch, webli=SIGLIP_VIEW, openai={})  # nobody knows which of them
+    assert torch.equal(load_reference(f"open_clip:{registered}/{weights}").transform(image), plain)
+
+
+def test_a_name_alone_means_the_only_weights_there_are(
+    tmp_path: Path, registered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = f"{write_folder(tmp_path / 'model', seed=3)}/open_clip_model.safetensors"
+    monkeypatch.setenv("HOME", str(tmp_path))  # where open_clip keeps what it downloads,
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)  # with a bar that needs no thread
+    know(registered, monkeypatch, webli={"url": f"file://{weights}", **SIGLIP_VIEW})
+    found = load_reference(f"open_clip:{registered}").module.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in load_file(weights).items())
+    know(registered, monkeypatch, webli=SIGLIP_VIEW, other=SIGLIP_VIEW)
+    with pytest.raises(ConfigError, match="names no weights.*Known tags: webli, other"):
+        load_reference(f"open_clip:{registered}")
 
 
 def test_a_name_without_weights_says_which_there_are(registered: str) -> None:
