@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from dataclasses import FrozenInstanceError
+from itertools import islice
 from typing import Any
 from unittest import mock
 
@@ -257,6 +258,20 @@ def test_counts_go_on_after_a_resume(shards: list[str], lookahead: int) -> None:
             for _ in resumed:
                 pass
             assert {name: resumed.metrics()[name] for name in counted} == expected
+
+
+def test_a_resume_behind_the_last_selection_still_knows_what_it_cost(shards: list[str]) -> None:
+    options = {"selection": SelectionConfig(stop_step=2)}
+    with jest(shards, vit(), **options) as dataset:
+        for _ in islice(dataset, 3):
+            pass
+        state, expected = dataset.state_dict(), flops_of(dataset)
+    assert not any(map(math.isnan, expected))
+    with jest(shards, vit(), **options) as resumed:
+        resumed.load_state_dict(state)
+        assert flops_of(resumed) == expected
+        next(iter(resumed))  # no model is asked any more
+        assert flops_of(resumed)[1:] == expected[1:]
 
 
 def test_other_ranks_share_out_what_was_paid(shards: list[str]) -> None:
