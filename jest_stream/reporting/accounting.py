@@ -201,11 +201,11 @@ def _price(model: Model, forward: Pass, shapes: Shapes) -> float:
             advice = " JESTDataset(training_flops=...) states them."
         _LOG.warning(
             "The FLOPs of the %s cannot be counted, so that metrics() reports NaN; training is "
-            "not affected. %s: %s%s",
+            "not affected.%s %s: %s",
             what,
+            advice,
             type(error).__name__,
             error,
-            advice,
         )
         return math.nan
 
