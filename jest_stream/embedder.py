@@ -176,14 +176,14 @@ class Embedder:
             return
         passes: dict[Model, Pass] = {}
         dtype, trained = self._scoring.autocast_dtype, self._models.trained
-        reference = self._models.reference
         if self._copy is not None:
             passes["learner"] = partial(self._copy.embed, autocast_dtype=dtype)
         elif trained is not None:  # what is trained at the score size, if anything is
             passes["learner"] = partial(_embed_at_score_size, trained, self._scoring)
         if self._reference is not None:
             passes["reference"] = partial(self._reference.embed, autocast_dtype=dtype)
-        elif reference is not None:  # asked before a resume, and not since
+        else:  # asked before a resume, and not since
+            reference = self._models.reference
             passes["reference"] = partial(_embed_by_reference, reference, self._scoring)
         if trained is not None:
             passes["trained"] = partial(embed_once, trained)
@@ -270,8 +270,10 @@ def _embed_at_score_size(
 
 
 def _embed_by_reference(
-    reference: nn.Module, scoring: ScoringConfig, image: Input, text: Input
+    reference: nn.Module | None, scoring: ScoringConfig, image: Input, text: Input
 ) -> Embeddings:
+    if reference is None:
+        raise ConfigError("the run that was resumed had a live reference, this one has none.")
     return ReferenceModel(reference, scoring=scoring).embed(image, text)
 
 

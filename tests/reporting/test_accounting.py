@@ -12,6 +12,7 @@ import math
 import time
 from dataclasses import FrozenInstanceError
 from itertools import islice
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,7 +25,14 @@ from shards import write_shards
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from jest_stream import JESTDataset, RunCost, SelectionConfig, TargetSimilarity, training_flops
+from jest_stream import (
+    JESTDataset,
+    ReferenceCache,
+    RunCost,
+    SelectionConfig,
+    TargetSimilarity,
+    training_flops,
+)
 from jest_stream.errors import ConfigError
 from jest_stream.reporting.metrics import shared_out
 from jest_stream.scoring.forward import embed_once
@@ -272,6 +280,24 @@ def test_a_resume_behind_the_last_selection_still_knows_what_it_cost(shards: lis
         assert flops_of(resumed) == expected
         next(iter(resumed))  # no model is asked any more
         assert flops_of(resumed)[1:] == expected[1:]
+
+
+def test_a_reference_that_is_gone_after_a_resume_is_said_to_be(
+    shards: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with jest(shards, vit()) as dataset:
+        next(iter(dataset))
+        state = dataset.state_dict()
+    views = {"transform": pixels, "tokenizer": tokenize}
+    cache = ReferenceCache.build(shards, vit(7), tmp_path / "cache", **views)
+    with cache, jest(shards, vit(), reference=cache) as resumed:
+        resumed.load_state_dict(state)
+        for _ in range(2):
+            training, learner, reference, _ = flops_of(resumed)
+    assert math.isnan(reference) and training > 0 and learner > 0
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "the reference's scoring cannot be counted" in message
+    assert "the run that was resumed had a live reference" in message
 
 
 def test_other_ranks_share_out_what_was_paid(shards: list[str]) -> None:
