@@ -29,6 +29,7 @@ from jest_stream import (
     JESTDataset,
     ReferenceCache,
     RunCost,
+    ScoringConfig,
     SelectionConfig,
     TargetSimilarity,
     training_flops,
@@ -221,6 +222,27 @@ def test_a_smaller_score_view_and_a_reference_of_its_own_size_count_themselves(
     assert learner == 16 * forward_by_hand(image_size=16)
     assert reference == 16 * forward_by_hand()
     assert cost.flops.ratio == cost.flops.ratio_with_reuse  # no pass could serve training
+
+
+@pytest.mark.parametrize("number", [None, 10**6])
+def test_training_at_two_sizes_is_compared_with_training_at_the_full_one(
+    shards: list[str], number: int | None
+) -> None:
+    options = {"scoring": ScoringConfig(image_size=16), "score_view_fraction": 0.25, "lookahead": 0}
+    full, small = forward_by_hand(), forward_by_hand(image_size=16)
+    with jest(shards, vit(), **options, training_flops=number) as dataset:
+        for _ in islice(dataset, 3):
+            pass
+        training, learner, reference, selection = flops_of(dataset)
+        flops = dataset.cost().flops
+    steps = 3 * (6 * full + 2 * small)  # forward passes of 6 and of 2 of 8
+    uniform, reusable = 3 * 8 * full, 3 * 2 * small
+    assert training == (3 * steps if number is None else 3 * 8 * number)
+    uniform_training = training * uniform / steps
+    assert learner == reference == 3 * 16 * small
+    total = training + learner + reference + selection
+    assert flops.ratio == pytest.approx(total / uniform_training)
+    assert flops.ratio_with_reuse == pytest.approx((total - reusable) / uniform_training)
 
 
 def test_the_number_of_the_user_has_precedence(shards: list[str]) -> None:
