@@ -111,7 +111,8 @@ class JESTDataset(IterableDataset[Any]):
       limits: the largest images and texts that are decoded.
       timeout_s: seconds to wait for a worker process.
       training_flops: FLOPs of your training step per example, for `metrics()` and `cost()`, as
-        `jest_stream.training_flops` measures them. Default: three forward passes of the learner.
+        `jest_stream.training_flops` measures them. Default: three forward passes of the learner,
+        which is too little where that is a small proxy of what is trained.
 
     Raises:
       ConfigError: for arguments that cannot work, with the fix.
