@@ -560,6 +560,17 @@ def test_the_summary_says_what_selection_must_save(shards: list[str]) -> None:
     assert str(dataset.cost()) == str(cost)  # closed by now
 
 
+def test_steps_that_cost_less_than_uniform_ones_need_save_nothing(shards: list[str]) -> None:
+    easy = SelectionConfig(score="easy_reference", num_chunks=1)
+    options = {"scoring": ScoringConfig(image_size=16), "score_view_fraction": 0.75}
+    with jest(shards, vit(), lookahead=0, selection=easy, filter_ratio=0.2, **options) as dataset:
+        next(iter(dataset))
+        cost = dataset.cost()
+    assert cost.flops.ratio < 1 and cost.savings_to_pay < 0
+    _, _, verdict, _ = str(cost).splitlines()
+    assert verdict.endswith("times the FLOPs of uniform training: it pays at as many steps")
+
+
 def test_a_listener_is_told_when_the_run_ends_and_nobody_else(
     shards: list[str], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
