@@ -51,7 +51,7 @@ def main() -> None:
         num_large, num_small = len(batch[1]), len(small_batch[1])
         total = (num_large * loss + num_small * small_loss) / (num_large + num_small)
         optimizer.zero_grad()
-        total.backward()  # once for both sizes
+        total.backward()  # once for both sizes; under DDP it averages both over the ranks
         optimizer.step()
         print(
             f"step {step}: {num_large} at {batch[0].shape[-1]} px, loss {loss.item():.3f}; "

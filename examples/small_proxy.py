@@ -15,7 +15,7 @@ from itertools import islice
 import open_clip
 import torch
 
-from jest_stream import JESTDataset
+from jest_stream import JESTDataset, training_flops
 
 WORDS = 16
 
@@ -27,6 +27,12 @@ def main() -> None:
     proxy = clip(patch_size=16, width=64, layers=2)  # what scores
     reference = clip(patch_size=16, width=64, layers=2)  # a real one is trained, on data you trust
 
+    contrastive = open_clip.ClipLoss()
+
+    def step_flops(module: open_clip.CLIP) -> int:
+        pair = torch.zeros(1, 3, 64, 64), torch.zeros(1, WORDS, dtype=torch.int64)
+        return training_flops(module, lambda trained: contrastive(*trained(*pair)))
+
     dataset = JESTDataset(
         options.shards or demo_shards(),
         learner=proxy,  # the copy that scores is made of it
@@ -35,11 +41,12 @@ def main() -> None:
         tokenizer=open_clip.SimpleTokenizer(context_length=WORDS),
         batch_size=options.batch_size,
         filter_ratio=0.8,
+        # Both are trained; else the proxy's steps would be taken for all that training costs.
+        training_flops=step_flops(model) + step_flops(proxy),
     )
 
     model.train()
     proxy.train()
-    contrastive = open_clip.ClipLoss()
     # Two models, two optimizers: neither's learning rate is the other's.
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     proxy_optimizer = torch.optim.AdamW(proxy.parameters(), lr=2e-3)
@@ -54,6 +61,7 @@ def main() -> None:
         proxy_loss.backward()
         proxy_optimizer.step()
         print(f"step {step}: loss {loss.item():.3f}, of the proxy {proxy_loss.item():.3f}")
+    print(dataset.cost())
     dataset.close()
 
 

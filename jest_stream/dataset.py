@@ -63,8 +63,9 @@ class JESTDataset(IterableDataset[Any]):
         `ReferenceCache` or its address: then no reference runs.
       transform: makes the tensor that is scored from the decoded image. Deterministic.
       tokenizer: makes the tensor of token ids from the text.
-      train_transform: makes the image that is trained on; may be random. Run for the selected
-        only, ahead of time, in worker processes if there are any. Default: the scored view.
+      train_transform: makes the image that is trained on; may draw from the global generators of
+        torch, numpy and `random`. Run for the selected only, ahead of time, in worker processes if
+        there are any. Default: the scored view.
       train_view_from: what `train_transform` is given: the `"encoded"` image, decoded anew in full;
         or the pixels of the `"score_view"`. `"auto"`: these, where `transform` is a known Compose
         that gives uint8 pixels of the same height and width as the train view, else the former.
@@ -110,7 +111,8 @@ class JESTDataset(IterableDataset[Any]):
       limits: the largest images and texts that are decoded.
       timeout_s: seconds to wait for a worker process.
       training_flops: FLOPs of your training step per example, for `metrics()` and `cost()`, as
-        `jest_stream.training_flops` measures them. Default: three forward passes of the learner.
+        `jest_stream.training_flops` measures them. Default: three forward passes of the learner,
+        which is too little where that is a small proxy of what is trained.
 
     Raises:
       ConfigError: for arguments that cannot work, with the fix.

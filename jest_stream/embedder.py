@@ -182,6 +182,9 @@ class Embedder:
             passes["learner"] = partial(_embed_at_score_size, trained, self._scoring)
         if self._reference is not None:
             passes["reference"] = partial(self._reference.embed, autocast_dtype=dtype)
+        else:  # asked before a resume, and not since
+            reference = self._models.reference
+            passes["reference"] = partial(_embed_by_reference, reference, self._scoring)
         if trained is not None:
             passes["trained"] = partial(embed_once, trained)
         self._metrics.price(passes)
@@ -264,6 +267,14 @@ def _embed_at_score_size(
     learner: nn.Module, scoring: ScoringConfig, image: Input, text: Input
 ) -> Embeddings:
     return LearnerCopy(learner, refresh_every=1, scoring=scoring).embed(image, text)
+
+
+def _embed_by_reference(
+    reference: nn.Module | None, scoring: ScoringConfig, image: Input, text: Input
+) -> Embeddings:
+    if reference is None:
+        raise ConfigError("the run that was resumed had a live reference, this one has none.")
+    return ReferenceModel(reference, scoring=scoring).embed(image, text)
 
 
 def _scorable(columns: Columns, name: str) -> Tensor | dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jest_stream.config import ScoringConfig, as_number
+from jest_stream.config import ScoringConfig, finite
 from jest_stream.errors import ConfigError
 from jest_stream.scoring.choice import Choice
 from jest_stream.scoring.streams import moved
@@ -78,7 +78,7 @@ class TwoSizes:
         Raises:
           ConfigError: for a share that cannot be, or where both views are the same.
         """
-        share = as_number("score_view_fraction", fraction)
+        share = finite("score_view_fraction", fraction)
         if share == 0:
             return None
         two_sizes = cls(share, batch_size, scoring, finish)

@@ -185,7 +185,8 @@ def of_two_sizes(shards: list[str], device: QueuedDevice | None) -> list[dict[st
         with watched(device):
             for batch in islice(dataset, 6):
                 train_step(learner, (batch["small_image"], batch["small_text"]))
-                held.append({name: batch[name] for name in ("key", "text", "weight")})
+                tensors = {name: v.clone() for name, v in batch.items() if isinstance(v, Tensor)}
+                held.append({"key": batch["key"], **tensors})
     return held
 
 

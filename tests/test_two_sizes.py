@@ -178,6 +178,8 @@ def test_one_size_cannot_make_two(shards: list[str]) -> None:
         jest(shards, scoring=ScoringConfig())
     with pytest.raises(ConfigError, match="score_view_fraction must be a number, got 'half'"):
         jest(shards, score_view_fraction="half")
+    with pytest.raises(ConfigError, match="score_view_fraction must be finite, got nan"):
+        jest(shards, score_view_fraction=float("nan"))
     with (
         jest(shards, scoring=ScoringConfig(image_size=32)) as dataset,
         pytest.raises(ConfigError, match="both 3 x 32 x 32, so there are no two sizes"),

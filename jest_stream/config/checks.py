@@ -72,7 +72,7 @@ def require_key(name: str, key: object) -> None:
         )
 
 
-def finite(name: str, value: float) -> float:
+def finite(name: str, value: object) -> float:
     """Returns `value` as a float; `ConfigError` unless it is a finite number."""
     number = as_number(name, value)
     if not math.isfinite(number):

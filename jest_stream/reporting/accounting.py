@@ -122,8 +122,10 @@ class Accounting:
         paid: dict[Role, float] = dict.fromkeys(get_args(Role), 0)
         for (role, shapes), num_rows in self._rows.items():
             paid[role] += num_rows * self._row_price(role, shapes)
+        training = paid["trained"] + paid["small"]
         return Flops(
-            training=paid["trained"] + paid["small"],
+            training=training,
+            spared=self._spared(training),
             learner_scoring=paid["learner"],
             reference_scoring=paid["reference"],
             selection=self._selection,
@@ -155,10 +157,24 @@ class Accounting:
     def _add(self, role: Role, shapes: Shapes, num_rows: int) -> None:
         self._rows[role, shapes] = self._rows.get((role, shapes), 0) + num_rows
 
+    def _spared(self, training: float) -> float:
+        """Returns what `training` would cost more with all rows at the size of the train view."""
+        num_rows, forwards = {"trained": 0, "small": 0}, {"trained": 0.0, "small": 0.0}
+        for (role, shapes), count in self._rows.items():
+            if role in num_rows:
+                num_rows[role] += count
+                price = self._prices.get((_MODEL_OF[role], shapes), math.nan)
+                forwards[role] += count * price
+        if not num_rows["small"]:
+            return 0.0
+        whole = forwards["trained"] * (1 + num_rows["small"] / num_rows["trained"])
+        return training * (whole / sum(forwards.values()) - 1)
+
     def _unpriced(self) -> set[tuple[Model, Shapes]]:
         needed: set[tuple[Model, Shapes]] = set()
+        has_small = any(role == "small" for role, _ in self._rows)  # then forwards are compared
         for role, shapes in self._rows:
-            if role not in ("trained", "small") or self.is_training_estimated:
+            if role not in ("trained", "small") or self.is_training_estimated or has_small:
                 needed.add((_MODEL_OF[role], shapes))
         return needed - self._prices.keys()
 
@@ -201,11 +217,11 @@ def _price(model: Model, forward: Pass, shapes: Shapes) -> float:
             advice = " JESTDataset(training_flops=...) states them."
         _LOG.warning(
             "The FLOPs of the %s cannot be counted, so that metrics() reports NaN; training is "
-            "not affected. %s: %s%s",
+            "not affected.%s %s: %s",
             what,
+            advice,
             type(error).__name__,
             error,
-            advice,
         )
         return math.nan
 

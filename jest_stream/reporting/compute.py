@@ -98,7 +98,7 @@ class Flops:
     """FLOPs of a training step or of a whole run, by what they were spent on."""
 
     training: float
-    """The user's steps on the sub-batches; all that uniform training costs."""
+    """The user's steps on the sub-batches."""
     learner_scoring: float
     """The learner copy's passes over the super-batches."""
     reference_scoring: float
@@ -108,6 +108,9 @@ class Flops:
     reusable: float = 0.0
     """Part of `learner_scoring`: forward passes of the chosen at the size they are trained at. A
     loader that scores with a copy pays them again in training; the paper counts them once."""
+    spared: float = 0.0
+    """What uniform training pays on top of `training`: where a part of each sub-batch is trained at
+    the score size, the rest of the full price of that part."""
 
     @property
     def total(self) -> float:
@@ -115,14 +118,19 @@ class Flops:
         return self.training + self.learner_scoring + self.reference_scoring + self.selection
 
     @property
+    def uniform(self) -> float:
+        """What uniform training on as many examples costs, all of them at full size."""
+        return self.training + self.spared
+
+    @property
     def ratio(self) -> float:
-        """What was paid over what uniform training on as many examples costs."""
-        return self.total / self.training if self.training else math.nan
+        """What was paid over what uniform training costs."""
+        return self.total / self.uniform if self.training else math.nan
 
     @property
     def ratio_with_reuse(self) -> float:
         """The same as the paper counts it: without the reusable forward passes."""
-        return (self.total - self.reusable) / self.training if self.training else math.nan
+        return (self.total - self.reusable) / self.uniform if self.training else math.nan
 
 
 def cost_ratio(

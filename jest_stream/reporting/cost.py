@@ -50,7 +50,8 @@ class RunCost:
 
     @property
     def savings_to_pay(self) -> float:
-        """Share of a uniform run's steps that selection must save to pay in FLOPs."""
+        """Share of a uniform run's steps that selection must save to pay in FLOPs; below 0 if the
+        steps cost less than uniform ones."""
         return 1 - 1 / self.flops.ratio
 
     def __str__(self) -> str:
@@ -86,6 +87,8 @@ class RunCost:
             found += f" ({with_reuse:.2f} as the paper counts, which scores and trains in one pass)"
         if self.samples_scored == 0:
             return f"{found}: nothing was scored"
+        if ratio <= 1:  # at two sizes training itself may be cheap enough
+            return f"{found}: it pays at as many steps"
         return (
             f"{found}: selection pays if it saves more than {self.savings_to_pay:.0%} of the steps"
         )

@@ -31,6 +31,10 @@ def at_score_size(model: _Model, scoring: ScoringConfig) -> _Model:
     optimizer, once. What happens to `model` later (a step, `load_state_dict`, `to`, `train`) holds
     for both. A model that takes smaller images by itself is returned as it is.
 
+    With `DistributedDataParallel`, call the wrapped learner with the large images and go back once,
+    through the sum of both losses. The model returned here knows no ranks: a backward pass through
+    its loss alone leaves each rank with gradients of its own, and no error says so.
+
     Args:
       model: the learner. Not modified. Layers that were compiled one by one are refused; compile
         the whole afterwards.

@@ -23,13 +23,18 @@ REFERENCE = "reference_embeddings"
 View = Tensor | dict[str, Tensor] | list[Any]
 
 
-def collate(rows: list[Row]) -> Columns:
+def collate(rows: list[Row], *, argument: str = "transform") -> Columns:
     """Returns the rows as columns: one tensor per field, so that a process hands over few.
+
+    Args:
+      rows: with the same entries in each.
+      argument: the transform that made their images, as it is called in messages.
 
     Raises:
       ConfigError: for tensors of different shapes.
     """
-    require_same_fields([{**row, "key": [row["key"]]} for row in rows], num_dims=0)
+    keyed = [{**row, "key": [row["key"]]} for row in rows]
+    require_same_fields(keyed, num_dims=0, argument=argument)
     columns: Columns = {
         name: torch.stack([row[name] for row in rows])
         if isinstance(rows[0][name], Tensor)
@@ -63,12 +68,15 @@ def gather_rows(rows: Sequence[ReferenceRow]) -> tuple[Tensor, Tensor]:
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
-def require_same_fields(parts: Sequence[Columns], *, num_dims: int = 1) -> None:
+def require_same_fields(
+    parts: Sequence[Columns], *, num_dims: int = 1, argument: str = "transform"
+) -> None:
     """Raises `ConfigError` unless all parts can be stacked: same names, shapes and dtypes.
 
     Args:
       parts: rows, or columns of several; `key` is a list in both.
       num_dims: leading dimensions in which they may differ.
+      argument: the transform that made the images, as it is called in messages.
     """
     first = parts[0] if parts else {}
     for part in parts[1:]:
@@ -77,7 +85,7 @@ def require_same_fields(parts: Sequence[Columns], *, num_dims: int = 1) -> None:
             differing = sorted(part.keys() ^ first.keys())
             raise ConfigError(
                 f"the views of {keys} do not have the same entries: {differing} are in one of them "
-                f"only. Let transform and tokenizer return the same names for every example."
+                f"only. Let {argument} and tokenizer return the same names for every example."
             )
         for name, value in first.items():
             is_stacked = isinstance(value, Tensor) or isinstance(part[name], Tensor)
@@ -85,8 +93,8 @@ def require_same_fields(parts: Sequence[Columns], *, num_dims: int = 1) -> None:
                 raise ConfigError(
                     f"{name} must have one shape and dtype for all examples, to be stacked; "
                     f"{keys} have {_kind(value, num_dims)} and {_kind(part[name], num_dims)}. Let "
-                    f"the transform resize, crop and convert to RGB, and the tokenizer pad to a "
-                    f"fixed length."
+                    f"{argument} resize, crop and convert to RGB, and tokenizer pad to a fixed "
+                    f"length."
                 )
 
 

@@ -9,7 +9,7 @@ name: nothing is imported for it. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,7 +165,7 @@ def recognise(transform: Transform | None) -> Recognised | None:
     if steps is None:
         return None
     start = len(steps)
-    while start > 0 and _is(steps[start - 1], _PER_VALUE):
+    while start > 0 and _is_per_value(steps[start - 1]):
         start -= 1
     head, tail = tuple(steps[:start]), tuple(steps[start:])
     takes_pictures = any(_is(step, _CONVERTING) for step in tail)
@@ -212,6 +212,11 @@ def _is(step: Any, names: frozenset[str]) -> bool:
     kind = step if hasattr(step, "__qualname__") else type(step)  # a function, or an object
     module = str(getattr(kind, "__module__", ""))
     return getattr(kind, "__name__", "") in names and module.startswith(_LIBRARIES)
+
+
+def _is_per_value(step: Any) -> bool:
+    # A ToDtype whose dtype depends on the kind of tensor does not tell from values alone.
+    return _is(step, _PER_VALUE) and not isinstance(getattr(step, "dtype", None), Mapping)
 
 
 def _resize_of(step: Any) -> Resize | None:

@@ -20,7 +20,7 @@ from jest_stream.sources import process, transport
 from jest_stream.sources.process import Job, Owner, Worker
 from jest_stream.sources.watch import Notes, Place, Watchdog
 from jest_stream.views.columns import Columns, View, require_same_fields, view_of
-from jest_stream.views.train import TrainView
+from jest_stream.views.train import ARGUMENT, TrainView
 
 # Batches that may be with the workers at once: each holds descriptors until it is taken.
 _MAX_SENT = 16
@@ -218,7 +218,8 @@ class LateViews:
 
 def _joined(parts: list[Order], chosen: Columns) -> View:
     """Returns the views of all workers in the order of the batch; each is copied once."""
-    require_same_fields([{"key": chosen["key"][p.positions.start :], **p.items} for p in parts])
+    keyed = [{"key": chosen["key"][part.positions.start :], **part.items} for part in parts]
+    require_same_fields(keyed, argument=ARGUMENT)
     num_rows = len(chosen["key"])
     joined: Columns = {}
     for name, first in parts[0].items.items():

@@ -20,6 +20,9 @@ from jest_stream.views.columns import Columns, collate, columns_of
 from jest_stream.views.compose import as_picture
 from jest_stream.views.rows import Row, Transform, add_view, as_rgb
 
+ARGUMENT = "train_transform"
+"""What the user calls the transform that makes it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainView:
@@ -67,9 +70,9 @@ class TrainView:
                 row: Row = {"key": chosen["key"][index]}
                 image = self._image(chosen, index)
                 seed_globally("train_view", self.seed, self.rank, step, position)
-                add_view(row, "image", self._transformed(image), argument="train_transform")
+                add_view(row, "image", self._transformed(image), argument=ARGUMENT)
                 rows.append(row)
-        return columns_of(collate(rows), ("image",)) if rows else {}
+        return columns_of(collate(rows, argument=ARGUMENT), ("image",)) if rows else {}
 
     def _image(self, chosen: Columns, index: int) -> Any:
         key, shard = chosen["key"][index], chosen["shard"][index]

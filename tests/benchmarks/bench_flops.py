@@ -48,7 +48,7 @@ def main() -> None:
     print(f"| {'-' * 34} | ----------------: | ------: | ------: | ---------: |")
     worst = 0.0
     for setting in settings(shape):
-        found = counted(
+        found, _ = counted(
             setting, build, super_batch_size=num_candidates, batch_size=options.batch_size
         )
         expected = setting.expected(shape, options.filter_ratio)

@@ -11,6 +11,8 @@ import logging
 import math
 import time
 from dataclasses import FrozenInstanceError
+from itertools import islice
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -23,7 +25,15 @@ from shards import write_shards
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from jest_stream import JESTDataset, RunCost, SelectionConfig, TargetSimilarity, training_flops
+from jest_stream import (
+    JESTDataset,
+    ReferenceCache,
+    RunCost,
+    ScoringConfig,
+    SelectionConfig,
+    TargetSimilarity,
+    training_flops,
+)
 from jest_stream.errors import ConfigError
 from jest_stream.reporting.metrics import shared_out
 from jest_stream.scoring.forward import embed_once
@@ -214,6 +224,27 @@ def test_a_smaller_score_view_and_a_reference_of_its_own_size_count_themselves(
     assert cost.flops.ratio == cost.flops.ratio_with_reuse  # no pass could serve training
 
 
+@pytest.mark.parametrize("number", [None, 10**6])
+def test_training_at_two_sizes_is_compared_with_training_at_the_full_one(
+    shards: list[str], number: int | None
+) -> None:
+    options = {"scoring": ScoringConfig(image_size=16), "score_view_fraction": 0.25, "lookahead": 0}
+    full, small = forward_by_hand(), forward_by_hand(image_size=16)
+    with jest(shards, vit(), **options, training_flops=number) as dataset:
+        for _ in islice(dataset, 3):
+            pass
+        training, learner, reference, selection = flops_of(dataset)
+        flops = dataset.cost().flops
+    steps = 3 * (6 * full + 2 * small)  # forward passes of 6 and of 2 of 8
+    uniform, reusable = 3 * 8 * full, 3 * 2 * small
+    assert training == (3 * steps if number is None else 3 * 8 * number)
+    uniform_training = training * uniform / steps
+    assert learner == reference == 3 * 16 * small
+    total = training + learner + reference + selection
+    assert flops.ratio == pytest.approx(total / uniform_training)
+    assert flops.ratio_with_reuse == pytest.approx((total - reusable) / uniform_training)
+
+
 def test_the_number_of_the_user_has_precedence(shards: list[str]) -> None:
     learner = vit()
     image, text = torch.randn(4, 3, 32, 32), torch.ones(4, WORDS, dtype=torch.int64)
@@ -257,6 +288,38 @@ def test_counts_go_on_after_a_resume(shards: list[str], lookahead: int) -> None:
             for _ in resumed:
                 pass
             assert {name: resumed.metrics()[name] for name in counted} == expected
+
+
+def test_a_resume_behind_the_last_selection_still_knows_what_it_cost(shards: list[str]) -> None:
+    options = {"selection": SelectionConfig(stop_step=2)}
+    with jest(shards, vit(), **options) as dataset:
+        for _ in islice(dataset, 3):
+            pass
+        state, expected = dataset.state_dict(), flops_of(dataset)
+    assert not any(map(math.isnan, expected))
+    with jest(shards, vit(), **options) as resumed:
+        resumed.load_state_dict(state)
+        assert flops_of(resumed) == expected
+        next(iter(resumed))  # no model is asked any more
+        assert flops_of(resumed)[1:] == expected[1:]
+
+
+def test_a_reference_that_is_gone_after_a_resume_is_said_to_be(
+    shards: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with jest(shards, vit()) as dataset:
+        next(iter(dataset))
+        state = dataset.state_dict()
+    views = {"transform": pixels, "tokenizer": tokenize}
+    cache = ReferenceCache.build(shards, vit(7), tmp_path / "cache", **views)
+    with cache, jest(shards, vit(), reference=cache) as resumed:
+        resumed.load_state_dict(state)
+        for _ in range(2):
+            training, learner, reference, _ = flops_of(resumed)
+    assert math.isnan(reference) and training > 0 and learner > 0
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "the reference's scoring cannot be counted" in message
+    assert "the run that was resumed had a live reference" in message
 
 
 def test_other_ranks_share_out_what_was_paid(shards: list[str]) -> None:
@@ -495,6 +558,17 @@ def test_the_summary_says_what_selection_must_save(shards: list[str]) -> None:
     )
     assert seconds.startswith("seconds: 0.")
     assert str(dataset.cost()) == str(cost)  # closed by now
+
+
+def test_steps_that_cost_less_than_uniform_ones_need_save_nothing(shards: list[str]) -> None:
+    easy = SelectionConfig(score="easy_reference", num_chunks=1)
+    options = {"scoring": ScoringConfig(image_size=16), "score_view_fraction": 0.75}
+    with jest(shards, vit(), lookahead=0, selection=easy, filter_ratio=0.2, **options) as dataset:
+        next(iter(dataset))
+        cost = dataset.cost()
+    assert cost.flops.ratio < 1 and cost.savings_to_pay < 0
+    _, _, verdict, _ = str(cost).splitlines()
+    assert verdict.endswith("times the FLOPs of uniform training: it pays at as many steps")
 
 
 def test_a_listener_is_told_when_the_run_ends_and_nobody_else(

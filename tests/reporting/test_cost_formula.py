@@ -46,8 +46,9 @@ def test_the_sizes_are_read_off_the_model() -> None:
 
 @pytest.mark.parametrize("setting", settings(SHAPE), ids=lambda setting: setting.name)
 def test_a_counted_step_costs_what_the_formula_says(setting: Setting) -> None:
-    ratio = counted(setting, build, super_batch_size=40, batch_size=8)
+    ratio, reported = counted(setting, build, super_batch_size=40, batch_size=8)
     assert ratio == pytest.approx(setting.expected(SHAPE, 0.8), rel=0.02)
+    assert reported == pytest.approx(setting.expected(SHAPE, 0.8), rel=0.02)
 
 
 def test_counts_are_the_same_in_every_run() -> None:

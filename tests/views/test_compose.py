@@ -17,6 +17,7 @@ from open_clip.transform import image_transform
 from PIL import Image
 from timm.data import create_transform
 from torchvision import transforms as v1
+from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from jest_stream.randomness import isolated_rng
@@ -171,6 +172,16 @@ def test_what_cannot_be_split_gives_what_it_always_gave(steps: list[Any]) -> Non
         made = (recognise(transform) or transform)(picture())
     assert made.dtype == torch.float32
     assert torch.equal(made, whole)
+
+
+def test_a_dtype_by_kind_of_tensor_is_left_to_the_transform() -> None:
+    """An Image is not a plain Tensor: the first one stays as it is, the second one is converted."""
+    for kind, dtype in [(torch.Tensor, torch.uint8), (tv_tensors.Image, torch.float32)]:
+        to_float = v2.ToDtype({kind: torch.float32, "others": None})
+        transform = v2.Compose([v2.ToImage(), v2.Resize((32, 32)), to_float])
+        whole, made, parts = both(transform, picture())
+        assert whole.dtype == dtype and parts.finish() is None
+        assert torch.equal(made, whole)
 
 
 def test_a_transform_that_gives_pixels_needs_no_end() -> None:

@@ -174,13 +174,29 @@ def test_an_image_that_cannot_be_decoded_is_named(num_workers: int) -> None:
     views.forget()
 
 
+SHAPES = "image must have one shape.*Let train_transform resize"
+
+
+def one_shape_a_process(image: Any) -> Tensor:
+    return torch.zeros(3, 4, 4 + os.getpid() % 97)
+
+
+def test_shapes_that_differ_between_workers_are_the_train_transforms() -> None:
+    """What each of them makes is consistent."""
+    views = late(one_shape_a_process, num_workers=4)
+    views.start(chosen(), step=0)
+    with pytest.raises(ConfigError, match=SHAPES):
+        views.take(0)
+    views.forget()
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize(
     ("transform", "kind", "match"),
     [
         (lambda image: next(iter(())), UserCodeError, "train_transform raised StopIteration"),
         (lambda image: image, ConfigError, "Pass train_transform="),
-        (lambda image: torch.zeros(int(4 * torch.rand(())) + 1), ConfigError, "one shape"),
+        (lambda image: torch.zeros(int(4 * torch.rand(())) + 1), ConfigError, SHAPES),
         (lambda image: image.no_such_method(), AttributeError, "no_such_method"),
     ],
 )
