@@ -25,6 +25,9 @@ from jest_stream.sources import transport
 from jest_stream.sources.watch import Notes, Place
 
 _STOP_TIMEOUT_S = 3.0
+# Terminals and schedulers send them to every process of a job, to interrupt it or have it save a
+# checkpoint. That is for the training process, whose handlers a worker inherits.
+_FOR_TRAINING = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Task(Protocol):
@@ -243,8 +246,10 @@ def work(connection: socket.socket, notes: Notes, task: Task) -> None:
         is_stopped = True  # what is raised here may be swallowed: Cython's imports do
         sys.exit()
 
+    signal.set_wakeup_fd(-1)  # inherited, it would tell an event loop of the training process
     signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process
+    for number in _FOR_TRAINING:
+        signal.signal(number, signal.SIG_IGN)
     # What was inherited is never collected here: its destructors may touch the GPU.
     gc.freeze()
     torch.set_num_threads(1)
