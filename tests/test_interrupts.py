@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from leaks import children, no_leaks  # noqa: F401
+from leaks import children, no_leaks, nothing_left_behind  # noqa: F401
 from models import TinyTwoTower, flipped, to_tensor, tokenize
 from shards import write_shards
 
@@ -27,7 +27,8 @@ from jest_stream import JESTDataset
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 PACKAGE = Path(jest_stream.__file__).parent
-SCHEDULE = {str(PACKAGE / name) for name in ("pipeline.py", "ledger.py", "feed.py")}
+SCHEDULE = ("pipeline.py", "ledger.py", "feed.py")
+WORKERS = ("sources/process.py", "sources/transport.py", "sources/watch.py", "sources/workers.py")
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +56,12 @@ NUM_LINES = 100  # of the schedule, at least, in a call that reads and scores an
 
 
 class CtrlC:
-    """Raises `KeyboardInterrupt` at the n-th line of the schedule that runs; once."""
+    """Raises `KeyboardInterrupt` at the n-th line of some files that runs here; once."""
 
-    def __init__(self, nth: int) -> None:
+    def __init__(self, nth: int, files: tuple[str, ...] = SCHEDULE) -> None:
         self.num_left = nth
-        self.came = False
+        self.files = {str(PACKAGE / name) for name in files}
+        self.process = os.getpid()
 
     def __enter__(self) -> CtrlC:
         sys.settrace(self._trace)
@@ -69,12 +71,11 @@ class CtrlC:
         sys.settrace(None)
 
     def _trace(self, frame: FrameType, event: str, _: object) -> Any:
-        if frame.f_code.co_filename not in SCHEDULE:
+        if frame.f_code.co_filename not in self.files or os.getpid() != self.process:
             return None
         if event == "line":
             self.num_left -= 1
             if self.num_left == 0:
-                self.came = True
                 raise KeyboardInterrupt
         return self._trace
 
@@ -123,6 +124,36 @@ def test_ctrl_c_in_any_line_of_the_schedule_loses_and_repeats_nothing(
             uninterrupted.draw()
         assert uninterrupted.keys == loop.keys
         assert counted == {name: dataset.metrics()[name] for name in COUNTED}
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # closed when dropped
+def test_ctrl_c_in_any_line_that_starts_a_worker_leaves_nothing(shards: list[str]) -> None:
+    num_interrupts = 0
+    for nth in range(1, NUM_LINES):
+        with nothing_left_behind(), jest(shards, num_workers=1) as dataset:
+            try:
+                with CtrlC(nth, WORKERS):
+                    next(iter(dataset))
+            except KeyboardInterrupt:
+                num_interrupts += 1
+    assert num_interrupts > NUM_LINES / 2
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_ctrl_c_in_any_line_that_stops_workers_leaves_nothing(shards: list[str]) -> None:
+    """It may come again, while the first one is being dealt with."""
+    num_interrupts = 0
+    options: dict[str, Any] = {"num_workers": 1, "train_transform": flipped}
+    for nth in range(1, NUM_LINES // 2):
+        with nothing_left_behind(), jest(shards, **options) as dataset:
+            iterator = iter(dataset)
+            next(iterator)
+            try:
+                with CtrlC(nth, (*WORKERS, "views/late.py")):
+                    dataset.close()
+            except KeyboardInterrupt:
+                num_interrupts += 1
+    assert num_interrupts > NUM_LINES / 4
 
 
 def test_signals_for_the_training_process_do_nothing_to_its_workers(
