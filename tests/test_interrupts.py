@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from contextlib import nullcontext
 from itertools import islice
@@ -195,3 +196,36 @@ def test_ending_workers_does_not_tell_an_event_loop_to_terminate(shards: list[st
 
     asyncio.run(train())
     assert told == []
+
+
+PROGRAM = """
+import sys, threading
+sys.path.insert(0, {tests!r})
+from models import to_tensor, tokenize
+from jest_stream import JESTDataset, SelectionConfig
+
+def hang_soon(image, left=[9]):
+    left[0] -= 1
+    return to_tensor(image) if left[0] > 0 else threading.Event().wait()
+
+dataset = JESTDataset({shards!r}, transform=hang_soon, tokenizer=tokenize, batch_size=4,
+                      selection=SelectionConfig(method="uniform"), num_workers=2)
+iterator = iter(dataset)
+next(iterator)
+print("reads", flush=True)
+next(iterator), next(iterator), next(iterator), next(iterator)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_that_hang_end_with_a_training_process_that_is_killed(
+    shards: list[str], number: signal.Signals
+) -> None:
+    program = PROGRAM.format(tests=str(Path(__file__).parent), shards=shards)
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as training:
+        assert training.stdout is not None and training.stdout.readline() == b"reads\n"
+        workers = psutil.Process(training.pid).children()
+        training.send_signal(number)
+        assert training.wait(5) == -number
+        _, alive = psutil.wait_procs(workers, timeout=5)
+        assert len(workers) == 2 and alive == []

@@ -12,6 +12,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -247,7 +248,6 @@ class Owner:
         self.connection = connection
         """To the training process."""
         self._is_stopped = is_stopped
-        self._parent_pid = os.getppid()
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
 
@@ -257,11 +257,8 @@ class Owner:
         return not self._is_stopped()
 
     def wait(self) -> None:
-        """Returns when the training process has sent something; exits when it is gone."""
-        # Its end of the socket may have been inherited by another worker and outlive it.
-        while not self._poll.poll(1000):
-            if os.getppid() != self._parent_pid:
-                sys.exit(1)
+        """Returns when the training process has sent something, or has closed the connection."""
+        self._poll.poll()
 
     def receive(self) -> Any:
         """Returns the next message of the training process; exits when it is gone."""
@@ -301,7 +298,19 @@ def work(
     gc.freeze()
     torch.set_num_threads(1)
     notes.begin()
+    # Whatever the task waits for meanwhile, such as a transform that hangs.
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     task.run(Owner(connection, lambda: is_stopped), notes)
+
+
+def _end_with(parent_pid: int) -> None:
+    """Ends this process when its parent is gone: killed, it could not say so.
+
+    The connection may not tell either: another worker may have inherited its other end.
+    """
+    while os.getppid() == parent_pid:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _require_picklable(task: object) -> None:
