@@ -12,7 +12,6 @@ import select
 import signal
 import socket
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ import torch.multiprocessing
 
 from jest_stream.errors import ConfigError, StalledError, WorkerDiedError
 from jest_stream.sources import transport
-from jest_stream.sources.watch import Notes, Place
+from jest_stream.sources.watch import Notes, Place, end_with_parent
 
 _STOP_TIMEOUT_S = 3.0
 # Terminals and schedulers send them to every process of a job, to interrupt it or have it save a
@@ -299,18 +298,8 @@ def work(
     torch.set_num_threads(1)
     notes.begin()
     # Whatever the task waits for meanwhile, such as a transform that hangs.
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
     task.run(Owner(connection, lambda: is_stopped), notes)
-
-
-def _end_with(parent_pid: int) -> None:
-    """Ends this process when its parent is gone: killed, it could not say so.
-
-    The connection may not tell either: another worker may have inherited its other end.
-    """
-    while os.getppid() == parent_pid:
-        time.sleep(1)
-    os._exit(1)
 
 
 def _require_picklable(task: object) -> None:

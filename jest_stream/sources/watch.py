@@ -2,7 +2,7 @@
 
 `Notes` are kept by a worker and read by the training process, also when the worker is gone or
 hangs in C code, with or without the interpreter's lock. `Watchdog` is for reading in this process:
-a thread that sleeps, and logs all stacks when a read takes too long. Nothing here ends anything.
+a thread that sleeps, and logs all stacks when a read takes too long. Neither ends anything.
 """
 
 from __future__ import annotations
@@ -158,6 +158,22 @@ class Watchdog:
                     self._timeout_s,
                     _own_stacks(self._reader),
                 )
+
+
+def end_with_parent() -> None:
+    """Ends this process, from now on, when its parent is gone: killed, that cannot say so.
+
+    Its connection may not tell either: another worker may have inherited the other end.
+    """
+    parent_pid = os.getppid()
+
+    def watch() -> None:
+        """Looks once a second."""
+        while os.getppid() == parent_pid:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _own_stacks(first: int) -> str:
