@@ -2,8 +2,8 @@
 
 python examples/resume_after_kill.py
 
-The run is a process of its own that saves a checkpoint after each step, as `kill -9`, a full node
-or a lost machine would find it: written aside first, then renamed.
+The run is a process of its own that saves a checkpoint after each step: written aside first, then
+renamed, so that a run that is killed meanwhile leaves the one before.
 """
 
 import io

@@ -208,7 +208,7 @@ class Embedder:
 
     def _make_copy(self, learner: nn.Module, step: int) -> None:
         with self.ring.writing(None, two_tower(learner).device):
-            self._copy = LearnerCopy(
+            made = LearnerCopy(
                 learner,
                 refresh_every=self._refresh_every,
                 device=self.ring.device,
@@ -217,8 +217,8 @@ class Embedder:
                 scoring=self._scoring,
             )
             if self._restored is not None:
-                self._copy.load_state_dict(self._restored)
-                self._restored = None
+                made.load_state_dict(self._restored)
+            self._copy, self._restored = made, None  # only now, when it holds what it should
 
     def _embed_learner(self, columns: Columns) -> Embeddings | None:
         if self._copy is None:

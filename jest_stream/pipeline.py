@@ -8,7 +8,6 @@ Runs in the training thread; only the reader below it may own processes.
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -37,6 +36,7 @@ from jest_stream.reporting.metrics import Metrics
 from jest_stream.scoring.streams import Ring
 from jest_stream.selector import Selector
 from jest_stream.sizes import Layout, Sizes
+from jest_stream.standing import Standing
 from jest_stream.superbatch import Position, SuperBatch
 from jest_stream.types import Cursor, Source
 from jest_stream.views import Columns, ScoreView
@@ -74,45 +74,50 @@ class Pipeline:
         # By rank, since each rank chooses among candidates of its own.
         self._key = derive_seed("selection", config.seed, layout.rank)
         self._feed = Feed(config, sizes, source=source, layout=layout, prepare=score_view)
-        self._in_flight: deque[Scored] = deque()
-        self._restored: list[Record] = []  # of a checkpoint, not yet read again
         self._error: Exception | None = None  # waits until the batches before it are handed out
-        self._tail: SuperBatch | None = None  # too small for a batch: where a pass has ended
-        self._has_begun = False  # whether a batch was handed out or a checkpoint loaded
         # With repeat=False on several ranks: where the pass ends on all of them.
         self._pass = PassLength.of(source, config, sizes, layout.world_size)
-        self._epoch_batches: int | None = None
-        self.epoch = 0
-        """Passes begun before this one, where `repeat=False`."""
-        self.epoch_step = 0
-        """Batches handed out in this epoch; 0 again as soon as it is complete, where its length is
-        known before."""
-        self.is_resumed = False
-        """Whether a checkpoint was loaded and nothing handed out since."""
-        self.step = 0
-        """Batches handed out."""
+        self.at = Standing()
+        """Where the run is."""
         self._begin_pass(0)
 
     def next_batch(self) -> Columns | None:
-        """Returns the next sub-batch as columns on the training device; None at a pass's end."""
+        """Returns the next sub-batch as columns on the training device; None at a pass's end.
+
+        An error leaves in flight what was chosen. Ctrl-C, wherever it comes, undoes the call.
+        """
+        before = self.at.copy(), self._feed.position, self._metrics.state_dict()
+        try:
+            return self._next_batch()
+        except Exception:
+            raise
+        except BaseException:
+            self.at, position, counters = before
+            self._feed.go_to(position)
+            self._batches.forget()
+            self._metrics.load_state_dict(counters)
+            self._error = None  # is met again
+            raise
+
+    def _next_batch(self) -> Columns | None:
         # Whatever mode the caller is in: tensors made in inference mode cannot be trained on.
         with torch.inference_mode(False), torch.no_grad():
             self._batches.open()
             self._start_views()  # of former calls, as far as their choice has come
             self._fill()
-            if not self._in_flight:
+            if not self.at.in_flight:
                 self._end_pass()
                 return None
             # Only now, with all that is next queued, may the host wait for a choice.
-            self._start_views(num_awaited=len(self._in_flight) - 1)
-            batch = self._hand_out(self._in_flight[0])
-        self._ledger.book(self._in_flight.popleft(), batch, step=self.step)
-        self.step += 1
-        self.epoch_step += 1
-        self.is_resumed, self._has_begun = False, True
-        if self.epoch_step == self._config.steps_per_epoch:
-            self.epoch_step = 0
-        elif self.epoch_step == self._epoch_batches:
+            self._start_views(num_awaited=len(self.at.in_flight) - 1)
+            batch = self._hand_out(self.at.in_flight[0])
+        self._ledger.book(self.at.in_flight.popleft(), batch, step=self.at.step)
+        self.at.step += 1
+        self.at.epoch_step += 1
+        self.at.is_resumed, self.at.has_begun = False, True
+        if self.at.epoch_step == self._config.steps_per_epoch:
+            self.at.epoch_step = 0
+        elif self.at.epoch_step == self.at.epoch_batches:
             self._end_pass()
         return batch
 
@@ -121,28 +126,27 @@ class Pipeline:
         config = self._config
         if config.steps_per_epoch is not None or config.repeat or config.skips:
             return config.steps_per_epoch
-        if self._epoch_batches is not None:
-            return self._epoch_batches
+        if self.at.epoch_batches is not None:
+            return self.at.epoch_batches
         counts = shard_counts(self._source)
         if counts is None:
             return None
-        first_step = self.step - self.epoch_step
-        return self._sizes.num_batches(sum(counts), first_step=first_step)
+        return self._sizes.num_batches(sum(counts), first_step=self.at.step - self.at.epoch_step)
 
     def begin_epoch(self) -> None:
         """Starts the next epoch: with `repeat=False` the next pass, else the stream goes on."""
-        self.epoch_step = 0
+        self.at.epoch_step = 0
         if not self._config.repeat:
-            self._begin_pass(self.epoch + 1)
+            self._begin_pass(self.at.epoch + 1)
 
     def set_epoch(self, epoch: int) -> None:
         """Goes to an epoch, unless the stream is there already; see `JESTDataset.set_epoch`."""
         if not self._config.repeat:
-            is_there = epoch == self.epoch and (self.epoch_step == 0 or self.is_resumed)
+            is_there = epoch == self.at.epoch and (self.at.epoch_step == 0 or self.at.is_resumed)
             if not is_there:
                 self._begin_pass(epoch)
-        elif not self._has_begun:
-            self.step = epoch * (self._config.steps_per_epoch or 0)
+        elif not self.at.has_begun:
+            self.at.step = epoch * (self._config.steps_per_epoch or 0)
             self._go_to(self._start_of(epoch), restored=[])
 
     def price(self) -> None:
@@ -152,13 +156,13 @@ class Pipeline:
     def refresh(self) -> None:
         """Copies the learner's weights now."""
         self._place()
-        self._embedder.refresh(self.step, force=True)
+        self._embedder.refresh(self.at.step, force=True)
 
     def describe(self) -> str:
         """Returns the live state, for `repr`."""
-        parts = [f"step {self.step}", f"{len(self._in_flight)} super-batches in flight"]
+        parts = [f"step {self.at.step}", f"{len(self.at.in_flight)} super-batches in flight"]
         if self._embedder.weights_step is not None:
-            parts.append(f"learner copy {self.step - self._embedder.weights_step} steps old")
+            parts.append(f"learner copy {self.at.step - self._embedder.weights_step} steps old")
         return " | ".join(parts)
 
     def pause(self) -> None:
@@ -171,7 +175,7 @@ class Pipeline:
         self._error = None  # its traceback holds this, and all frames up to the user's loop
         self._feed.go_to(self._feed.position)
         self._batches.forget()
-        for scored in self._in_flight:
+        for scored in self.at.in_flight:
             scored.choice.on_host()  # for `state_dict`
             scored.super_batch.columns.clear()
             scored.super_batch.on_host.clear()
@@ -183,29 +187,29 @@ class Pipeline:
 
     def _begin_pass(self, epoch: int) -> None:
         """Goes to the start of a pass; what was in flight of another is counted as abandoned."""
-        lost = [scored.super_batch for scored in self._in_flight]
-        for super_batch in lost if self._tail is None else [*lost, self._tail]:
+        lost = [scored.super_batch for scored in self.at.in_flight]
+        for super_batch in lost if self.at.tail is None else [*lost, self.at.tail]:
             self._metrics.count("epoch_abandoned", super_batch.size)
             self._ledger.book_skipped(super_batch)
-        self._metrics.count("epoch_abandoned", sum(size for size, *_ in self._restored))
-        self.epoch, self.epoch_step = epoch, 0
+        self._metrics.count("epoch_abandoned", sum(size for size, *_ in self.at.restored))
+        self.at.epoch, self.at.epoch_step = epoch, 0
         self._go_to(self._start_of(epoch), restored=[])
         if self._pass is not None:
-            self._epoch_batches = self._pass.batches_from_start(
-                self._feed.layout, epoch=epoch, step=self.step
+            self.at.epoch_batches = self._pass.batches_from_start(
+                self._feed.layout, epoch=epoch, step=self.at.step
             )
 
     def _fill(self) -> None:
         """Reads and scores until `lookahead` super-batches wait behind the one to hand out.
 
-        An error waits until the batches before it are handed out. Nothing that was read is lost:
-        the next call reads the failed super-batch again.
+        An error waits until the batches before it are handed out. The next call then reads the
+        failed super-batch again.
         """
-        while self._error is None and self._tail is None:
-            restored = self._restored[0] if self._restored else None
-            num_ready = len(self._in_flight)
+        while self._error is None and self.at.tail is None:
+            restored = self.at.restored[0] if self.at.restored else None
+            num_ready = len(self.at.in_flight)
             is_full = restored is None and num_ready > self._lookahead()
-            if is_full or self.epoch_step + num_ready == self._epoch_batches:
+            if is_full or self.at.epoch_step + num_ready == self.at.epoch_batches:
                 return
             start = self._feed.position
             try:
@@ -213,15 +217,12 @@ class Pipeline:
             except Exception as error:
                 self._feed.go_to(start)
                 self._error = error
-            except BaseException:
-                self._feed.go_to(start)
-                raise
             else:
                 if scored is not None:
-                    self._in_flight.append(scored)
-                    del self._restored[:1]
+                    self.at.in_flight.append(scored)
+                    del self.at.restored[:1]
                     self._start_views()
-        if self._error is not None and not self._in_flight:
+        if self._error is not None and not self.at.in_flight:
             due, self._error = self._error, None
             try:
                 raise due
@@ -234,10 +235,9 @@ class Pipeline:
         Args:
           num_awaited: for how many of the choices to wait; the next ones to hand out come first.
         """
-        for number, scored in enumerate(self._in_flight):
+        for number, scored in enumerate(self.at.in_flight):
             if number < num_awaited or scored.choice.is_known():
-                step = self.step + number
-                self._batches.start(scored.super_batch, scored.choice, step=step)
+                self._batches.start(scored.super_batch, scored.choice, step=self.at.step + number)
 
     def _lookahead(self) -> int:
         """Returns how many super-batches are scored ahead, settled when it is first asked."""
@@ -246,16 +246,16 @@ class Pipeline:
         return self._ahead
 
     def _score_next(self) -> Scored | None:
-        step, batch_size = self.step + len(self._in_flight), self._sizes.batch_size
+        step, batch_size = self.at.step + len(self.at.in_flight), self._sizes.batch_size
         super_batch = self._read(self._sizes.at(step))
         if super_batch.size < batch_size:
-            if self._epoch_batches is not None:
+            if self.at.epoch_batches is not None:
                 raise ConfigError(
                     f"the shards of this rank hold fewer examples than source.num_examples says: "
-                    f"{self._epoch_batches} batches were promised for this pass, and the data "
-                    f"ended after {self.epoch_step + len(self._in_flight)}. Correct the counts."
+                    f"{self.at.epoch_batches} batches were promised for this pass, and the data "
+                    f"ended after {step - self.at.step + self.at.epoch_step}. Correct the counts."
                 )
-            self._tail = super_batch
+            self.at.tail = super_batch
             self._feed.go_to(super_batch.start)  # a checkpoint taken now finds the same tail
             return None
         choice, weights_step = self._selector.choose(
@@ -265,13 +265,13 @@ class Pipeline:
             batch_size=batch_size,
             key=self._key,
             step=step,
-            now=self.step,
+            now=self.at.step,
         )
         return Scored(super_batch=super_batch, choice=choice, weights_step=weights_step)
 
     def _restore(self, record: Record) -> Scored:
         """Reads a super-batch of a checkpoint again; its choice is known."""
-        size: int = record[0]
+        size, weights_step, selection = read_record(record, torch.device("cpu"))
         super_batch = self._read(size)
         if super_batch.size != size:
             raise ResumeMismatchError(
@@ -279,7 +279,6 @@ class Pipeline:
                 f"the shards have {super_batch.size} left there. "
                 f"They have changed since; start anew, or resume from the same data."
             )
-        _, weights_step, selection = read_record(record, torch.device("cpu"))
         choice = self._selector.restore(
             super_batch.columns, slot=super_batch.slot, selection=selection
         )
@@ -289,8 +288,8 @@ class Pipeline:
         with self._metrics.timed("data"):
             if not self._feed.is_open:
                 self._place()
-            end_epoch = None if self._config.repeat else self.epoch + 1
-            slot = self._ring.slot(in_use=[each.super_batch.slot for each in self._in_flight])
+            end_epoch = None if self._config.repeat else self.at.epoch + 1
+            slot = self._ring.slot(in_use=[each.super_batch.slot for each in self.at.in_flight])
             return self._feed.take(size, slot=slot, end_epoch=end_epoch)
 
     def _place(self) -> None:
@@ -304,8 +303,8 @@ class Pipeline:
         """Forgets what is in flight; reading goes on at `position`."""
         self._feed.go_to(position)
         self._batches.forget()
-        self._in_flight.clear()
-        self._restored, self._error, self._tail = restored, None, None
+        self.at.in_flight.clear()
+        self.at.restored, self._error, self.at.tail = restored, None, None
 
     def _hand_out(self, scored: Scored) -> Columns:
         """Returns the chosen rows, gathered on the stream that the training loop uses."""
@@ -313,48 +312,49 @@ class Pipeline:
         if not choice.on_host().is_finite:  # on a CPU it raised when scoring
             self._go_to(super_batch.start, restored=[])  # to be chosen from again
             raise NonFiniteError(
-                f"scoring for step {self.step} gave NaN or infinity. Check the learner (has "
+                f"scoring for step {self.at.step} gave NaN or infinity. Check the learner (has "
                 f"training diverged?), the reference and the autocast dtype."
             )
         with self._metrics.timed("yielding"), super_batch.slot.handing_out():
-            return self._batches.make(super_batch, choice, step=self.step, device=self._device)
+            return self._batches.make(super_batch, choice, step=self.at.step, device=self._device)
 
     def _end_pass(self) -> None:
         """Books what is left at the end of a pass: fewer examples than make a sub-batch."""
-        if self._tail is not None:
-            if self.epoch_step == 0:
+        at = self.at
+        if at.tail is not None:
+            if at.epoch_step == 0:
                 raise ConfigError(
                     f"batch_size={self._sizes.batch_size}, but a whole pass over the data gives "
-                    f"this rank {self._tail.size} examples. Use a smaller batch_size, more data, "
+                    f"this rank {at.tail.size} examples. Use a smaller batch_size, more data, "
                     f"or repeat=True."
                 )
-            self._metrics.count("epoch_tail", self._tail.size)
-            self._ledger.book_skipped(self._tail)
-            self._tail = None
+            self._metrics.count("epoch_tail", at.tail.size)
+            self._ledger.book_skipped(at.tail)
+            at.tail = None
         elif self._pass is not None:
-            left = self._pass.num_left(self._feed.position.cursors, self._feed.layout, self.epoch)
+            left = self._pass.num_left(self._feed.position.cursors, self._feed.layout, at.epoch)
             self._metrics.count("epoch_tail", left)
         self.begin_epoch()
 
     def state_dict(self, *, include_learner_copy: bool) -> dict[str, Any]:
         """Returns what describes the last batch handed out: no samples, no open files."""
+        at = self.at
         in_flight = [
             record_of(scored.super_batch.size, scored.weights_step, scored.choice.on_host())
-            for scored in self._in_flight
+            for scored in at.in_flight
         ]
         progress = Progress(
-            step=self.step,
-            epoch=self.epoch,
-            epoch_step=self.epoch_step,
-            epoch_batches=self._epoch_batches,
-            position=self._in_flight[0].super_batch.start if in_flight else self._feed.position,
-            in_flight=[*in_flight, *self._restored],
+            step=at.step,
+            epoch=at.epoch,
+            epoch_step=at.epoch_step,
+            epoch_batches=at.epoch_batches,
+            position=at.in_flight[0].super_batch.start if in_flight else self._feed.position,
+            in_flight=[*in_flight, *at.restored],
             counters=self._metrics.state_dict(),
         )
         copy = self._embedder.copy_state() if include_learner_copy else None
-        layout = self._feed.layout
-        settings = self._settings(layout.num_lanes, self._lookahead())
-        return state_of(progress, settings, layout, copy)
+        settings = self._settings(self._feed.layout.num_lanes, self._lookahead())
+        return state_of(progress, settings, self._feed.layout, copy)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to the place of a checkpoint, without reading yet.
@@ -374,11 +374,11 @@ class Pipeline:
         self._go_to(progress.position, restored=progress.in_flight)
         self._feed.layout = layout
         self._ahead = state["layout"]["lookahead"]
-        self.step, self.epoch = progress.step, progress.epoch
+        self.at.step, self.at.epoch = progress.step, progress.epoch
         # An epoch may have another length by now.
-        self.epoch_step = progress.epoch_step % (self._config.steps_per_epoch or sys.maxsize)
-        self._epoch_batches = epoch_batches
-        self.is_resumed = self._has_begun = True
+        self.at.epoch_step = progress.epoch_step % (self._config.steps_per_epoch or sys.maxsize)
+        self.at.epoch_batches = epoch_batches
+        self.at.is_resumed = self.at.has_begun = True
         self._metrics.load_state_dict(progress.counters)
         self._embedder.load_copy_state(state["learner_copy"])
 

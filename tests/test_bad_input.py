@@ -24,6 +24,7 @@ from jest_stream.errors import (
     BadExampleLimitError,
     ConfigError,
     NonFiniteError,
+    ResumeMismatchError,
     ShardError,
     ShardUnavailableError,
     UnsafeDataError,
@@ -323,3 +324,17 @@ def test_a_rule_that_is_no_rule_is_refused(shards: list[str]) -> None:
 def test_a_train_transform_that_makes_no_tensor_is_named(shards: list[str]) -> None:
     with pytest.raises(ConfigError, match="Pass train_transform="):
         next(iter(jest(shards, train_transform=lambda image: image)))
+
+
+def test_weights_of_a_checkpoint_that_do_not_fit_are_refused_each_time(shards: list[str]) -> None:
+    """After the error nothing is scored with other weights than the checkpoint's."""
+    with jest(shards, refresh_every=5) as dataset:
+        next(iter(dataset))
+        state = dataset.state_dict(include_learner_copy=True)
+    with jest(shards, refresh_every=5, learner=TinyTwoTower(seed=1, width=8)) as dataset:
+        dataset.load_state_dict(state)
+        iterator = iter(dataset)
+        next(iterator)  # chosen before the checkpoint
+        for _ in range(2):
+            with pytest.raises(ResumeMismatchError, match="the learner copy in the checkpoint"):
+                next(iterator)

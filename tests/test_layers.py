@@ -28,6 +28,7 @@ LAYERS = [
     {"selector"},
     {"batches", "checkpoint", "epochs", "feed"},
     {"ledger"},
+    {"standing"},
     {"pipeline", "distributed", "iterator"},
     {"plan"},
     {"dataset"},

@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from tokenize import TokenError
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -267,12 +268,15 @@ def _cls(data: bytes, limits: Limits) -> int:
 def _npy(data: bytes, limits: Limits) -> np.ndarray[Any, np.dtype[Any]]:
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    elif version == (2, 0):
-        shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(stream)
-    else:
-        raise ValueError(f"npy format {version} is not supported")
+    try:
+        if version == (1, 0):
+            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        elif version == (2, 0):
+            shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(stream)
+        else:
+            raise ValueError(f"npy format {version} is not supported")
+    except (MemoryError, TokenError) as error:  # of Python's parser: 10,000 bytes are the most
+        raise ValueError("its header cannot be parsed") from error
     if dtype.hasobject:
         raise _Unsafe("holds Python objects, which are pickles")
     count, start = math.prod(shape), stream.tell()

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple, NoReturn, Protocol
@@ -22,9 +23,12 @@ import torch.multiprocessing
 
 from jest_stream.errors import ConfigError, StalledError, WorkerDiedError
 from jest_stream.sources import transport
-from jest_stream.sources.watch import Notes, Place
+from jest_stream.sources.watch import Notes, Place, end_with_parent
 
 _STOP_TIMEOUT_S = 3.0
+# Terminals and schedulers send them to every process of a job, to interrupt it or have it save a
+# checkpoint. That is for the training process, whose handlers a worker inherits.
+_FOR_TRAINING = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Task(Protocol):
@@ -56,27 +60,29 @@ class Worker:
         self._name = job.name
         self._describe = job.describe
         self._notes = Notes()
-        try:
-            self._connection, theirs = socket.socketpair()
-        except OSError:  # too many open files
-            self._notes.close()
-            raise
+        self._connection, self._theirs = socket.socketpair()
         self._connection.setblocking(False)
         self._method = context.get_start_method()
+        ours = self._connection if self._method == "fork" else None
         self._process = context.Process(
-            target=work, args=(theirs, self._notes, job.task), name=f"jest_stream {job.name}"
+            target=work,
+            args=(self._theirs, ours, self._notes, job.task),
+            name=f"jest_stream {job.name}",
         )
         self._process.daemon = True
+
+    def start(self) -> None:
+        """Starts the process. From before on, its owner must be able to `join` it.
+
+        Raises:
+          WorkerDiedError: if it cannot be started.
+        """
         try:
             self._process.start()
         except EOFError as error:  # of the fork server, which imports the main script
-            self._close()
-            raise WorkerDiedError(f"{job.name} could not be started. {_GUARD}") from error
-        except BaseException:
-            self._close()
-            raise
+            raise WorkerDiedError(f"{self._name} could not be started. {_GUARD}") from error
         finally:
-            theirs.close()  # so that the connection ends when the worker does
+            self._theirs.close()  # so that the connection ends when the worker does
 
     def receive(self, timeout_s: float) -> Any:
         """Returns the worker's next message.
@@ -121,21 +127,31 @@ class Worker:
 
     def ask_to_stop(self) -> None:
         """Lets the process end, whatever it is doing."""
-        self._process.terminate()
+        if self._has_process:
+            self._process.terminate()
 
     def join(self, deadline: float) -> None:
-        """Waits until the process is gone, not beyond `deadline`, and lets go of descriptors."""
-        self._process.join(max(deadline - time.monotonic(), 0))
-        if self._process.exitcode is None:
-            self._process.kill()
-            self._process.join(_STOP_TIMEOUT_S)  # one that waits for a disk ends when that answers
-        if self._process.exitcode is not None:
-            self._process.close()
-        self._close()
+        """Waits until the process is gone, not beyond `deadline`, and lets go of descriptors.
 
-    def _close(self) -> None:
-        self._connection.close()
+        May be called again.
+        """
+        if self._has_process:
+            self._process.join(max(deadline - time.monotonic(), 0))
+            if self._process.exitcode is None:
+                self._process.kill()
+                self._process.join(_STOP_TIMEOUT_S)  # one that waits for a disk ends later
+        self._theirs.close()
         self._notes.close()
+        self._connection.close()
+        if not self._has_process or self._process.exitcode is not None:
+            self._process.close()
+
+    @property
+    def _has_process(self) -> bool:
+        try:
+            return self._process.pid is not None
+        except ValueError:  # it was closed
+            return False
 
     def _title(self) -> str:
         what = self._describe(self._notes.place)
@@ -170,16 +186,38 @@ _GUARD = (
 )
 
 
+class Finalizer:
+    """Calls a function once: when called, when its owner is dropped, or at interpreter exit.
+
+    Unlike `weakref.finalize` it can be called again if the call was interrupted.
+    """
+
+    def __init__(self, owner: object, function: Callable[..., object], *arguments: object) -> None:
+        self._finalize = weakref.finalize(owner, function, *arguments)
+
+    def __call__(self) -> None:
+        if found := self._finalize.peek():
+            _, function, arguments, _ = found
+            function(*arguments)
+            self._finalize.detach()
+
+
 def stop(workers: list[Worker], owner_pid: int) -> None:
     """Ends all workers; does nothing in a process that was forked off their owner."""
     if os.getpid() != owner_pid:
         return
-    for worker in workers:
-        worker.ask_to_stop()
-    deadline = time.monotonic() + _STOP_TIMEOUT_S
-    for worker in workers:
-        worker.join(deadline)
-    workers.clear()
+    try:
+        for worker in workers:
+            worker.ask_to_stop()
+        deadline = time.monotonic() + _STOP_TIMEOUT_S
+        for worker in workers:
+            worker.join(deadline)
+    except BaseException:  # Ctrl-C: those that are left are killed
+        for worker in workers:
+            worker.join(0)
+        raise
+    finally:
+        workers.clear()
 
 
 def start(workers: list[Worker], jobs: Sequence[Job]) -> None:
@@ -194,6 +232,7 @@ def start(workers: list[Worker], jobs: Sequence[Job]) -> None:
         _require_picklable(jobs[0].task)
     for job in jobs:
         workers.append(Worker(context, job))
+        workers[-1].start()
 
 
 class Owner:
@@ -208,7 +247,6 @@ class Owner:
         self.connection = connection
         """To the training process."""
         self._is_stopped = is_stopped
-        self._parent_pid = os.getppid()
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
 
@@ -218,11 +256,8 @@ class Owner:
         return not self._is_stopped()
 
     def wait(self) -> None:
-        """Returns when the training process has sent something; exits when it is gone."""
-        # Its end of the socket may have been inherited by another worker and outlive it.
-        while not self._poll.poll(1000):
-            if os.getppid() != self._parent_pid:
-                sys.exit(1)
+        """Returns when the training process has sent something, or has closed the connection."""
+        self._poll.poll()
 
     def receive(self) -> Any:
         """Returns the next message of the training process; exits when it is gone."""
@@ -233,9 +268,20 @@ class Owner:
             sys.exit(1)
 
 
-def work(connection: socket.socket, notes: Notes, task: Task) -> None:
-    """What a worker process does: its task, until it is stopped."""
+def work(
+    connection: socket.socket, inherited: socket.socket | None, notes: Notes, task: Task
+) -> None:
+    """What a worker process does: its task, until it is stopped.
+
+    Args:
+      connection: to the training process.
+      inherited: the other end of it, where the worker was forked.
+      notes: what it is at.
+      task: what it does.
+    """
     is_stopped = False
+    if inherited is not None:
+        inherited.close()  # the connection ends when the training process lets go of it
 
     def leave(*_: object) -> None:
         """Unwinds, so that nothing is left behind."""
@@ -243,12 +289,16 @@ def work(connection: socket.socket, notes: Notes, task: Task) -> None:
         is_stopped = True  # what is raised here may be swallowed: Cython's imports do
         sys.exit()
 
+    signal.set_wakeup_fd(-1)  # inherited, it would tell an event loop of the training process
     signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process
+    for number in _FOR_TRAINING:
+        signal.signal(number, signal.SIG_IGN)
     # What was inherited is never collected here: its destructors may touch the GPU.
     gc.freeze()
     torch.set_num_threads(1)
     notes.begin()
+    # Whatever the task waits for meanwhile, such as a transform that hangs.
+    end_with_parent()
     task.run(Owner(connection, lambda: is_stopped), notes)
 
 

@@ -67,15 +67,15 @@ class Message:
         self.num_bytes = sum(memoryview(part).nbytes for part in parts)
         """How much memory it takes."""
         self._parts = parts
-        self._memory: int | None = None
+        self._memory: io.FileIO | None = None
         if self.num_bytes > _MAX_INLINE_BYTES or not is_inline:
             self._parts = []
             self._memory = new_memory()
             try:
                 for part in parts:
-                    _write(self._memory, part)
+                    _write(self._memory.fileno(), part)
             except BaseException:
-                os.close(self._memory)
+                self._memory.close()
                 raise
 
     def send(self, connection: socket.socket) -> None:
@@ -87,14 +87,14 @@ class Message:
         try:
             while True:
                 try:
-                    socket.send_fds(connection, [header], [self._memory])
+                    socket.send_fds(connection, [header], [self._memory.fileno()])
                     return
                 except OSError as error:
                     if error.errno != errno.ETOOMANYREFS:
                         raise
                     time.sleep(0.01)  # until the other side has taken some of those on their way
         finally:
-            os.close(self._memory)
+            self._memory.close()
 
 
 def dump(value: Any, *, is_inline: bool = True) -> Message:
@@ -189,13 +189,13 @@ def receive(connection: socket.socket, sentinel: int | None, timeout_s: float) -
     return replace(loaded, items=_map_tensors(loaded.items, restore))
 
 
-def new_memory() -> int:
-    """Returns the descriptor of memory that can be shared, and ends with its last descriptor."""
+def new_memory() -> io.FileIO:
+    """Returns memory that can be shared, as a file; it ends with its last descriptor."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("jest_stream")  # unlike /dev/shm, no container limits it
+        return io.FileIO(os.memfd_create("jest_stream"), "r+")  # no container limits it
     descriptor, path = tempfile.mkstemp(prefix="jest_stream")
     os.unlink(path)
-    return descriptor
+    return io.FileIO(descriptor, "r+")
 
 
 def _receive_into(

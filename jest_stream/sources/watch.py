@@ -2,12 +2,13 @@
 
 `Notes` are kept by a worker and read by the training process, also when the worker is gone or
 hangs in C code, with or without the interpreter's lock. `Watchdog` is for reading in this process:
-a thread that sleeps, and logs all stacks when a read takes too long. Nothing here ends anything.
+a thread that sleeps, and logs all stacks when a read takes too long. Neither ends anything.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import io
 import logging
 import multiprocessing.reduction
 import os
@@ -46,29 +47,31 @@ class Notes:
     """What a worker is reading, and its stacks when asked. Owns a descriptor of shared memory."""
 
     def __init__(self, descriptor: int | None = None) -> None:
-        self._descriptor = new_memory() if descriptor is None else descriptor
+        self._memory = new_memory() if descriptor is None else io.FileIO(descriptor, "r+")
 
     def begin(self) -> None:
         """In the worker: says that it runs, and shows its stacks when it crashes or is asked."""
-        os.pwrite(self._descriptor, _PLACE.pack(1, -1, 0), 0)
-        os.lseek(self._descriptor, _STACKS_AT, os.SEEK_SET)
+        os.pwrite(self._memory.fileno(), _PLACE.pack(1, -1, 0), 0)
+        os.lseek(self._memory.fileno(), _STACKS_AT, os.SEEK_SET)
         # Written in C, in the signal handler: whatever the interpreter is doing.
-        faulthandler.enable(file=self._descriptor)
-        faulthandler.register(_SHOW_STACKS, file=self._descriptor, all_threads=True, chain=False)
+        faulthandler.enable(file=self._memory.fileno())
+        faulthandler.register(
+            _SHOW_STACKS, file=self._memory.fileno(), all_threads=True, chain=False
+        )
 
     def put(self, shard: int, num_before: int) -> None:
         """In the worker: says what it reads next; 0.5 us."""
-        os.pwrite(self._descriptor, _PLACE.pack(1, shard, num_before), 0)
+        os.pwrite(self._memory.fileno(), _PLACE.pack(1, shard, num_before), 0)
 
     @property
     def has_begun(self) -> bool:
         """Whether the worker has ever run."""
-        return len(os.pread(self._descriptor, 1, 0)) > 0
+        return len(os.pread(self._memory.fileno(), 1, 0)) > 0
 
     @property
     def place(self) -> Place | None:
         """What the worker was reading last; None if it has read nothing."""
-        data = os.pread(self._descriptor, _PLACE.size, 0)
+        data = os.pread(self._memory.fileno(), _PLACE.size, 0)
         if not data:
             return None
         _, shard, num_before = _PLACE.unpack(data)
@@ -77,7 +80,7 @@ class Notes:
     @property
     def last_stacks(self) -> str:
         """The stacks that were asked for, or that a crash left; empty if there are none."""
-        data = os.pread(self._descriptor, _MAX_STACKS_BYTES, _STACKS_AT)
+        data = os.pread(self._memory.fileno(), _MAX_STACKS_BYTES, _STACKS_AT)
         return f"Its stacks:\n{data.decode('utf-8', 'replace').rstrip()}" if data else ""
 
     def stacks(self, pid: int) -> str:
@@ -96,11 +99,11 @@ class Notes:
 
     def close(self) -> None:
         """Lets go of the memory."""
-        os.close(self._descriptor)
+        self._memory.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """To a process that is being started, and was not forked."""
-        return _reopened, (multiprocessing.reduction.DupFd(self._descriptor),)
+        return _reopened, (multiprocessing.reduction.DupFd(self._memory.fileno()),)
 
 
 class Watchdog:
@@ -118,9 +121,10 @@ class Watchdog:
         self._began_at: float | None = None
         self._reader = 0
         self._thread = threading.Thread(target=self._watch, name="jest_stream watch", daemon=True)
-        self._thread.start()
 
     def __enter__(self) -> None:
+        if self._thread.ident is None:  # not before: somebody must be there to close this
+            self._thread.start()
         self._reader = threading.get_ident()
         self._began_at = time.monotonic()
 
@@ -135,7 +139,8 @@ class Watchdog:
     def close(self) -> None:
         """Ends the thread. May be called again."""
         self._is_closed.set()
-        if os.getpid() == self._pid and self._thread is not threading.current_thread():
+        is_here = os.getpid() == self._pid and self._thread.ident is not None
+        if is_here and self._thread is not threading.current_thread():
             self._thread.join()
 
     def _watch(self) -> None:
@@ -153,6 +158,22 @@ class Watchdog:
                     self._timeout_s,
                     _own_stacks(self._reader),
                 )
+
+
+def end_with_parent() -> None:
+    """Ends this process, from now on, when its parent is gone: killed, that cannot say so.
+
+    Its connection may not tell either: another worker may have inherited the other end.
+    """
+    parent_pid = os.getppid()
+
+    def watch() -> None:
+        """Looks once a second."""
+        while os.getppid() == parent_pid:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _own_stacks(first: int) -> str:

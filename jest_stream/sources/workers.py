@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import os
-import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -98,7 +97,7 @@ class BlockReader:
         self._local: dict[int, LaneBlocks] = {}
         self._workers: dict[int, Worker] = {}  # by lane
         self._watchdog: Watchdog | None = None  # while lanes are read here
-        self._stop: Callable[[], object] | None = None
+        self._stop: process.Finalizer | None = None
         self._num_good = self._num_bad = 0
         self.cursors: dict[int, Cursor] = {lane: cursors[lane] for lane in lanes}
         """Per lane, what comes behind the last block handed out."""
@@ -159,7 +158,7 @@ class BlockReader:
         if num_workers == 0:
             watchdog = Watchdog(self._timeout_s, f"reading {self._settings.source!r}")
             # Also runs when the reader is dropped, and at interpreter exit.
-            self._stop = weakref.finalize(self, watchdog.close)
+            self._stop = process.Finalizer(self, watchdog.close)
             self._watchdog = watchdog
             self._local = {
                 lane: LaneBlocks(self._settings, lane, self.cursors[lane]) for lane in lanes
@@ -178,7 +177,7 @@ class BlockReader:
             for number, task in enumerate(tasks)
         ]
         workers: list[Worker] = []
-        self._stop = weakref.finalize(self, process.stop, workers, os.getpid())
+        self._stop = process.Finalizer(self, process.stop, workers, os.getpid())
         process.start(workers, jobs)
         for worker, task in zip(workers, tasks, strict=True):
             self._workers.update(dict.fromkeys(task.cursors, worker))

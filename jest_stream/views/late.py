@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -87,7 +85,7 @@ class LateViews:
         self._sent: set[int] = set()  # those of them that the workers have
         self._workers: list[Worker] = []
         self._watchdog: Watchdog | None = None  # while views are made here
-        self._stop: Callable[[], object] | None = None
+        self._stop: process.Finalizer | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -138,9 +136,9 @@ class LateViews:
         if self._num_workers == 0:
             self._watchdog = Watchdog(self._timeout_s, "making train views")
             # Also runs when this object is dropped, and at interpreter exit.
-            self._stop = weakref.finalize(self, self._watchdog.close)
+            self._stop = process.Finalizer(self, self._watchdog.close)
             return
-        self._stop = weakref.finalize(self, process.stop, self._workers, os.getpid())
+        self._stop = process.Finalizer(self, process.stop, self._workers, os.getpid())
         jobs = [
             Job(
                 f"train view worker {number} of {self._num_workers}",

@@ -227,6 +227,13 @@ def test_an_array_whose_header_lies_allocates_nothing() -> None:
     assert reason("npy", stream.getvalue()) == "unreadable_npy"
 
 
+@pytest.mark.parametrize("header", ["-" * 9_000 + "1", "(" * 9_000, "+".join(["1j"] * 3_000)])
+def test_an_array_whose_header_is_too_much_for_the_parser_is_a_bad_example(header: str) -> None:
+    """Python's parser raises MemoryError and others, which would end training if they got out."""
+    magic = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header))
+    assert reason("npy", magic + header.encode()) == "unreadable_npy"
+
+
 def test_a_decoded_view_decodes_each_member_once_and_only_when_asked() -> None:
     example = {**make_example(5), "pkl": b"never touched", "bad.jpg": b"never touched"}
     view = Decoded(example)

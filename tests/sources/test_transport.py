@@ -24,10 +24,11 @@ def test_a_message_that_breaks_off_leaves_no_descriptor(kind: type[Exception]) -
     memory = transport.new_memory()
     ours.setblocking(False)
     with ours, theirs:
-        socket.send_fds(theirs, [b"\0"], [memory])
+        socket.send_fds(theirs, [b"\0"], [memory.fileno()])
         if kind is EOFError:
             theirs.shutdown(socket.SHUT_WR)
         with pytest.raises(kind):
             transport.receive(ours, sentinel, 0.2)
-    for descriptor in (sentinel, end, memory):
+    memory.close()
+    for descriptor in (sentinel, end):
         os.close(descriptor)
