@@ -44,15 +44,6 @@ from jest_stream.testing import Fault, FaultServer
 WORKERS = [0, 2]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def nothing_old_to_collect() -> Iterator[None]:
-    """The collector passes over what was there before, which takes it 0.2 s each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(autouse=True)
 def no_collector(nothing_survives: None) -> Iterator[None]:  # noqa: F811
     gc.collect()
