@@ -18,11 +18,12 @@ import psutil
 import pytest
 from endings import EARLY_ENDS, assert_no_worker_outlives
 from leaks import no_leaks  # noqa: F401
-from models import TinyTwoTower, to_tensor, tokenize
+from models import TinyTwoTower, tokenize
+from models import tiny_dataset as jest
 from shards import write_shards
 from torch.utils.data import DataLoader
 
-from jest_stream import JESTDataset, SelectionConfig
+from jest_stream import SelectionConfig
 from jest_stream.errors import (
     ClosedError,
     JESTError,
@@ -38,19 +39,6 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("shards")
     return write_shards(folder, num_shards=4, examples_per_shard=16)
-
-
-def jest(shards: Any, **options: Any) -> JESTDataset:
-    defaults: dict[str, Any] = {
-        "learner": TinyTwoTower(seed=1),
-        "reference": TinyTwoTower(seed=2),
-        "transform": to_tensor,
-        "tokenizer": tokenize,
-        "batch_size": 4,
-        "super_batch_size": 8,
-        "as_dict": True,
-    }
-    return JESTDataset(shards, **{**defaults, **options})
 
 
 def alive() -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 import torch.multiprocessing
-from leaks import children, no_leaks
+from leaks import children, no_leaks, stop_helpers
 from shards import write_shards
 
 from jest_stream.errors import ConfigError
@@ -220,14 +220,6 @@ def test_every_start_method_gives_the_same_blocks(source: Source, method: str) -
     finally:
         torch.multiprocessing.set_start_method(before, force=True)
         stop_helpers()
-
-
-def stop_helpers() -> None:
-    """Ends the processes that multiprocessing keeps for spawn and forkserver."""
-    from multiprocessing import forkserver, resource_tracker
-
-    forkserver._forkserver._stop()
-    resource_tracker._resource_tracker._stop()
 
 
 def rows_of_every_kind(example: Example) -> dict[str, Any]:

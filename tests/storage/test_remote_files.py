@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fsspec.asyn import get_loop
+from leaks import stop_helpers
 from models import to_tensor, tokenize
 from remote import AT_ONCE, SOON, noise, nothing_survives, until  # noqa: F401
 from shards import write_shards
@@ -288,14 +289,6 @@ def test_a_storage_in_use_works_in_a_child_process(method: str) -> None:
             ours.close()
         storage.close()
     stop_helpers()
-
-
-def stop_helpers() -> None:
-    """Ends the processes that multiprocessing keeps for later children."""
-    from multiprocessing import forkserver, resource_tracker
-
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]
-    resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
 
 
 def use_inherited_file(file: io.BufferedReader, pipe: Connection) -> None:

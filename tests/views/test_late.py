@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,11 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
-from leaks import children, no_leaks, nothing_left_behind
-from models import TinyTwoTower, flipped, to_tensor, tokenize
+from leaks import children, no_leaks, nothing_left_behind, stop_helpers
+from models import flipped, tiny_dataset
 from shards import make_example, members, write_shards, write_tar
 from torch import Tensor
 
-from jest_stream import JESTDataset
 from jest_stream.batches import Batches
 from jest_stream.errors import (
     BadExampleError,
@@ -118,14 +118,6 @@ def test_every_start_method_gives_the_same_views(method: str) -> None:
     finally:
         torch.multiprocessing.set_start_method(before, force=True)
         stop_helpers()
-
-
-def stop_helpers() -> None:
-    """Ends the processes that multiprocessing keeps for spawn and forkserver."""
-    from multiprocessing import forkserver, resource_tracker
-
-    forkserver._forkserver._stop()
-    resource_tracker._resource_tracker._stop()
 
 
 def picky(image: Any) -> Tensor:
@@ -251,18 +243,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return write_shards(folder, num_shards=4, examples_per_shard=16)
 
 
-def jest(shards: Any, **options: Any) -> JESTDataset:
-    defaults: dict[str, Any] = {
-        "learner": TinyTwoTower(seed=1),
-        "reference": TinyTwoTower(seed=2),
-        "transform": to_tensor,
-        "tokenizer": tokenize,
-        "train_transform": flipped,
-        "batch_size": 4,
-        "super_batch_size": 8,
-        "as_dict": True,
-    }
-    return JESTDataset(shards, **{**defaults, **options})
+jest = partial(tiny_dataset, train_transform=flipped)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
