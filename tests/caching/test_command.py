@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builds import files_of
 from clip_models import write_folder
 from leaks import no_leaks  # noqa: F401
 from remote import until
@@ -77,10 +78,6 @@ def finish(process: Any) -> tuple[str, str]:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, f"{out}\n{err}"
     return out, err
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_the_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
