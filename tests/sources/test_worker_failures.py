@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+import readers
 import torch
 from endings import EARLY_ENDS, assert_no_worker_outlives
 from leaks import children, no_leaks
@@ -34,7 +35,7 @@ from jest_stream.sources import TarSource, process
 from jest_stream.sources.decode import Decoded
 from jest_stream.sources.transport import WorkerTraceback
 from jest_stream.sources.workers import Block, BlockReader
-from jest_stream.types import Cursor, Example
+from jest_stream.types import Example
 
 WORKERS = [0, 1, 2]
 
@@ -50,21 +51,7 @@ def paths(tmp_path: Path) -> list[str]:
 
 
 def open_reader(paths: list[str], **changes: Any) -> BlockReader:
-    settings: dict[str, Any] = {
-        "lanes": range(4),
-        "num_lanes": 4,
-        "seed": 0,
-        "cursors": dict.fromkeys(range(4), Cursor(0, 0, 0, 0)),
-        "block_size": 3,
-        "prepare": lambda example: example["__key__"],
-        "collate": list,
-        "end_epoch": 1,
-        "on_bad_example": "raise",
-        "num_workers": 0,
-        "timeout_s": 60.0,
-        **changes,
-    }
-    return BlockReader(TarSource(paths), **settings)
+    return readers.open_reader(TarSource(paths), **{"num_lanes": 4, **changes})
 
 
 def read_until_error(reader: BlockReader, kind: type[Exception]) -> tuple[list[Block], Any]:
@@ -146,9 +133,7 @@ def test_too_many_bad_examples_in_a_row_are_an_error(tmp_path: Path, num_workers
     good = [{"__key__": f"a{index}", "txt": b"x"} for index in range(2)]
     bad = [{"__key__": f"b{index}", "txt": b"\xff"} for index in range(100)]
     settings: dict[str, Any] = {
-        "lanes": [0],
         "num_lanes": 1,
-        "cursors": {0: Cursor(0, 0, 0, 0)},
         "prepare": lambda example: Decoded(example)["txt"],
         "on_bad_example": "skip",
         "num_workers": num_workers,
