@@ -31,7 +31,6 @@ EARLY_ENDS = [end for end in ENDS if end != "end"]
 
 def come_to(end: str, read: Callable[[], object]) -> None:
     """Says which workers there are, then ends the script, or waits to be ended; "end" goes on."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
     print(*[child.pid for child in psutil.Process().children()], flush=True)
     if end == "exit":
         sys.exit(3)

@@ -170,16 +170,12 @@ def test_what_a_killed_build_left_half_written_is_removed(
 
 
 def test_ctrl_c_is_status_130(pattern: str, model: str, tmp_path: Path) -> None:
-    program = (  # a shell's background jobs ignore Ctrl-C, and so do their children
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from jest_stream.cli import main; sys.exit(main())"
-    )
     shards, out = Path(pattern).parent, tmp_path / "cache"
     size = max(path.stat().st_size for path in shards.iterdir())
     sixth = sorted(path.name for path in shards.iterdir())[5]
     with FaultServer(shards, (Fault("stall", path=sixth, after_bytes=size // 2),)) as server:
         command = arguments(server.url("*.tar"), model, out, "--num-workers", "1")
-        process = start(command, program=(sys.executable, "-c", program))
+        process = start(command)
         wait_for(lambda: process.poll() is None, out, 5)  # it waits for the rest of the sixth now
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
