@@ -23,6 +23,15 @@ _RECORD = 20 * _BLOCK  # what writers pad an archive to
 _LARGE_RECORDS = tuple(_BLOCK << power for power in range(5, 12))
 _MAX_EXTENSION_BYTES = 1 << 20  # of a long name or a pax header
 _PLAIN = ord("0")
+# Headers without data behind them, whatever size they give: as tar itself reads them.
+_WITHOUT_DATA = {
+    tarfile.LNKTYPE,
+    tarfile.SYMTYPE,
+    tarfile.CHRTYPE,
+    tarfile.BLKTYPE,
+    tarfile.DIRTYPE,
+    tarfile.FIFOTYPE,
+}
 _EXTENSIONS = {
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -36,6 +45,7 @@ _LOOKS_LIKE = {
     b"\xfd7zXZ": "xz data, which is not unpacked here; run unxz on it",
     b"\x28\xb5\x2f\xfd": "zstd data, which is not unpacked here; run unzstd on it",
     b"PK\x03\x04": "a zip file; pack its files with tar",
+    b"PAR1": "a Parquet file; name its repository of the Hub, or pass datasets.load_dataset(...)",
     b"<": "an HTML or XML page, such as a server's error message; fetch the shard again",
     b"version https://git-lfs": "a git-lfs pointer; run git lfs pull",
 }
@@ -80,6 +90,8 @@ class Members:
             header_size = _number(size, self._shard, offset)
         if header_size < 0 or kind == tarfile.GNUTYPE_SPARSE:
             raise self._broken(offset, "holds a sparse file or one of negative size")
+        if kind in _WITHOUT_DATA:
+            header_size = 0
         self.position += _padded(header_size)
         return Member(header_name if name is None else name, header_size, kind, offset)
 

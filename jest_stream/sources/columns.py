@@ -14,7 +14,7 @@ from typing import Any
 
 from jest_stream.errors import BadExampleError, ConfigError, UnsafeExampleError
 from jest_stream.sources.decode import DEFAULT_LIMITS
-from jest_stream.types import Example
+from jest_stream.types import REFERENCE_ROW, Example
 
 # What columns are called where several could be meant, best first.
 _IMAGE_NAMES = "image jpg jpeg png webp gif img picture photo".split()
@@ -23,6 +23,8 @@ _TEXT_NAMES = "text caption txt captions alt_text alt title description prompt".
 # Names that `JESTDataset` looks for by default: columns of these names that were not chosen would
 # be taken for what was.
 _ROLE_NAMES = frozenset("image jpg jpeg png webp gif text txt".split())
+# Entries of an example that are ours.
+_OWN_NAMES = frozenset(("__key__", "__shard__", REFERENCE_ROW))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,10 @@ class Columns:
     """Column of the images; within a struct as in `"sample.image"`."""
     text: str
     """Column of the texts, likewise."""
+    image_column: str
+    """Top-level column that holds the images."""
+    text_column: str
+    """Top-level column that holds the texts."""
     is_struct: bool
     """Whether an image is a struct of `bytes` and `path`, as the Hub's libraries store it."""
     others: tuple[str, ...]
@@ -46,12 +52,12 @@ class Columns:
     @property
     def names(self) -> tuple[str, ...]:
         """Top-level columns that are needed."""
-        return tuple(dict.fromkeys((self.image.partition(".")[0], *self.metadata)))
+        return tuple(dict.fromkeys((self.image_column, *self.metadata)))
 
     @property
     def metadata(self) -> tuple[str, ...]:
         """Top-level columns that are needed beside the image."""
-        return tuple(dict.fromkeys((*self.others, self.text.partition(".")[0])))
+        return tuple(dict.fromkeys((*self.others, self.text_column)))
 
 
 def columns_of(schema: Any, image_key: str | None, text_key: str | None, title: str) -> Columns:
@@ -93,6 +99,8 @@ def columns_of(schema: Any, image_key: str | None, text_key: str | None, title: 
     return Columns(
         image=image,
         text=text,
+        image_column=_top_of(fields, image),
+        text_column=_top_of(fields, text),
         is_struct=_is_image_struct(image_type),
         others=_others(
             (name for name, type_ in fields.items() if _is_metadata(type_)), image, text
@@ -111,14 +119,21 @@ def columns_of_row(
     kinds = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
     shown = f"{title} has the columns {kinds[:1000]}"
     for argument, key in (("image_key", image_key), ("text_key", text_key)):
-        if key is not None and key not in row:
+        if key is not None and key not in row and _value(row, key) is None:
             raise ConfigError(f"{argument}={key!r} is no column. {shown}.")
     images = [name for name, value in row.items() if _looks_like_image(value)]
     texts = [name for name, value in row.items() if isinstance(value, str) and name[:2] != "__"]
     image = image_key or _choose(images, "image", shown)
     text = text_key or _choose([name for name in texts if name != image], "text", shown)
     others = _others((name for name in row if name not in images), image, text)
-    return Columns(image=image, text=text, is_struct=False, others=others)
+    return Columns(
+        image=image,
+        text=text,
+        image_column=_top_of(row, image),
+        text_column=_top_of(row, text),
+        is_struct=False,
+        others=others,
+    )
 
 
 def example_of(
@@ -134,15 +149,16 @@ def example_of(
     Args:
       row: values by column.
       columns: which of them are what.
-      key: the example's key, unless the row has a `__key__`.
+      key: the example's key, unless the row has a `__key__`, a string or a number.
       shard: what to call where it was read.
       load: reads an image of which only the path is stored. None: that is a bad example.
     """
     own_key = row.get("__key__")
-    key = own_key if isinstance(own_key, str) and own_key else key
+    if isinstance(own_key, str | int) and own_key != "":
+        key = str(own_key)
     example: Example = {"__key__": key, "__shard__": shard}
     for name in columns.others:
-        if row.get(name) is not None:
+        if name not in _OWN_NAMES and row.get(name) is not None:
             example[name] = row[name]
     text = _value(row, columns.text)
     if text is not None:
@@ -212,6 +228,11 @@ def _others(names: Iterable[str], image: str, text: str) -> tuple[str, ...]:
     return tuple(
         name for name in names if name == text or (name != image and name not in _ROLE_NAMES)
     )
+
+
+def _top_of(columns: Mapping[str, Any], key: str) -> str:
+    """Returns the top-level column that a key names or lies in; names may hold dots themselves."""
+    return key if key in columns else key.partition(".")[0]
 
 
 def _declared_images(schema: Any) -> list[str]:

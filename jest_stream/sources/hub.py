@@ -25,7 +25,7 @@ from jest_stream.storage.addresses import MAX_SHARDS
 from jest_stream.storage.failures import failure_of
 from jest_stream.storage.patience import Patience
 
-_ADDRESS = re.compile(r"(?:hf://datasets/)?([^/@\s]+/[^/@\s]+?)(?:@([^\s]+?))?/?")
+_ADDRESS = re.compile(r"(?:(?i:hf)://datasets/)?([^/@\s]+/[^/@\s]+?)(?:@([^\s]+?))?/?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_README_BYTES = 8 << 20
 _NOT_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
@@ -125,13 +125,16 @@ class _Api:
     """Asks the Hub about one repository; patient within the limits of the storage settings."""
 
     def __init__(self, repository: str, storage: StorageConfig) -> None:
+        # Its submodules are attributes of the package only once they have been imported.
+        constants = _import("huggingface_hub.constants")
+        self._utils = _import("huggingface_hub.utils")
         self._hub = _import("huggingface_hub")
         options = storage.options.get("hf", {})
         self._repository = repository
         self._storage = storage
         self._has_token = bool(options.get("token") or self._hub.get_token())
-        self._endpoint = str(options.get("endpoint") or self._hub.constants.ENDPOINT).rstrip("/")
-        self._headers = self._hub.utils.build_hf_headers(token=options.get("token"))
+        self._endpoint = str(options.get("endpoint") or constants.ENDPOINT).rstrip("/")
+        self._headers = self._utils.build_hf_headers(token=options.get("token"))
 
     def commit(self, revision: str | None) -> str:
         """Returns the commit that a revision stands for now."""
@@ -189,7 +192,7 @@ class _Api:
         """Returns an answer that is no error, trying again where that can help."""
         shard = f"hf://datasets/{self._repository}"
         patience = Patience(shard, self._storage, random.Random())
-        utils = self._hub.utils
+        utils = self._utils
         # requests or httpx, by the version of huggingface_hub; their errors are its bases.
         expected = (OSError, *utils.HfHubHTTPError.__bases__)
         while True:
@@ -211,7 +214,7 @@ class _Api:
 
     def _refused(self, error: Exception, status: int, revision: str | None) -> ConfigError:
         """Returns what is wrong with what was asked for."""
-        utils, name = self._hub.utils, f"hf://datasets/{self._repository}"
+        utils, name = self._utils, f"hf://datasets/{self._repository}"
         who = "with the token in use" if self._has_token else "without a token, and none was found"
         log_in = "Log in with `hf auth login`, set HF_TOKEN, or pass token=..."
         if isinstance(error, utils.GatedRepoError):

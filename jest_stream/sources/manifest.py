@@ -37,6 +37,8 @@ MAX_MANIFEST_BYTES = 64 << 20
 """Most bytes of a manifest; a JSON of this size takes about ten times as much memory."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+):")
+# Halves of characters that no name of a file holds; others stand for bytes that are not UTF-8.
+_NO_NAME = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")
 _FORMS = (
     'Known forms: {"NAME.tar": number of examples, ...}; a wids index with "shardlist"; '
     '{"shards": [{"url": ..., "num_examples": ..., "num_bytes": ...}]}.'
@@ -75,7 +77,9 @@ def read_manifest(storage: Storage, url: str) -> list[Listed]:
         )
     try:
         content = json.loads(data, object_pairs_hook=lambda pairs: _distinct(pairs, shown))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:  # also for a number of 5,000 digits
         reason = "it nests too deeply" if isinstance(error, RecursionError) else error
         raise ConfigError(f"manifest {shown!r} is not JSON: {reason}. {_FORMS}") from error
     entries = list(_entries(content, shown))
@@ -181,7 +185,7 @@ def _entries(content: Any, shown: str) -> Iterable[Listed]:
 
 
 def _text(value: Any, name: str, shown: str) -> str:
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or _NO_NAME.search(value):
         raise ConfigError(f"manifest {shown!r} has {str(value)[:80]!r} where a {name} should be.")
     return value
 

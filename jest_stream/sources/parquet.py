@@ -248,7 +248,7 @@ def _check_expansion(group: Any, columns: Columns, name: str) -> None:
         column = group.column(i)
         if column.path_in_schema == columns.image_leaf:
             packed, unpacked = column.total_compressed_size, column.total_uncompressed_size
-        elif column.path_in_schema.partition(".")[0] in columns.metadata:
+        elif any(f"{column.path_in_schema}.".startswith(f"{name}.") for name in columns.metadata):
             metadata_bytes += column.total_uncompressed_size
     if metadata_bytes > _MAX_METADATA_BYTES:
         raise UnsafeDataError(

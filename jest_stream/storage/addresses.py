@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from braceexpand import braceexpand
 
@@ -26,6 +26,7 @@ MAX_SHARDS = 1_000_000
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+):")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?|([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?")
 _GLOB = re.compile(r"[*?\[]")
+_SIGNATURE = re.compile(r"[?&](?:x-(?:amz|goog)-signature|signature|sig)=", re.IGNORECASE)
 
 
 def expand(
@@ -46,6 +47,12 @@ def expand(
         than `MAX_SHARDS` shards.
     """
     listed = [urls] if isinstance(urls, (str, os.PathLike)) else urls
+    wrong = [url for url in listed if not isinstance(url, (str, os.PathLike))]
+    if wrong:
+        raise ConfigError(
+            f"source lists a {type(wrong[0]).__name__} ({_short(str(wrong[0]))}) among paths; list "
+            "paths and addresses of shards only."
+        )
     patterns = [os.fspath(url) for url in listed]
     if not patterns:
         raise ConfigError("source names no shards: got an empty list; pass at least one path.")
@@ -80,6 +87,14 @@ def store_of(url: str) -> str:
     return "http" if scheme == "https" else scheme
 
 
+def without_signature(url: str) -> str:
+    """Returns what a remote address names: without its query, if that signs it.
+
+    Stores that sign addresses name an object by its path. Any other query may tell objects apart.
+    """
+    return url.partition("?")[0] if _SIGNATURE.search(url) else url
+
+
 def check(url: str) -> str:
     """Returns a local path, or a remote address with its scheme in lower case; or refuses it.
 
@@ -112,6 +127,10 @@ def check(url: str) -> str:
                 f"source {_short(url)} names no host, bucket or repository; an address is written "
                 f"{scheme}://NAME/path/shard.tar."
             )
+        try:
+            urlsplit(url)
+        except ValueError as error:
+            raise ConfigError(f"source {_short(url)} is no address: {error}.") from None
         if any(ord(character) < 32 for character in rest):
             raise UnsafeDataError(f"source {_short(url)} holds a control character.")
         return f"{scheme}:{rest}"
@@ -130,6 +149,16 @@ def is_remote_glob(url: str) -> bool:
     if scheme == "s3":
         path = url.partition("?versionId=")[0]
     return bool(_GLOB.search(path))
+
+
+def is_folder(url: str) -> bool:
+    """Whether a remote address can only be a bucket, a repository or a folder in a store."""
+    scheme, path = scheme_of(url), url.partition("://")[2]
+    if scheme in ("http", "https"):
+        return False  # there, anything may be a file
+    is_typed = path.startswith(("datasets/", "spaces/", "models/"))
+    num_slashes = 0 if scheme != "hf" else 2 if is_typed else 1
+    return path.endswith("/") or path.count("/") == num_slashes
 
 
 def _match(path: str, pattern: str) -> list[str]:

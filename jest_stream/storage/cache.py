@@ -86,15 +86,16 @@ class DiskCache:
         version: str,
         download: Callable[[], Generator[bytes, None, None]],
     ) -> BinaryIO | None:
-        """Returns the shard as a local file, downloaded at most once; None if there is no room.
+        """Returns the shard as a local file, downloaded at most once; None if it cannot be kept.
 
-        There is no room when the shards that are being read fill the cache; read without it then.
-        The file is locked until it is closed.
+        There is no room when the shards that are being read fill the cache; and what has no version
+        cannot be told from what it was before. Read without the cache then. The file is locked
+        until it is closed.
 
         Args:
           url: address of the shard; with `num_bytes` and `version` it names the entry.
           num_bytes: length of the shard.
-          version: names its content, such as an ETag.
+          version: names its content, such as an ETag; "" if nothing does.
           download: yields the bytes of the shard, in order; called if it is not cached. Its
             exceptions are raised here, and leave nothing behind.
 
@@ -104,6 +105,9 @@ class DiskCache:
           StalledError: if another process's download does not go on.
         """
         self.check_fits(url, num_bytes)
+        if not version:
+            self._counts["cache_bypasses"] += 1
+            return None
         name = hashlib.blake2b(f"{url}\0{version}\0{num_bytes}".encode(), digest_size=16)
         entry = os.path.join(self._folder, f"{name.hexdigest()}.shard")
         part = os.path.join(self._folder, f"{name.hexdigest()}.{num_bytes}.part")

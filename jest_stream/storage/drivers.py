@@ -34,8 +34,8 @@ class Driver(Protocol):
     def version_of(self, url: str, answer: Answer) -> str:
         """Returns the object's version by its answer; "" if it says nothing."""
 
-    def matches(self, pattern: str) -> list[tuple[str, ObjectInfo | None]]:
-        """Returns the files that match a pattern, with what the listing says of them. Blocks."""
+    async def matches(self, pattern: str) -> list[tuple[str, ObjectInfo | None]]:
+        """Returns the files that match a pattern, with what the listing says of them."""
 
     def pinned(self, url: str) -> str:
         """Returns the address of this very content, where a store can name it. Blocks."""
@@ -124,9 +124,9 @@ class WebDriver:
         del url
         return answer.headers.get("etag", "")
 
-    def matches(self, pattern: str) -> list[tuple[str, ObjectInfo | None]]:
+    async def matches(self, pattern: str) -> list[tuple[str, ObjectInfo | None]]:
         """Returns the links on the page of the folder that match; there is no other listing."""
-        found = self._files.glob(pattern, detail=True)
+        found = await self._files._glob(pattern, detail=True)
         return [(name, None) for name, info in found.items() if info["type"] == "file"]
 
     def pinned(self, url: str) -> str:
@@ -187,9 +187,9 @@ class GoogleDriver(WebDriver):
         del url
         return answer.headers.get("x-goog-generation", "")
 
-    def matches(self, pattern: str) -> list[tuple[str, ObjectInfo | None]]:
+    async def matches(self, pattern: str) -> list[tuple[str, ObjectInfo | None]]:
         """Returns the objects that match."""
-        found = self._buckets.glob(pattern, detail=True)
+        found = await self._buckets._glob(pattern, detail=True)
         return [
             (f"gs://{name}", ObjectInfo(int(info["size"]), str(info.get("generation", ""))))
             for name, info in found.items()
@@ -278,9 +278,9 @@ class S3Driver:
         del url
         return answer.headers.get("etag", "")
 
-    def matches(self, pattern: str) -> list[tuple[str, ObjectInfo | None]]:
+    async def matches(self, pattern: str) -> list[tuple[str, ObjectInfo | None]]:
         """Returns the objects that match."""
-        found = self._files.glob(pattern, detail=True)
+        found = await self._files._glob(pattern, detail=True)
         return [
             (f"s3://{name}", ObjectInfo(int(info["size"]), info.get("ETag", "")))
             for name, info in found.items()

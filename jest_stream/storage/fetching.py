@@ -88,6 +88,17 @@ class Fetcher:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def matches(
+        self, driver: Driver, pattern: str, limit_s: float
+    ) -> list[tuple[str, ObjectInfo | None]]:
+        """Returns what a store lists, in one attempt: a listing cannot be resumed."""
+        try:
+            return await asyncio.wait_for(driver.matches(pattern), limit_s)
+        except asyncio.TimeoutError as error:
+            if type(error) is not asyncio.TimeoutError:
+                raise  # aiohttp's, of one request
+        raise AttemptFailed("again", f"its listing has not ended after {limit_s:.0f} s")
+
     async def put(self, driver: Driver, url: str, path: str) -> None:
         """Writes a local file as an object; done again whole where that helps."""
         patience = Patience(url, self._config, self._generator, is_writing=True)

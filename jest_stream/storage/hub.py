@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import json
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from urllib.parse import quote, unquote
 from jest_stream.errors import ConfigError
 from jest_stream.storage.answers import Answer
 from jest_stream.storage.drivers import WebAnswer, WebDriver, byte_range, web_files
-from jest_stream.storage.failures import AttemptFailed
+from jest_stream.storage.failures import AttemptFailed, failure_of_status
 from jest_stream.storage.redaction import redacted
 from jest_stream.storage.settings import ObjectInfo, StorageConfig
 
@@ -25,6 +26,8 @@ _ADDRESS = re.compile(
     r"hf://(?:(datasets|spaces|models)/|(?!(?:datasets|spaces|models)/))([^/@]+/[^/@]+)(?:@([^/].*?))?(?:/(.*))?"
 )
 _REFERENCE = re.compile(r"(refs/(?:convert|pr)/[^/]+)(?:/(.*))?")
+_NEXT = re.compile(r'<([^<>]+)>\s*;\s*rel="?next"?')
+_MAX_PAGE_BYTES = 64 << 20
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -79,9 +82,11 @@ class HubDriver(WebDriver):
 
     def __init__(self, config: StorageConfig) -> None:
         self._hub: Any = importlib.import_module("huggingface_hub")
-        self._options = dict(config.options.get("hf", {}))
-        self._token = self._options.get("token")
-        self._endpoint = self._options.get("endpoint")
+        self._utils: Any = importlib.import_module("huggingface_hub.utils")
+        options = config.options.get("hf", {})
+        self._token = options.get("token")
+        constants: Any = importlib.import_module("huggingface_hub.constants")
+        self._endpoint = str(options.get("endpoint") or constants.ENDPOINT).rstrip("/")
         self._timeout_s = config.connect_timeout_s + config.stall_timeout_s
         self._files = web_files(config, {"client_kwargs": {"trust_env": True}})
         self._connecting = asyncio.Lock()
@@ -108,16 +113,26 @@ class HubDriver(WebDriver):
         revision = parse(url).revision
         return revision if _COMMIT.fullmatch(revision) else ""
 
-    def matches(self, pattern: str) -> list[tuple[str, ObjectInfo | None]]:
-        """Returns the files of the commit that match."""
-        files = self._hub.HfFileSystem(skip_instance_cache=True, **self._options)
-        found = files.glob(pattern.removeprefix("hf://"), detail=True)
-        commit = parse(pattern).revision
-        return [
-            (f"hf://{name}", ObjectInfo(int(info["size"]), commit))
-            for name, info in found.items()
-            if info["type"] == "file"
-        ]
+    async def matches(self, pattern: str) -> list[tuple[str, ObjectInfo | None]]:
+        """Returns the files of the commit that match. huggingface_hub's listing has no limits."""
+        from fsspec.utils import glob_translate
+
+        wanted = parse(pattern)
+        expression = re.compile(glob_translate(wanted.path))
+        folder = re.split(r"[^/]*[*?\[]", wanted.path, maxsplit=1)[0].rstrip("/")
+        is_deep = "/" in wanted.path[len(folder) :].lstrip("/") or "**" in wanted.path
+        url: str | None = (
+            f"{self._endpoint}/api/{wanted.kind}s/{wanted.repository}/tree/{wanted.revision}"
+            f"{quote(f'/{folder}' if folder else '')}?recursive={str(is_deep).lower()}"
+        )
+        found: list[tuple[str, ObjectInfo | None]] = []
+        while url is not None:
+            entries, url = await self._page(url)
+            for entry in entries:
+                if entry["type"] == "file" and expression.match(entry["path"]):
+                    name = wanted._replace(path=entry["path"]).url
+                    found.append((name, ObjectInfo(int(entry["size"]), wanted.revision)))
+        return found
 
     def pinned(self, url: str) -> str:
         """Returns the address with the commit in place of the branch or tag."""
@@ -136,6 +151,26 @@ class HubDriver(WebDriver):
             self._commits[key] = str(info.sha)
         return file._replace(revision=self._commits[key]).url
 
+    async def _page(self, url: str) -> tuple[list[dict[str, Any]], str | None]:
+        """Returns one page of a listing, and the address of the next."""
+        answer = await self._get(url, self._utils.build_hf_headers(token=self._token))
+        try:
+            if answer.status == 404:
+                return [], None  # no such folder; that there is a repository is known
+            if answer.status != 200:
+                raise failure_of_status(answer.status, answer.headers)
+            data = bytearray()
+            while part := await answer.read():
+                data += part
+                if len(data) > _MAX_PAGE_BYTES:
+                    raise AttemptFailed("never", f"a page of the listing exceeds {_MAX_PAGE_BYTES}")
+        finally:
+            await answer.close()
+        following = _NEXT.search(answer.headers.get("link", ""))
+        if following and not following.group(1).startswith(f"{self._endpoint}/"):
+            raise AttemptFailed("never", "the listing goes on at another server, without the token")
+        return json.loads(data), following.group(1) if following else None
+
     async def _ask(self, url: str, asked: Mapping[str, str]) -> WebAnswer:
         """Returns the answer of the Hub, or that of the signed address it gave before."""
         signed = self._signed.get(url)
@@ -151,7 +186,7 @@ class HubDriver(WebDriver):
             revision=file.revision or None,
             endpoint=self._endpoint,
         )
-        headers: Mapping[str, str] = self._hub.utils.build_hf_headers(token=self._token)
+        headers: Mapping[str, str] = self._utils.build_hf_headers(token=self._token)
         answer = await self._get(address, {**headers, **asked})
         if answer.redirected_to and answer.status in (200, 206):
             self._signed[url] = answer.redirected_to

@@ -30,7 +30,8 @@ class StorageConfig:
     """How shards are read that do not lie on a local disk. Nothing here concerns local paths."""
 
     cache_folder: str | None = None
-    """Where shards are kept once read, for later epochs and other processes; None: nowhere."""
+    """Where shards are kept once read, for later epochs and other processes; None: nowhere. Objects
+    of servers that send no ETag are not kept, since a change would not be noticed."""
     cache_bytes: int = 64 << 30
     """Most bytes that the cache folder may hold."""
     read_ahead_bytes: int = 256 << 20

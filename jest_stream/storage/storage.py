@@ -14,6 +14,7 @@ from jest_stream.errors import ConfigError
 from jest_stream.storage import addresses
 from jest_stream.storage.cache import DiskCache
 from jest_stream.storage.connections import Connections
+from jest_stream.storage.drivers import Driver
 from jest_stream.storage.fetching import Fetcher
 from jest_stream.storage.local import BUFFER_BYTES, local_info, open_local
 from jest_stream.storage.patience import SLOWEST_BYTES_PER_S
@@ -37,6 +38,10 @@ class _Here:
         self.files: weakref.WeakSet[RemoteFile] = weakref.WeakSet()
         self.listed: dict[str, ObjectInfo] = {}
         self.cache = _make_cache(config)
+
+    def driver(self, url: str) -> Driver:
+        """Returns the driver for an address; connects, which can fail as any request can."""
+        return self.fetcher.patiently(url, lambda: self.connections.driver(url))
 
     def close(self) -> None:
         """Closes files and connections."""
@@ -109,7 +114,7 @@ class Storage:
                 remote.setdefault(addresses.store_of(url), []).append(url)
         for group in remote.values():
             here = self._here()
-            driver = here.connections.driver(group[0])
+            driver = here.driver(group[0])
             rounds = 1 + len(group) // 32
             limit_s = rounds * self._longest_wait_s()
             infos = here.connections.run(here.fetcher.infos, driver, group, timeout_s=limit_s)
@@ -149,9 +154,9 @@ class Storage:
         if expected is None:
             expected = self.info(url)
         cache = self._here().cache
-        if cache is not None and expected.version:  # else a change would not be noticed
+        if cache is not None:
             file = cache.open(
-                url.partition("?")[0],  # what signs an address is not what it names
+                addresses.without_signature(url),
                 expected.num_bytes,
                 expected.version,
                 partial(self._download, url, expected),
@@ -196,10 +201,10 @@ class Storage:
             return NewFile(url, None)
 
         def _put(path: str) -> None:
-            connections = self._here().connections
+            here = self._here()
             limit_s = 2 * self._longest_wait_s() + os.path.getsize(path) / SLOWEST_BYTES_PER_S
-            driver = connections.driver(url)
-            connections.run(self._here().fetcher.put, driver, url, path, timeout_s=limit_s)
+            driver = here.driver(url)
+            here.connections.run(here.fetcher.put, driver, url, path, timeout_s=limit_s)
 
         return NewFile(url, _put)
 
@@ -214,8 +219,8 @@ class Storage:
         if not addresses.scheme_of(folder):
             return list_local(folder)
         here = self._here()
-        driver = here.connections.driver(folder)
-        found = here.fetcher.patiently(folder, lambda: driver.matches(f"{folder}/*"))
+        driver = here.driver(folder)
+        found = self._matches(here, driver, f"{folder}/*")
         return sorted(name.rpartition("/")[2] for name, _ in found)
 
     def remove_unfinished(self, folder: str) -> None:
@@ -271,7 +276,7 @@ class Storage:
         file = RemoteFile(
             window,
             here.read_ahead,
-            lambda: here.connections.driver(url),
+            lambda: here.driver(url),
             self._longest_wait_s(),
             _forget,
         )
@@ -286,14 +291,20 @@ class Storage:
     def _list(self, url: str) -> list[str]:
         """Returns what a remote address stands for."""
         is_glob = addresses.is_remote_glob(url)
+        if addresses.is_folder(url) and not is_glob:
+            raise ConfigError(
+                f"source {redacted(url)!r} is a bucket, a folder or a whole repository, not a "
+                f"shard; pass a pattern: {redacted(url.rstrip('/')) + '/*.tar'!r}. A repository of "
+                "the Hub is read as a whole if it is the only source, not one of a list."
+            )
         if not is_glob and addresses.scheme_of(url) != "hf":
             return [url]
         here = self._here()
-        driver = here.connections.driver(url)
+        driver = here.driver(url)
         url = here.fetcher.patiently(url, lambda: driver.pinned(url))
         if not is_glob:
             return [url]
-        found = sorted(here.fetcher.patiently(url, lambda: driver.matches(url)))
+        found = sorted(self._matches(here, driver, url))
         if not found:
             raise ConfigError(
                 f"source {redacted(url)!r} matches nothing. Check the pattern, and that you may "
@@ -301,6 +312,19 @@ class Storage:
             )
         here.listed.update((name, info) for name, info in found if info is not None)
         return [name for name, _ in found]
+
+    def _matches(
+        self, here: _Here, driver: Driver, pattern: str
+    ) -> list[tuple[str, ObjectInfo | None]]:
+        """Returns the objects that match, asked for until that succeeds or is in vain."""
+        limit_s = self._longest_wait_s()
+
+        def _once() -> list[tuple[str, ObjectInfo | None]]:
+            return here.connections.run(
+                here.fetcher.matches, driver, pattern, limit_s, timeout_s=2 * limit_s
+            )
+
+        return here.fetcher.patiently(pattern, _once)
 
     def _longest_wait_s(self) -> float:
         """Returns a time that no read can take: all attempts, and one that ends as they do."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 import io
 import pickle
+import subprocess
+import sys
 import tarfile
 import traceback
 import weakref
@@ -149,6 +151,7 @@ def test_a_repository_is_a_source_by_its_address(hub: HubServer) -> None:
     [
         ("hf://datasets/org/name", ("org/name", None)),
         ("hf://datasets/org/name/", ("org/name", None)),
+        ("HF://datasets/org/name", ("org/name", None)),
         ("org/name@v1.0", ("org/name", "v1.0")),
         ("hf://datasets/org/name@refs/convert/parquet", ("org/name", "refs/convert/parquet")),
         ("hf://datasets/org/name/data/*.tar", None),
@@ -314,6 +317,32 @@ def test_a_gated_repository_says_where_to_ask_and_opens_with_the_token_of_the_en
         source(hub, "acme/gated")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert len(keys(source(hub, "acme/gated"))) == NUM_FILES * PER_FILE
+
+
+FIRST_USE = """
+from jest_stream import HuggingFaceSource
+source = HuggingFaceSource({name!r}, token={token!r})
+print(sum(1 for shard in range(source.num_shards) for _ in source.read(shard)))
+"""
+
+
+@pytest.mark.parametrize("name", [TARS, PARQUET])
+def test_a_token_is_all_that_a_fresh_process_needs(
+    hub: HubServer,
+    files: tuple[dict[str, bytes], dict[str, bytes]],
+    tmp_path: Path,
+    name: str,
+) -> None:
+    hub.put(name, dict(files[name == PARQUET]), token=TOKEN)
+    ran = subprocess.run(
+        [sys.executable, "-c", FIRST_USE.format(name=name, token=TOKEN)],
+        env={**os.environ, **hub.environment(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) == NUM_FILES * PER_FILE
 
 
 FAULTS = {

@@ -149,6 +149,29 @@ def test_image_files_of_a_dataset_are_read_and_addresses_are_not(tmp_path: Path)
     assert isinstance(missing, BadExampleError) and isinstance(remote, BadExampleError)
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_names_of_columns_may_hold_dots(is_streamed: bool) -> None:
+    dataset = datasets.Dataset.from_list([{"a.jpg": b"1", "b.caption": "x", "b": 5}])
+    if is_streamed:
+        dataset = dataset.to_iterable_dataset()
+    ((example, _),) = read(HuggingFaceSource(dataset))
+    assert (example["image"], example["text"], example["b"]) == (b"1", "x", 5)
+
+
+@pytest.mark.parametrize("kind", ["table", "stream", "stream without features"])
+def test_a_caption_within_a_struct_can_be_named(kind: str) -> None:
+    rows = [{"jpg": b"1", "meta": {"caption": "x"}}]
+    dataset: Any = datasets.Dataset.from_list(rows)
+    if kind == "stream":
+        dataset = dataset.to_iterable_dataset()
+    elif kind == "stream without features":
+        dataset = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    ((example, _),) = read(HuggingFaceSource(dataset, text_key="meta.caption"))
+    assert (example["image"], example["text"]) == (b"1", "x")
+    with pytest.raises(ConfigError, match=r"text_key='meta\.title' is no column"):
+        HuggingFaceSource(dataset, text_key="meta.title")
+
+
 def test_what_cannot_be_gone_back_to_is_refused() -> None:
     with pytest.raises(ConfigError, match="shuffled with .shuffle"):
         HuggingFaceSource(generated().shuffle(seed=0, buffer_size=10))

@@ -201,6 +201,8 @@ NOT_MANIFESTS = {
     "a count that is text": ({"00000.tar": "5"}, "'5' as '00000.tar', which is no count"),
     "a negative count": ({"00000.tar": -1}, "no count"),
     "a count that is a fraction": ({"00000.tar": 1.5}, "no count"),
+    "a count of 5,000 digits": (f'{{"00000.tar": {"9" * 5000}}}', "not JSON: Exceeds the limit"),
+    "a name that no file can have": ({"\ud800.tar": 5}, "where a url should be"),
     "a count that is true": ({"00000.tar": True}, "no count"),
     "no count": ({"00000.tar": None}, "gives no count of"),
     "a shard twice": ('{"00000.tar": 5, "00000.tar": 6}', "'00000.tar' twice"),

@@ -192,6 +192,15 @@ def test_image_and_caption_may_share_a_struct(tmp_path: Path) -> None:
     ]
 
 
+def test_columns_named_as_what_we_add_change_nothing_of_it(tmp_path: Path) -> None:
+    ours = {"__key__": [7, 8], "__shard__": ["x", "x"], "__reference__": [1, 2]}
+    path = write(tmp_path / "a.parquet", image=images(2), text=["a", "b"], n=[3, 4], **ours)
+    examples = [example for example, _ in source(path).read(0)]
+    assert [example.pop("__key__") for example in examples] == ["7", "8"]
+    assert {example.pop("__shard__") for example in examples} == {str(path)}
+    assert [sorted(example) for example in examples] == [["image", "n", "text"]] * 2
+
+
 def test_what_was_not_chosen_is_not_taken_for_the_text(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", image=images(2), txt=["no", "no"], caption=["a", "b"])
     example, _ = next(source(path, text_key="caption").read(0))

@@ -219,6 +219,7 @@ OTHER_FORMATS = {
     "an HTML error page": (b"\n <!DOCTYPE html><html><body>404 Not Found</body></html>", "HTML"),
     "a git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "git lfs"),
     "a zip file": (b"PK\x03\x04", "zip"),
+    "a Parquet file": (b"PAR1\x15\x04", "Parquet"),
     "random bytes": (b"\x93NUMPY", "no format known"),
 }
 
@@ -246,6 +247,17 @@ def with_header(whole: bytes, **fields: object) -> bytes:
     for name, value in fields.items():
         setattr(info, name, value)
     return info.tobuf(tarfile.GNU_FORMAT) + whole
+
+
+@pytest.mark.parametrize("size", [512, EXAMPLE])
+@pytest.mark.parametrize("kind", [tarfile.DIRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_size_in_a_header_without_data_hides_no_example(
+    put: Put, whole: bytes, kind: bytes, size: int
+) -> None:
+    data = with_header(whole[: MARKER + 1024], name="folder", type=kind, size=size)
+    source = put(data)
+    assert keys_of(source) == ["0", "1", "2"]
+    source.close()
 
 
 def test_sparse_members_are_refused(put: Put, whole: bytes) -> None:

@@ -157,6 +157,37 @@ def test_options_that_a_driver_does_not_know_are_named() -> None:
         storage.info("s3://bucket/a.tar")
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"endpoint_url": "nowhere"}, "Invalid endpoint: nowhere"),
+        ({"profile": "no-such-profile"}, "profile .no-such-profile. could not be found"),
+        ({"key": "AKIAEXAMPLE"}, "Partial credentials"),
+        ({"client_kwargs": {"colour": "red"}}, "unexpected keyword argument 'colour'"),
+    ],
+)
+def test_options_that_fail_when_it_connects_are_named(options: dict[str, Any], said: str) -> None:
+    storage = Storage(StorageConfig(options={"s3": options}))
+    with pytest.raises(ShardUnavailableError, match=rf"s3://bucket/a\.tar.*{said}.*options="):
+        storage.info("s3://bucket/a.tar")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://bucket", "s3://bucket/folder/", "gs://bucket/", "hf://datasets/org/name", "hf://org/n/"],
+)
+def test_a_folder_of_a_store_is_no_shard(url: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{url}' is a bucket.*pass a pattern: .*/\*\.tar'"):
+        Storage().expand([url])
+
+
+def test_what_is_no_path_or_address_is_named() -> None:
+    with pytest.raises(ConfigError, match="lists a NoneType"):
+        Storage().expand(["a.tar", None])  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match="is no address: Invalid IPv6 URL"):
+        Storage().expand("http://[host/a.tar")
+
+
 def test_nothing_to_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="matches no file"):
         expand(f"{tmp_path}/*.tar")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
+import traceback
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -82,6 +83,16 @@ def test_objects_are_written_whole_and_again_where_that_helps() -> None:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def test_a_token_is_not_shown_when_it_cannot_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody listens there
+    token = "a" * 9 + "NotToBeShown"
+    storage = Storage(StorageConfig(retry_timeout_s=0.5, options={"gs": {"token": token}}))
+    with pytest.raises(ShardUnavailableError, match=r"gs://bucket/a\.tar.*gave up after") as raised:
+        storage.info("gs://bucket/a.tar")
+    assert "NotToBeShown" not in "".join(traceback.format_exception(raised.value))
+    storage.close()
 
 
 def test_a_missing_object_is_named_with_a_hint() -> None:

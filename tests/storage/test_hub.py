@@ -5,14 +5,19 @@ pytest tests/storage/test_hub.py
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from dataclasses import replace
 
+import hub_server
 import pytest
-from hub_server import Fault, HubServer
-from remote import noise, nothing_survives  # noqa: F401
+from hub_server import HubServer
+from huggingface_hub.utils import close_session
+from remote import AT_ONCE, noise, nothing_survives  # noqa: F401
 
-from jest_stream.errors import ShardUnavailableError
+from jest_stream.errors import ConfigError, ShardUnavailableError
 from jest_stream.storage import ObjectInfo, Storage, StorageConfig
+from jest_stream.testing import Fault, FaultServer
 
 TOKEN = "hf_notToBeShownAnywhere"
 DATA = noise(3_000_000)
@@ -64,7 +69,7 @@ def test_a_signed_address_that_expires_is_renewed(hub: HubServer, storage: Stora
     hub.put("acme/pairs", {"a.tar": DATA})
     (url,) = storage.expand("hf://datasets/acme/pairs/a.tar")
     info = storage.info(url)
-    hub.fail(Fault(match="^/content/", status=403, times=1))
+    hub.fail(hub_server.Fault(match="^/content/", status=403, times=1))
     with storage.open(url, info) as file:
         assert file.read() == DATA
     assert storage.take_counts()["storage_retries"] == 1
@@ -74,7 +79,7 @@ def test_a_body_that_breaks_off_is_resumed(hub: HubServer, storage: Storage) -> 
     hub.put("acme/pairs", {"a.tar": DATA})
     (url,) = storage.expand("hf://datasets/acme/pairs/a.tar")
     info = storage.info(url)
-    hub.fail(Fault(match="^/content/", cut=100_000, times=2))
+    hub.fail(hub_server.Fault(match="^/content/", cut=100_000, times=2))
     with storage.open(url, info) as file:
         assert file.read() == DATA
     counts = storage.take_counts()
@@ -95,7 +100,55 @@ def test_what_is_private_or_missing_is_named_without_the_token(
 
 def test_a_hub_that_is_busy_is_asked_again(hub: HubServer, storage: Storage) -> None:
     commit = hub.put("acme/pairs", {"a.tar": DATA})
-    hub.fail(Fault(match="^/api/", status=503, times=1))
+    hub.fail(hub_server.Fault(match="^/api/", status=503, times=1))
     assert storage.expand("hf://datasets/acme/pairs/a.tar") == [
         f"hf://datasets/acme/pairs@{commit}/a.tar"
     ]
+
+
+def test_a_glob_reads_a_listing_of_many_pages_to_its_end() -> None:
+    names = [f"a/{k}.tar" for k in range(5)]
+    names += ["a/b/c/5.tar", "a b/6#.tar", "7.tar", "a/x.txt"]
+    with HubServer(page_size=2) as hub:
+        commit = hub.put("acme/many", {name: name.encode() for name in names}, token=TOKEN)
+        options = {"hf": {"endpoint": hub.url, "token": TOKEN}}
+        storage = Storage(replace(AT_ONCE, options=options))
+        for pattern, matched in {
+            "a/*.tar": names[:5],
+            "a/**/*.tar": names[:6],
+            "**/*.tar": names[:8],
+            "a b/*#.tar": names[6:7],
+            "[0-9].tar": names[7:8],
+        }.items():
+            urls = storage.expand(f"hf://datasets/acme/many/{pattern}")
+            assert urls == sorted(f"hf://datasets/acme/many@{commit}/{name}" for name in matched)
+            (name,) = [name for name in matched if urls[0].endswith(f"/{name}")]
+            assert storage.listed(urls[0]) == ObjectInfo(len(name), commit)
+        with pytest.raises(ConfigError, match="matches nothing"):
+            storage.expand("hf://datasets/acme/many/no/such/folder/*.tar")
+        storage.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (Fault("stall", path="*/tree/*", after_bytes=5), r"gave up after .*Timeout"),
+        (Fault("trickle", path="*/tree/*", pause_s=0.1, piece_bytes=1), "has not ended after 2 s"),
+    ],
+)
+def test_a_listing_that_does_not_end_is_given_up(
+    fault: Fault, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jest_stream.storage.storage.MAX_BLOCK_BYTES", 0)  # waits are shorter
+    commit = "a" * 40
+    contents = {
+        "api/datasets/org/name": json.dumps({"id": "org/name", "sha": commit}).encode(),
+        f"api/datasets/org/name/tree/{commit}": b"[" + b" " * 10_000 + b"]",
+    }
+    with FaultServer(contents, (fault,)) as server:
+        config = replace(AT_ONCE, options={"hf": {"endpoint": server.address}})
+        storage = Storage(config)
+        with pytest.raises(ShardUnavailableError, match=said):
+            storage.expand("hf://datasets/org/name/*.tar")
+        storage.close()
+    close_session()

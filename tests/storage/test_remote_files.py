@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -333,6 +334,35 @@ def test_a_storage_is_pickled_without_what_it_holds() -> None:
             assert file.read(10) == DATA[:10]
         copy.close()
         storage.close()
+
+
+def cached(tmp_path: Path, *urls: str) -> dict[str, int]:
+    """Reads addresses one by one through a cache; returns what it counted."""
+    storage = Storage(replace(SOON, cache_folder=str(tmp_path / "cache")))
+    for url in urls:
+        with storage.open(url) as file:
+            assert file.read() == DATA
+    counts = storage.take_counts()
+    storage.close()
+    return {name: count for name, count in counts.items() if name.startswith("cache_")}
+
+
+def test_a_query_that_may_name_an_object_names_its_entry_in_the_cache(tmp_path: Path) -> None:
+    with FaultServer({"get": DATA}) as server:  # one ETag for both, as is allowed
+        url = server.url("get")
+        assert cached(tmp_path, f"{url}?id=1", f"{url}?id=2") == {"cache_misses": 2}
+
+
+@pytest.mark.parametrize("name", ["X-Amz-Signature", "X-Goog-Signature", "Signature", "sig"])
+def test_an_address_that_is_signed_anew_names_the_same_entry(tmp_path: Path, name: str) -> None:
+    with FaultServer({"a.tar": DATA}) as server:
+        urls = [f"{server.url('a.tar')}?Expires=9&{name}={value}" for value in ("one", "two")]
+        assert cached(tmp_path, *urls) == {"cache_misses": 1, "cache_hits": 1}
+
+
+def test_what_has_no_version_is_not_cached_and_that_is_counted(tmp_path: Path) -> None:
+    with FaultServer({"a.tar": DATA}, etags="none") as server:
+        assert cached(tmp_path, server.url("a.tar")) == {"cache_bypasses": 1}
 
 
 def test_globs_of_a_web_server_follow_its_links() -> None:
