@@ -38,7 +38,7 @@ def run(*command: str, cwd: Path = ROOT, timeout_s: float = 300) -> str:
         capture_output=True,
         text=True,
         timeout=timeout_s,
-        env={"HF_HUB_OFFLINE": "1", **os.environ, "OMP_NUM_THREADS": "2"},
+        env={"HF_HUB_OFFLINE": "1", **os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
