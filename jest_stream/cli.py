@@ -68,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         description=_DEMO,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    demo.add_argument("--steps", type=int, default=None, help="training steps of the JEST run")
+    demo.add_argument(
+        "--steps", type=int, default=None, help="training steps of each run (default 400)"
+    )
     demo.add_argument("--seed", type=int, default=0, help="of the model and the data (default 0)")
     demo.add_argument("--out", type=Path, default=Path("jest_demo"), help="folder for the results")
     demo.add_argument("--device", default="cpu", help="where to train (default cpu)")

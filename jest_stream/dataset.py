@@ -110,9 +110,10 @@ class JESTDataset(IterableDataset[Any]):
       max_bad_fraction: share of bad examples, of a thousand or more, above which skipping ends.
       limits: the largest images and texts that are decoded.
       timeout_s: seconds to wait for a worker process.
-      training_flops: FLOPs of your training step per example, for `metrics()` and `cost()`, as
-        `jest_stream.training_flops` measures them. Default: three forward passes of the learner,
-        which is too little where that is a small proxy of what is trained.
+      training_flops: FLOPs of your training step per example, for `metrics()` and `cost()`: what
+        `jest_stream.training_flops` counts of a step, divided by its examples. Default: three
+        forward passes of the learner, which is too little where that is a small proxy of what is
+        trained.
 
     Raises:
       ConfigError: for arguments that cannot work, with the fix.

@@ -48,6 +48,14 @@ def descriptors() -> dict[int, str]:
     return opened
 
 
+def stop_helpers() -> None:
+    """Ends the processes that multiprocessing keeps for later children."""
+    from multiprocessing import forkserver
+
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
+
+
 @contextmanager
 def nothing_left_behind() -> Iterator[None]:
     """Asserts that no process, thread or descriptor is there afterwards that was not before."""

@@ -67,4 +67,5 @@ def nothing_survives() -> Iterator[None]:
     before = num_tasks()
     with nothing_left_behind():
         yield
-    until(lambda: num_tasks() == before)  # some end a moment later, on their own
+    # Some end a moment later, on their own: those of the test before, too, that were counted here.
+    until(lambda: num_tasks() <= before)

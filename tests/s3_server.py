@@ -142,8 +142,9 @@ class S3Server:
     def put_files(self, paths: list[str]) -> str:
         """Puts files into a new bucket under their names; returns the bucket's address."""
         bucket = self.make_bucket()
-        for path in map(Path, paths):
-            self.put(bucket, path.name, path.read_bytes())
+        with self._client() as client:
+            for path in map(Path, paths):
+                client.put_object(Bucket=bucket, Key=path.name, Body=path.read_bytes())
         return f"s3://{bucket}"
 
     def delete(self, bucket: str, key: str) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from models import SIZE, TinyTwoTower, flipped, to_tensor, tokenize, train_step
+from models import SIZE, TinyTwoTower, flipped, tiny_dataset, to_tensor, tokenize, train_step
 from queued_device import QueuedDevice
 from torch import Tensor
 from torchvision import transforms
@@ -42,15 +42,7 @@ def dataset_of(shards: list[str], learner: TinyTwoTower, **options: Any) -> JEST
     if isinstance(options.get("device_model"), QueuedDevice):
         options.pop("device_model").put(learner, reference)
     options.pop("device_model", None)
-    usual = {"reference": reference, "transform": to_tensor, "super_batch_size": 8}
-    return JESTDataset(
-        shards,
-        learner=learner,
-        tokenizer=tokenize,
-        batch_size=4,
-        as_dict=True,
-        **{**usual, **options},
-    )
+    return tiny_dataset(shards, learner=learner, **{"reference": reference, **options})
 
 
 def take(dataset: JESTDataset, learner: TinyTwoTower, num_steps: int) -> list[dict[str, Any]]:

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from leaks import no_leaks  # noqa: F401
-from models import TinyTwoTower, to_tensor, tokenize
+from models import TinyTwoTower, to_tensor
+from models import tiny_dataset as jest
 from shards import make_example, members, write_shards, write_tar
 from torch import nn
 
@@ -36,19 +37,6 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 @pytest.fixture
 def shards(tmp_path: Path) -> list[str]:
     return write_shards(tmp_path, num_shards=2, examples_per_shard=16)
-
-
-def jest(source: Any, **options: Any) -> JESTDataset:
-    defaults: dict[str, Any] = {
-        "learner": TinyTwoTower(seed=1),
-        "reference": TinyTwoTower(seed=2),
-        "transform": to_tensor,
-        "tokenizer": tokenize,
-        "batch_size": 4,
-        "super_batch_size": 8,
-        "as_dict": True,
-    }
-    return JESTDataset(source, **{**defaults, **options})
 
 
 @pytest.mark.parametrize(

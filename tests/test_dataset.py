@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from leaks import no_leaks  # noqa: F401
-from models import TinyTwoTower, flipped, to_tensor, tokenize
+from models import TinyTwoTower, flipped, tiny_dataset, to_tensor, tokenize
 from shards import draw, write_shards
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -24,7 +25,6 @@ from torch.utils.data import DataLoader
 from jest_stream import (
     Embeddings,
     IterableSource,
-    JESTDataset,
     ReferenceCache,
     SelectionConfig,
     select_jointly,
@@ -44,17 +44,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return write_shards(folder, num_shards=6, examples_per_shard=20)
 
 
-def jest(shards: Any, **options: Any) -> JESTDataset:
-    """Batches of 8 out of 24, chosen by two untrained models."""
-    defaults = {
-        "learner": TinyTwoTower(seed=1),
-        "reference": TinyTwoTower(seed=2),
-        "batch_size": 8,
-        "super_batch_size": 24,
-        "as_dict": True,
-        **VIEWS,
-    }
-    return JESTDataset(shards, **{**defaults, **options})
+jest = partial(tiny_dataset, batch_size=8, super_batch_size=24)
+"""Batches of 8 out of 24, chosen by two untrained models."""
 
 
 def keys(batches: Any) -> list[list[str]]:

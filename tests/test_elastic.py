@@ -9,7 +9,6 @@ import copy
 import json
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from typing import Any
 import pytest
 import torch.distributed
 import torch.distributed.checkpoint
-import torch.multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from leaks import no_leaks, nothing_left_behind  # noqa: F401
+from leaks import no_leaks  # noqa: F401
 from models import TinyTwoTower, to_tensor, tokenize
+from ranks import on_ranks
 from shards import write_shards
 
 from jest_stream import JESTDataset, SelectionConfig, gather_state_dict
@@ -182,39 +181,15 @@ def jest(shards: Any, batch_size: int, **options: Any) -> JESTDataset:
     )
 
 
-def on_rank(rank: int, world_size: int, folder: str, work: Any, *arguments: Any) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous-{world_size}",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=30),
-    )
-    try:
-        with nothing_left_behind():
-            found = work(rank, world_size, folder, *arguments)
-        torch.save(found, f"{folder}/{world_size}-{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def together(world_size: int, folder: Path, work: Any, *arguments: Any) -> list[Any]:
-    """Runs `work` on real ranks; returns what each of them found."""
+    """Runs `work` on real ranks, or here if there is one; returns what each of them found."""
     if world_size == 1:
-        return [work(0, 1, str(folder), *arguments)]
-    (folder / f"rendezvous-{world_size}").unlink(missing_ok=True)
-    torch.multiprocessing.spawn(
-        on_rank, args=(world_size, str(folder), work, *arguments), nprocs=world_size
-    )
-    return [
-        torch.load(folder / f"{world_size}-{rank}.pt", weights_only=True)
-        for rank in range(world_size)
-    ]
+        return [work(1, folder, *arguments)]
+    return on_ranks(world_size, folder, work, world_size, folder, *arguments)
 
 
 def read_on(
-    rank: int, world_size: int, folder: str, shards: list[str], state: Any, num_steps: int
+    world_size: int, folder: Path, shards: list[str], state: Any, num_steps: int
 ) -> dict[str, Any]:
     """Continues the stream for some steps; returns its keys and the merged state behind them."""
     with jest(shards, GLOBAL_BATCH // world_size) as dataset:
@@ -224,7 +199,7 @@ def read_on(
         counters = {name: dataset.metrics()[name] for name in ("steps", "samples_read")}
         merged = gather_state_dict(dataset, timeout_s=20)
         if num_steps == 3:  # once is enough
-            check_dcp(Path(folder) / f"dcp-{world_size}", dataset)
+            check_dcp(folder / f"dcp-{world_size}", dataset)
     return {"keys": keys, "state": merged, "counters": counters}
 
 
@@ -238,7 +213,6 @@ def steps_of(found: list[dict[str, Any]]) -> list[list[str]]:
     return [sorted(sum(step, [])) for step in zip(*(each["keys"] for each in found), strict=True)]
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch's checkpoints
 @pytest.mark.timeout(240)
 def test_one_two_and_four_ranks_continue_each_others_stream(
@@ -260,10 +234,9 @@ def test_one_two_and_four_ranks_continue_each_others_stream(
     assert sorted(next(iter(one))["key"]) == expected[3]
 
 
-def choose_on(
-    rank: int, world_size: int, folder: str, shards: list[str], state: Any
-) -> dict[str, Any]:
+def choose_on(shards: list[str], state: Any) -> dict[str, Any]:
     """Chooses jointly with super-batches in flight; ends with what must be refused."""
+    rank = torch.distributed.get_rank()
     models = {"learner": TinyTwoTower(1), "reference": TinyTwoTower(2)}
     with jest(shards, 4, selection=SelectionConfig(), lookahead=2, **models) as dataset:
         if state is None:
@@ -273,7 +246,7 @@ def choose_on(
         own = dataset.state_dict()
         merged = gather_state_dict(dataset, include_learner_copy=True, timeout_s=20)
         keys = [batch["key"] for batch in islice(dataset, 3)]
-        states: list[Any] = [None] * world_size
+        states: list[Any] = [None, None]
         torch.distributed.all_gather_object(states, own)
         with pytest.raises(ResumeMismatchError, match="Load on each rank the state that it saved"):
             dataset.load_state_dict(states[1 - rank])
@@ -285,13 +258,12 @@ def choose_on(
     return {"own": own, "merged": merged, "keys": keys}
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_two_ranks_resume_their_choices_from_their_own_or_the_merged_state(
     shards: list[str], tmp_path: Path
 ) -> None:
-    first = together(2, tmp_path, choose_on, shards, None)
-    again = together(2, tmp_path, choose_on, shards, first[0]["merged"])
+    first = on_ranks(2, tmp_path, choose_on, shards, None)
+    again = on_ranks(2, tmp_path, choose_on, shards, first[0]["merged"])
     assert [each["keys"] for each in again] == [each["keys"] for each in first]
     assert first[0]["merged"]["learner_copy"] is not None
     for rank in range(2):

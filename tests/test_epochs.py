@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import importlib.util
 import types
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed
-import torch.multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from leaks import no_leaks, nothing_left_behind  # noqa: F401
+from leaks import no_leaks  # noqa: F401
 from models import TinyTwoTower
+from ranks import on_ranks
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -224,28 +223,6 @@ def test_every_rank_can_keep_what_the_counts_promise(data: st.DataObject) -> Non
 
     found = length.batches_left(cursors, layout, epoch=2, step=0)
     assert found == min(batches_of(rank) for rank in range(world_size))
-
-
-def on_rank(rank: int, world_size: int, folder: str, work: Callable[[], Any]) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=20),
-    )
-    try:
-        with nothing_left_behind():
-            found = work()
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def on_ranks(world_size: int, folder: Path, work: Callable[[], Any]) -> list[Any]:
-    torch.multiprocessing.spawn(on_rank, args=(world_size, str(folder), work), nprocs=world_size)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
 UNEVEN = [9, 14, 3, 11, 8, 21, 6]  # 72 examples; the lanes of two ranks differ by some

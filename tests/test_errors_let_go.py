@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 import torch
 from hub_server import HubServer, parquet_of
-from models import TinyTwoTower, to_tensor, tokenize
+from models import TinyTwoTower
+from models import tiny_dataset as jest
 from remote import AT_ONCE, nothing_survives, until  # noqa: F401
 from shards import make_example, write_shards
 
@@ -55,18 +56,6 @@ def no_collector(nothing_survives: None) -> Iterator[None]:  # noqa: F811
 @pytest.fixture
 def shards(tmp_path: Path) -> list[str]:
     return write_shards(tmp_path / "shards", num_shards=4, examples_per_shard=16)
-
-
-def jest(source: Any, **options: Any) -> JESTDataset:
-    defaults: dict[str, Any] = {
-        "learner": TinyTwoTower(seed=1),
-        "reference": TinyTwoTower(seed=2),
-        "transform": to_tensor,
-        "tokenizer": tokenize,
-        "batch_size": 4,
-        "super_batch_size": 8,
-    }
-    return JESTDataset(source, **{**defaults, **options})
 
 
 def train(make: Callable[[], JESTDataset], kind: type[BaseException]) -> weakref.ref[Any]:

@@ -8,9 +8,6 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import signal
-import subprocess
-import sys
 import threading
 import weakref
 from itertools import islice
@@ -19,12 +16,14 @@ from typing import Any
 
 import psutil
 import pytest
+from endings import EARLY_ENDS, assert_no_worker_outlives
 from leaks import no_leaks  # noqa: F401
-from models import TinyTwoTower, to_tensor, tokenize
+from models import TinyTwoTower, tokenize
+from models import tiny_dataset as jest
 from shards import write_shards
 from torch.utils.data import DataLoader
 
-from jest_stream import JESTDataset, SelectionConfig
+from jest_stream import SelectionConfig
 from jest_stream.errors import (
     ClosedError,
     JESTError,
@@ -40,19 +39,6 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("shards")
     return write_shards(folder, num_shards=4, examples_per_shard=16)
-
-
-def jest(shards: Any, **options: Any) -> JESTDataset:
-    defaults: dict[str, Any] = {
-        "learner": TinyTwoTower(seed=1),
-        "reference": TinyTwoTower(seed=2),
-        "transform": to_tensor,
-        "tokenizer": tokenize,
-        "batch_size": 4,
-        "super_batch_size": 8,
-        "as_dict": True,
-    }
-    return JESTDataset(shards, **{**defaults, **options})
 
 
 def alive() -> tuple[int, int, int]:
@@ -202,44 +188,24 @@ def test_an_error_in_user_code_keeps_its_type_and_stops_at_its_place(shards: lis
             list(islice(jest(shards, tokenizer=picky, num_workers=num_workers), 9))
 
 
-PROGRAM = """
-import os, signal, sys, torch
-sys.path.insert(0, {tests!r})
-from models import TinyTwoTower, to_tensor, tokenize
+SCRIPT = """
+import sys
+from endings import come_to
+from models import TinyTwoTower, flipped, to_tensor, tokenize
 from jest_stream import JESTDataset
-dataset = JESTDataset({shards!r}, learner=TinyTwoTower(1), reference=TinyTwoTower(2), num_workers=2,
-                      transform=to_tensor, tokenizer=tokenize, batch_size=4, super_batch_size=8)
+dataset = JESTDataset(sys.argv[2:], learner=TinyTwoTower(1), reference=TinyTwoTower(2),
+                      transform=to_tensor, tokenizer=tokenize, train_transform=flipped,
+                      batch_size=4, super_batch_size=8, num_workers=2)
 iterator = iter(dataset)
 next(iterator)
-import psutil
-print(*[child.pid for child in psutil.Process().children()], flush=True)
-{ending}
+come_to(sys.argv[1], lambda: next(iterator))
 """
 
 
-@pytest.mark.parametrize(
-    ("ending", "status"),
-    [
-        ("", 0),
-        ("sys.exit(3)", 3),
-        ("raise KeyError", 1),
-        ("os.kill(os.getpid(), signal.SIGINT); next(iterator)", -signal.SIGINT),
-        ("os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
-        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
-    ],
-    ids=["end", "exit", "error", "SIGINT", "SIGTERM", "SIGKILL"],
-)
-def test_no_worker_survives_the_interpreter(shards: list[str], ending: str, status: int) -> None:
-    program = PROGRAM.format(tests=str(Path(__file__).parent), shards=shards, ending=ending)
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == status, done.stderr
-    pids = [int(pid) for pid in done.stdout.split()]
-    assert len(pids) == 2
-    workers = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-    _, survivors = psutil.wait_procs(workers, timeout=10)
-    assert not [w for w in survivors if w.status() != psutil.STATUS_ZOMBIE]
+@pytest.mark.parametrize("end", EARLY_ENDS)
+def test_no_worker_outlives_the_interpreter(shards: list[str], end: str) -> None:
+    """Neither of the two that read, nor of the two that make train views."""
+    assert_no_worker_outlives(SCRIPT, end, shards, num_workers=4)
 
 
 def test_iterating_in_a_worker_of_a_data_loader_says_what_to_do(shards: list[str]) -> None:
@@ -282,14 +248,10 @@ def test_a_dataset_is_not_copied_away_from_its_learner(shards: list[str]) -> Non
 
 
 def test_a_script_that_closes_nothing_ends_quietly(shards: list[str]) -> None:
-    program = PROGRAM.format(tests=str(Path(__file__).parent), shards=shards, ending="")
-    for ending in ("", f"list(JESTDataset({shards!r}, transform=to_tensor, tokenizer=tokenize, "
-                   "learner=TinyTwoTower(1), reference=TinyTwoTower(2), batch_size=4, "
-                   "steps_per_epoch=2))"):  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-c", program.replace("num_workers=2", "num_workers=0") + ending],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert (done.returncode, done.stderr) == (0, "")
+    """Neither a dataset in the middle of its stream nor one at the end of its epoch."""
+    script = f"""{SCRIPT}
+ended = JESTDataset(sys.argv[2:], learner=TinyTwoTower(1), reference=TinyTwoTower(2), batch_size=4,
+                    transform=to_tensor, tokenizer=tokenize, steps_per_epoch=2)
+assert len(list(ended)) == 2
+"""
+    assert_no_worker_outlives(script, "end", shards, num_workers=4)

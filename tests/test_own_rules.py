@@ -9,6 +9,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from leaks import no_leaks  # noqa: F401
-from models import TinyTwoTower, to_tensor, tokenize, train_step
+from models import TinyTwoTower, tiny_dataset, train_step
 from shards import draw, make_example, members, write_shards, write_tar
 from torch import Tensor
 
@@ -45,18 +46,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return write_shards(folder, num_shards=6, examples_per_shard=20)
 
 
-def jest(shards: Any, **options: Any) -> JESTDataset:
-    """Batches of 8 out of 24, chosen by two untrained models."""
-    defaults = {
-        "learner": TinyTwoTower(seed=1),
-        "reference": TinyTwoTower(seed=2),
-        "transform": to_tensor,
-        "tokenizer": tokenize,
-        "batch_size": 8,
-        "super_batch_size": 24,
-        "as_dict": True,
-    }
-    return JESTDataset(shards, **{**defaults, **options})
+jest = partial(tiny_dataset, batch_size=8, super_batch_size=24)
+"""Batches of 8 out of 24, chosen by two untrained models."""
 
 
 def candidates(shards: Any, **options: Any) -> dict[str, Any]:

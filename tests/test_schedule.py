@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import TinyTwoTower, to_tensor, tokenize
+from models import TinyTwoTower, tiny_dataset
 from shards import write_shards
 from torch import Tensor
 
-from jest_stream import JESTDataset, SelectionConfig
+from jest_stream import SelectionConfig
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +56,7 @@ def run(shards: list[str], num_steps: int, **options: Any) -> tuple[list[int], l
     """Returns the weights that scored each super-batch, and the staleness of each batch."""
     log: list[int] = []
     learner = Recorder(log)
-    dataset = JESTDataset(
-        shards,
-        learner=learner,
-        reference=TinyTwoTower(seed=2),
-        transform=to_tensor,
-        tokenizer=tokenize,
-        batch_size=4,
-        super_batch_size=8,
-        **options,
-    )
+    dataset = tiny_dataset(shards, learner=learner, **options)
     learner.mark(0)
     staleness = []
     for step, _ in enumerate(islice(dataset, num_steps)):
@@ -104,16 +95,8 @@ def test_lookahead_does_not_change_what_a_rule_without_learner_chooses(
 ) -> None:
     sequences = []
     for lookahead in (0, 1, 2):
-        dataset = JESTDataset(
-            shards,
-            reference=TinyTwoTower(seed=2),
-            transform=to_tensor,
-            tokenizer=tokenize,
-            batch_size=4,
-            super_batch_size=16,
-            selection=selection,
-            lookahead=lookahead,
-            as_dict=True,
+        dataset = tiny_dataset(
+            shards, learner=None, super_batch_size=16, selection=selection, lookahead=lookahead
         )
         sequences.append([batch["key"] for batch in islice(dataset, 6)])
     assert sequences[0] == sequences[1] == sequences[2]
@@ -123,17 +106,7 @@ def test_refresh_takes_the_weights_at_once(shards: list[str]) -> None:
     log: list[int] = []
     learner = Recorder(log)
     learner.mark(0)
-    dataset = JESTDataset(
-        shards,
-        learner=learner,
-        reference=TinyTwoTower(seed=2),
-        transform=to_tensor,
-        tokenizer=tokenize,
-        batch_size=4,
-        super_batch_size=8,
-        refresh_every=1000,
-        lookahead=0,
-    )
+    dataset = tiny_dataset(shards, learner=learner, refresh_every=1000, lookahead=0)
     iterator = iter(dataset)
     next(iterator)
     learner.mark(1)
@@ -147,14 +120,7 @@ def test_refresh_takes_the_weights_at_once(shards: list[str]) -> None:
 
 def test_the_learner_is_read_at_the_first_batch_and_never_modified(shards: list[str]) -> None:
     learner = TinyTwoTower(seed=1).train()
-    dataset = JESTDataset(
-        shards,
-        learner=learner,
-        reference=TinyTwoTower(seed=2),
-        transform=to_tensor,
-        tokenizer=tokenize,
-        batch_size=4,
-    )
+    dataset = tiny_dataset(shards, learner=learner)
     before = {name: tensor.clone() for name, tensor in learner.state_dict().items()}
     next(iter(dataset))
     assert learner.training

@@ -10,9 +10,6 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, BinaryIO
 
-import numpy as np
-import torch
-
 from jest_stream.errors import ConfigError
 from jest_stream.storage import addresses
 from jest_stream.storage.cache import DiskCache
@@ -174,6 +171,9 @@ class Storage:
         `[n]` uint8 of numpy; writable, so that tensors can be made of it, but nothing that is
         written reaches the file. It holds no descriptor.
         """
+        import numpy as np
+        import torch
+
         with self.open(url, expected) as file:
             try:
                 number = file.fileno()

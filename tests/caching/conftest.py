@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import pytest
+from builds import NUM_SHARDS, PER_SHARD
 from remote import start_loop
+from shards import write_shards
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads_of_fsspec() -> None:
     """Starts what fsspec keeps in every process that uses it, so that it does not look leaked."""
     start_loop()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("shards")
+    return write_shards(folder, num_shards=NUM_SHARDS, examples_per_shard=PER_SHARD)

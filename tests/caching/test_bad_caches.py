@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from builds import build
 from leaks import no_leaks  # noqa: F401
 from models import TinyTwoTower, to_tensor, tokenize
 from s3_server import S3Server
@@ -46,11 +47,6 @@ def shards(tmp_path: Path) -> list[str]:
 def folder(tmp_path: Path, shards: list[str]) -> Path:
     build(shards, tmp_path / "cache")
     return tmp_path / "cache"
-
-
-def build(source: Any, path: Any, **options: Any) -> ReferenceCache:
-    views = {"transform": to_tensor, "tokenizer": tokenize}
-    return ReferenceCache.build(source, TinyTwoTower(2), path, **{**views, **options})
 
 
 def jest(source: Any, reference: Any, **options: Any) -> JESTDataset:

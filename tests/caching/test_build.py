@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import builds
 import pyarrow
 import pytest
 import torch
+from builds import NUM_SHARDS, PER_SHARD, files_of
 from leaks import no_leaks  # noqa: F401
 from models import TinyTwoTower, flipped, to_tensor, tokenize
 from PIL import Image
@@ -32,22 +35,7 @@ from jest_stream.views import gather_rows
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
-NUM_SHARDS, PER_SHARD = 5, 12
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("shards")
-    return write_shards(folder, num_shards=NUM_SHARDS, examples_per_shard=PER_SHARD)
-
-
-def build(source: Any, path: Any, seed: int = 2, **options: Any) -> ReferenceCache:
-    views = {"transform": to_tensor, "tokenizer": tokenize, "micro_batch_size": 5}
-    return ReferenceCache.build(source, TinyTwoTower(seed), path, **{**views, **options})
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+build = partial(builds.build, micro_batch_size=5)
 
 
 def test_every_shard_is_an_arrow_file_that_pyarrow_alone_reads(

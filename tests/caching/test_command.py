@@ -6,16 +6,19 @@ pytest tests/caching/test_command.py
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from builds import files_of
 from clip_models import write_folder
 from leaks import no_leaks  # noqa: F401
 from remote import until
@@ -49,7 +52,7 @@ def expected(
 ) -> dict[str, bytes]:
     """The files of a build that nobody disturbed."""
     out = tmp_path_factory.mktemp("expected") / "cache"
-    finish(start(arguments(pattern, model, out)))
+    assert main(arguments(pattern, model, out)) == 0
     return files_of(out)
 
 
@@ -75,10 +78,6 @@ def finish(process: Any) -> tuple[str, str]:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, f"{out}\n{err}"
     return out, err
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_the_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,46 +127,33 @@ def test_embedding_in_half_precision_is_another_build(
     assert "autocast_dtype was 'torch.bfloat16', is None" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
-def test_killed_at_random_moments_it_makes_the_same_files_slowly(
+@pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 2, 3))])
+def test_killed_at_random_moments_it_makes_the_same_files(
     pattern: str, model: str, tmp_path: Path, expected: dict[str, bytes], seed: int
 ) -> None:
-    kill_often(pattern, model, tmp_path, expected, seed=seed, num_kills=6)
+    """Killed when a random number of shards is done; the last one may finish.
 
-
-def test_killed_at_random_moments_it_makes_the_same_files(
-    pattern: str, model: str, tmp_path: Path, expected: dict[str, bytes]
-) -> None:
-    kill_often(pattern, model, tmp_path, expected, seed=9, num_kills=3)
-
-
-def kill_often(
-    pattern: str,
-    model: str,
-    tmp_path: Path,
-    expected: dict[str, bytes],
-    *,
-    seed: int,
-    num_kills: int,
-) -> None:
-    """Kills the build when a random number of shards is done, and lets the last one finish."""
+    The builds are forked: started anew, they would spend most of their time on imports.
+    """
     draw, out = random.Random(seed), tmp_path / "cache"
-    for _ in range(num_kills):
-        process = start(arguments(pattern, model, out, "--num-workers", draw.choice("01")))
+    for _ in range(6):
+        command = arguments(pattern, model, out, "--num-workers", draw.choice("01"))
+        process = multiprocessing.get_context("fork").Process(target=main, args=(command,))
+        process.start()
         target = num_done(out) + draw.randint(0, 3)
-        wait_for(process, out, min(target, NUM_SHARDS))
+        wait_for(process.is_alive, out, min(target, NUM_SHARDS))
         if target < NUM_SHARDS:
             time.sleep(draw.random() * 0.02)  # anywhere within what comes next
             process.kill()
-        process.communicate(timeout=60)
-    finish(start(arguments(pattern, model, out)))
+        process.join(60)
+        process.close()
+    assert main(arguments(pattern, model, out)) == 0
     assert files_of(out) == expected
 
 
-def wait_for(process: subprocess.Popen[str], folder: Path, number: int) -> None:
+def wait_for(is_alive: Callable[[], bool], folder: Path, number: int) -> None:
     """Waits until so many shards are done, or the build has ended."""
-    until(lambda: process.poll() is not None or num_done(folder) >= number, limit_s=60)
+    until(lambda: not is_alive() or num_done(folder) >= number, limit_s=60)
 
 
 def num_done(folder: Path) -> int:
@@ -177,29 +163,24 @@ def num_done(folder: Path) -> int:
     return len(list(folder.glob("0*.json")))
 
 
-@pytest.mark.slow
 def test_what_a_killed_build_left_half_written_is_removed(
     pattern: str, model: str, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
     out = tmp_path / "cache"
     out.mkdir()
     (out / ".00003.arrow.0123456789abcdef.unfinished").write_bytes(b"half")
-    finish(start(arguments(pattern, model, out)))
+    assert main(arguments(pattern, model, out)) == 0
     assert files_of(out) == expected
 
 
 def test_ctrl_c_is_status_130(pattern: str, model: str, tmp_path: Path) -> None:
-    program = (  # a shell's background jobs ignore Ctrl-C, and so do their children
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from jest_stream.cli import main; sys.exit(main())"
-    )
     shards, out = Path(pattern).parent, tmp_path / "cache"
     size = max(path.stat().st_size for path in shards.iterdir())
     sixth = sorted(path.name for path in shards.iterdir())[5]
     with FaultServer(shards, (Fault("stall", path=sixth, after_bytes=size // 2),)) as server:
         command = arguments(server.url("*.tar"), model, out, "--num-workers", "1")
-        process = start(command, program=(sys.executable, "-c", program))
-        wait_for(process, out, 5)  # it waits for the rest of the sixth now
+        process = start(command)
+        wait_for(lambda: process.poll() is None, out, 5)  # it waits for the rest of the sixth now
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err

@@ -14,9 +14,10 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from builds import build
 from hub_server import HubServer, parquet_of
 from leaks import no_leaks  # noqa: F401
-from models import TinyTwoTower, to_tensor, tokenize
+from models import TinyTwoTower, to_tensor
 from PIL import Image
 from shards import draw, make_example, write_shards
 from torch.nn import functional as F
@@ -37,11 +38,6 @@ from jest_stream.types import REFERENCE_ROW, Source
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 REFERENCE = TinyTwoTower(2)
-
-
-def build(source: Any, path: Any, **options: Any) -> ReferenceCache:
-    views = {"transform": to_tensor, "tokenizer": tokenize}
-    return ReferenceCache.build(source, REFERENCE, path, **{**views, **options})
 
 
 def image_of(example: Any) -> Image.Image:

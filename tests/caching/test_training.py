@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from builds import build
 from clip_models import write_folder
 from leaks import no_leaks  # noqa: F401
 from models import TinyTwoTower, to_tensor, tokenize, train_step
@@ -37,14 +38,6 @@ from jest_stream.views import ScoreView, collate, gather_rows
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
-NUM_SHARDS, PER_SHARD = 5, 12
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("shards")
-    return write_shards(folder, num_shards=NUM_SHARDS, examples_per_shard=PER_SHARD)
-
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory, shards: list[str]) -> str:
@@ -57,11 +50,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory, shards: list[str]) -> str:
 def clip(tmp_path_factory: pytest.TempPathFactory) -> NamedReference:
     """A real open_clip model with random weights, as a folder that was written and read."""
     return load_reference(write_folder(tmp_path_factory.mktemp("clip"), seed=5))
-
-
-def build(source: Any, path: Any, **options: Any) -> ReferenceCache:
-    views = {"transform": to_tensor, "tokenizer": tokenize}
-    return ReferenceCache.build(source, TinyTwoTower(2), path, **{**views, **options})
 
 
 def jest(source: Any, learner: TinyTwoTower | None, reference: Any, **options: Any) -> JESTDataset:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from models import Plain
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -86,22 +87,6 @@ def hugging_face_inputs(num_rows: int = 5) -> tuple[dict[str, Tensor], dict[str,
 def logits(embeddings: Embeddings) -> Tensor:
     product = embeddings.image @ embeddings.text.T
     return embeddings.logit_scale * product + embeddings.logit_bias
-
-
-class Plain(nn.Module):
-    """The least that is accepted: two methods and a scale."""
-
-    def __init__(self, dimension: int = 4) -> None:
-        super().__init__()
-        self.visual = nn.Linear(6, dimension)
-        self.textual = nn.Linear(3, dimension)
-        self.logit_scale = nn.Parameter(torch.tensor(2.0))
-
-    def encode_image(self, image: Tensor) -> Tensor:
-        return self.visual(image)
-
-    def encode_text(self, text: Tensor) -> Tensor:
-        return self.textual(text)
 
 
 def test_a_module_worked_by_hand():

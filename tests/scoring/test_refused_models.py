@@ -7,26 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import Plain
 from torch import Tensor, nn
 
 from jest_stream.errors import ConfigError
 from jest_stream.scoring import embed_in_micro_batches, two_tower
-
-
-class Plain(nn.Module):
-    """The least that is accepted: two methods and a scale."""
-
-    def __init__(self, dimension: int = 4) -> None:
-        super().__init__()
-        self.visual = nn.Linear(6, dimension)
-        self.textual = nn.Linear(3, dimension)
-        self.logit_scale = nn.Parameter(torch.tensor(2.0))
-
-    def encode_image(self, image: Tensor) -> Tensor:
-        return self.visual(image)
-
-    def encode_text(self, text: Tensor) -> Tensor:
-        return self.textual(text)
 
 
 def test_missing_methods_are_named_with_what_is_accepted():

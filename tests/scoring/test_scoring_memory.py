@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from leaks import no_leaks  # noqa: F401  a fixture
-from models import TinyTwoTower, to_tensor, tokenize, train_step
+from models import TinyTwoTower, tiny_dataset, train_step
 from shards import write_shards
 from torch import Tensor
 
@@ -50,17 +50,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def dataset_of(shards: list[str], learner: TinyTwoTower, **options: Any) -> JESTDataset:
-    return JESTDataset(
-        shards,
-        learner=learner,
-        reference=TinyTwoTower(seed=2),
-        transform=to_tensor,
-        tokenizer=tokenize,
-        batch_size=4,
-        super_batch_size=12,
-        as_dict=True,
-        **options,
-    )
+    return tiny_dataset(shards, learner=learner, super_batch_size=12, **options)
 
 
 def test_parts_are_halved_until_they_fit_and_stay_so(

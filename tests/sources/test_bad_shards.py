@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+import readers
 import torch
 from leaks import no_leaks
 from shards import make_example, members, write_shards, write_tar
@@ -47,34 +49,11 @@ def paths(tmp_path: Path) -> list[str]:
     return written
 
 
-def start(epoch: int = 0) -> dict[int, Cursor]:
-    return {lane: Cursor(epoch, 0, 0, 0) for lane in range(LANES)}
-
-
 def rows(items: list[str]) -> dict[str, Any]:
     return {"key": items}
 
 
-def key_of(example: Example) -> str:
-    return str(example["__key__"])
-
-
-def open_reader(source: Any, **changes: Any) -> BlockReader:
-    settings: dict[str, Any] = {
-        "num_lanes": LANES,
-        "seed": 0,
-        "block_size": 3,
-        "prepare": key_of,
-        "collate": rows,
-        "end_epoch": 1,
-        "on_bad_example": "raise",
-        "on_bad_shard": "skip",
-        "num_workers": 0,
-        "timeout_s": 60.0,
-        **changes,
-    }
-    cursors = settings.pop("cursors", start())
-    return BlockReader(source, lanes=list(cursors), cursors=cursors, **settings)
+open_reader = partial(readers.open_reader, num_lanes=LANES, collate=rows, on_bad_shard="skip")
 
 
 def keys_of(blocks: list[Block]) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from leaks import no_leaks  # noqa: F401
+from live_pickles import pickled
 from PIL import Image
 from shards import draw, encode, make_example
 
@@ -190,32 +191,17 @@ except UnsafeExampleError:
     assert int(done.stdout) < 20_000  # KiB
 
 
-class Payload:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> Any:
-        return open, (str(self.canary), "w")
-
-
 @pytest.mark.parametrize("name", ["pkl", "pyd", "pickle", "pth", "pt", "npz", "x.PKL", "ckpt"])
 def test_pickles_are_never_opened(tmp_path: Path, name: str) -> None:
-    payload = pickle.dumps(Payload(tmp_path / "canary"))
     with pytest.raises(UnsafeDataError, match="can run code") as raised:
-        decoded(name, payload)
+        decoded(name, pickled(tmp_path / "canary", "pkl"))
     assert not isinstance(raised.value, BadExampleError)  # not to be skipped: it is asked for
     assert not (tmp_path / "canary").exists()
 
 
 def test_arrays_of_objects_are_never_opened(tmp_path: Path) -> None:
-    stream = io.BytesIO()
-    array = np.empty(1, dtype=object)
-    array[0] = Payload(tmp_path / "canary")
-    np.save(stream, array, allow_pickle=True)
     with pytest.raises(UnsafeExampleError, match="Python objects"):
-        decoded("npy", stream.getvalue())
+        decoded("npy", pickled(tmp_path / "canary", "npy"))
     assert not (tmp_path / "canary").exists()
 
 

@@ -6,7 +6,6 @@ pytest tests/sources/test_decode_hostile.py
 from __future__ import annotations
 
 import io
-import pickle
 import struct
 import subprocess
 import sys
@@ -19,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 from leaks import no_leaks
-from models import TinyTwoTower, to_tensor, tokenize
+from live_pickles import jest, pickled
+from models import to_tensor
 from PIL import Image
 from shards import draw, encode, make_example, members, write_tar
 
-from jest_stream import JESTDataset, SelectionConfig
 from jest_stream.errors import BadExampleError, UnsafeDataError, UnsafeExampleError
 from jest_stream.sources import decode
 from jest_stream.sources.decode import Decoded, Limits
@@ -188,39 +187,6 @@ def test_limits_that_mean_nothing_are_refused(name: str, value: Any) -> None:
         Limits(**{name: value})
 
 
-class Payload:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> Any:
-        return open, (str(self.canary), "w")
-
-
-def payload(canary: Path, kind: str) -> bytes:
-    if kind not in ("npy", "npz"):
-        return pickle.dumps(Payload(canary))
-    array = np.empty(1, dtype=object)
-    array[0] = Payload(canary)
-    stream = io.BytesIO()
-    np.save(stream, array, allow_pickle=True) if kind == "npy" else np.savez(stream, array)
-    return stream.getvalue()
-
-
-def dataset(source: Any, **options: Any) -> JESTDataset:
-    settings: dict[str, Any] = {
-        "learner": TinyTwoTower(seed=1),
-        "transform": to_tensor,
-        "tokenizer": tokenize,
-        "batch_size": 2,
-        "selection": SelectionConfig(method="uniform"),
-        "repeat": False,
-        **options,
-    }
-    return JESTDataset(source, **settings)
-
-
 PATHS: dict[str, Callable[[str], dict[str, Any]]] = {
     "image_key": lambda kind: {"image_key": kind},
     "text_key": lambda kind: {"text_key": kind},
@@ -233,18 +199,18 @@ PATHS: dict[str, Callable[[str], dict[str, Any]]] = {
 @pytest.mark.parametrize("num_workers", WORKERS)
 def test_no_path_into_a_batch_opens_a_pickle(tmp_path: Path, path: str, num_workers: int) -> None:
     for number, kind in enumerate(["pkl", "pyd", "pickle", "pth", "pt", "npz", "npy", "meta.pkl"]):
-        data = payload(tmp_path / "canary", kind)
+        data = pickled(tmp_path / "canary", kind.rpartition(".")[2])
         examples = [{**make_example(index), kind: data} for index in range(4)]
         shard = write_tar(tmp_path / f"{number}.tar", members(examples))
         for source in (shard, examples) if num_workers == 0 else (shard,):
             with pytest.raises((UnsafeDataError, BadExampleError)):
-                list(dataset(source, **PATHS[path](kind), num_workers=num_workers))
+                list(jest(source, **PATHS[path](kind), num_workers=num_workers))
     assert not (tmp_path / "canary").exists()
 
 
 @pytest.mark.parametrize("name", ["jpg", "png", "txt", "json", "cls", "npy", "image", "text"])
 def test_a_pickle_under_a_harmless_name_is_only_unreadable(tmp_path: Path, name: str) -> None:
-    example = {"__key__": "k", name: payload(tmp_path / "canary", "pkl")}
+    example = {"__key__": "k", name: pickled(tmp_path / "canary", "pkl")}
     with pytest.raises(BadExampleError):
         Decoded(example)[name]
     assert not (tmp_path / "canary").exists()
@@ -252,8 +218,8 @@ def test_a_pickle_under_a_harmless_name_is_only_unreadable(tmp_path: Path, name:
 
 @pytest.mark.parametrize("num_workers", WORKERS)
 def test_pickles_beside_what_is_read_are_passed_over(tmp_path: Path, num_workers: int) -> None:
-    data = payload(tmp_path / "canary", "pkl")
+    data = pickled(tmp_path / "canary", "pkl")
     examples = [{**make_example(index), "pkl": data, "pth": data} for index in range(8)]
     shard = write_tar(tmp_path / "0.tar", members(examples))
-    assert len(list(dataset(shard, num_workers=num_workers))) > 0
+    assert len(list(jest(shard, num_workers=num_workers))) > 0
     assert not (tmp_path / "canary").exists()

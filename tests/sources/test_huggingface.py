@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 from hub_server import Fault, HubServer, parquet_of, tar_of
+from live_pickles import pickled
 from models import TinyTwoTower, to_tensor, tokenize
 from remote import nothing_survives  # noqa: F401
 from shards import make_example
@@ -408,22 +409,12 @@ def test_a_parquet_file_that_was_cut_is_an_error(hub: HubServer) -> None:
         list(read)
 
 
-class Canary:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.mark.parametrize("member", ["pyd", "pkl", "pickle", "pth"])
 def test_pickles_in_a_repository_are_never_opened(
     hub: HubServer, tmp_path: Path, member: str
 ) -> None:
     hatched = tmp_path / "hatched"
-    example = {**make_example(0), member: pickle.dumps(Canary(hatched))}
+    example = {**make_example(0), member: pickled(hatched, member)}
     hub.put("acme/canary", {"train-0.tar": tar_of([example] * 1)})
     read, _ = next(source(hub, "acme/canary").read(0))
     assert isinstance(read, dict)

@@ -20,12 +20,12 @@ import pytest
 import torch
 import tqdm
 from hub_server import HubServer, tar_of
-from models import TinyTwoTower, to_tensor, tokenize
+from live_pickles import WRITERS, jest, pickled
+from models import to_tensor
 from pyarrow import parquet
 from remote import nothing_survives  # noqa: F401
 from shards import draw, encode, make_example, members, write_tar
 
-from jest_stream import JESTDataset, SelectionConfig
 from jest_stream.errors import BadExampleError, ConfigError, ShardError, UnsafeDataError
 from jest_stream.sources import HuggingFaceSource, IterableSource, open_source
 from jest_stream.storage import StorageConfig
@@ -41,31 +41,6 @@ def no_monitor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tqdm.tqdm, "monitor_interval", 0)
 
 
-class Payload:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.canary,)
-
-
-def array_of(payload: Payload) -> Any:
-    array = np.empty(1, dtype=object)
-    array[0] = payload
-    return array
-
-
-WRITERS: dict[str, Callable[[Payload, io.BytesIO], Any]] = {
-    "pkl": pickle.dump,
-    "pickle": pickle.dump,
-    "pyd": pickle.dump,
-    "pth": torch.save,
-    "pt": torch.save,
-    "npy": lambda payload, stream: np.save(stream, array_of(payload), allow_pickle=True),
-    "npz": lambda payload, stream: np.savez(stream, array_of(payload)),
-}
 READERS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("pkl", "pickle", "pyd"), pickle.load),
     **dict.fromkeys(("pth", "pt"), lambda stream: torch.load(stream, weights_only=False)),
@@ -85,28 +60,13 @@ def canary(tmp_path: Path) -> Iterator[Path]:
 def payloads(canary: Path) -> dict[str, bytes]:
     """Pickles by kind, each of them live: opened by hand, it creates the canary."""
     found = {}
-    for kind, write in WRITERS.items():
-        stream = io.BytesIO()
-        write(Payload(canary), stream)
-        found[kind] = stream.getvalue()
+    for kind in WRITERS:
+        found[kind] = pickled(canary, kind)
         assert not canary.exists()
         READERS[kind](io.BytesIO(found[kind]))
         assert canary.exists(), f"the {kind} is not live"
         canary.unlink()
     return found
-
-
-def jest(source: Any, **options: Any) -> JESTDataset:
-    settings: dict[str, Any] = {
-        "learner": TinyTwoTower(seed=1),
-        "transform": to_tensor,
-        "tokenizer": tokenize,
-        "batch_size": 2,
-        "selection": SelectionConfig(method="uniform"),
-        "repeat": False,
-        **options,
-    }
-    return JESTDataset(source, **settings)
 
 
 def num_read(source: Any, **options: Any) -> int:

@@ -14,17 +14,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import readers
 from leaks import children, no_leaks
 from shards import write_shards
 
 from jest_stream.errors import BadExampleError, StalledError, WorkerDiedError
 from jest_stream.sources import TarSource, process
-from jest_stream.sources.workers import BlockReader
-from jest_stream.types import Cursor, Example
+from jest_stream.types import Example
 
 __all__ = ["no_leaks"]
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -39,22 +40,7 @@ def paths(tmp_path: Path) -> list[str]:
     return write_shards(tmp_path / "shards", num_shards=2, examples_per_shard=8, size=8)
 
 
-def open_reader(source: Any, **changes: Any) -> BlockReader:
-    settings: dict[str, Any] = {
-        "lanes": range(2),
-        "num_lanes": 2,
-        "seed": 0,
-        "cursors": dict.fromkeys(range(2), Cursor(0, 0, 0, 0)),
-        "block_size": 2,
-        "prepare": lambda example: example["__key__"],
-        "collate": list,
-        "end_epoch": 1,
-        "on_bad_example": "raise",
-        "num_workers": 1,
-        "timeout_s": 60.0,
-        **changes,
-    }
-    return BlockReader(source, **settings)
+open_reader = partial(readers.open_reader, num_lanes=2, block_size=2, num_workers=1)
 
 
 def wait_for_ever() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -17,7 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
+import readers
 import torch
+from endings import EARLY_ENDS, assert_no_worker_outlives
 from leaks import children, no_leaks
 from shards import make_example, members, write_shards, write_tar
 
@@ -34,7 +35,7 @@ from jest_stream.sources import TarSource, process
 from jest_stream.sources.decode import Decoded
 from jest_stream.sources.transport import WorkerTraceback
 from jest_stream.sources.workers import Block, BlockReader
-from jest_stream.types import Cursor, Example
+from jest_stream.types import Example
 
 WORKERS = [0, 1, 2]
 
@@ -50,21 +51,7 @@ def paths(tmp_path: Path) -> list[str]:
 
 
 def open_reader(paths: list[str], **changes: Any) -> BlockReader:
-    settings: dict[str, Any] = {
-        "lanes": range(4),
-        "num_lanes": 4,
-        "seed": 0,
-        "cursors": dict.fromkeys(range(4), Cursor(0, 0, 0, 0)),
-        "block_size": 3,
-        "prepare": lambda example: example["__key__"],
-        "collate": list,
-        "end_epoch": 1,
-        "on_bad_example": "raise",
-        "num_workers": 0,
-        "timeout_s": 60.0,
-        **changes,
-    }
-    return BlockReader(TarSource(paths), **settings)
+    return readers.open_reader(TarSource(paths), **{"num_lanes": 4, **changes})
 
 
 def read_until_error(reader: BlockReader, kind: type[Exception]) -> tuple[list[Block], Any]:
@@ -146,9 +133,7 @@ def test_too_many_bad_examples_in_a_row_are_an_error(tmp_path: Path, num_workers
     good = [{"__key__": f"a{index}", "txt": b"x"} for index in range(2)]
     bad = [{"__key__": f"b{index}", "txt": b"\xff"} for index in range(100)]
     settings: dict[str, Any] = {
-        "lanes": [0],
         "num_lanes": 1,
-        "cursors": {0: Cursor(0, 0, 0, 0)},
         "prepare": lambda example: Decoded(example)["txt"],
         "on_bad_example": "skip",
         "num_workers": num_workers,
@@ -379,59 +364,17 @@ def test_a_forked_process_that_drops_the_reader_does_not_stop_the_workers(
 
 
 SCRIPT = """
-import os, signal, sys, threading, time
-import psutil
+import sys
+from endings import come_to
 from test_worker_failures import heavy, open_reader
 reader = open_reader(sys.argv[2:], num_workers=2, prepare=heavy, end_epoch=None)
 for _ in range(5):
     reader.read()
-print(*[child.pid for child in psutil.Process().children()], flush=True)
-end = sys.argv[1]
-if end == "exit":
-    sys.exit(0)
-if end == "error":
-    raise LookupError("of the training loop")
-if end == "read on":
-    while True:
-        reader.read()
-threading.Event().wait()
+come_to(sys.argv[1], reader.read)
 """
 
-#        how it ends   signal, to whom               status
-ENDS = {
-    "exit": (None, "", 0),
-    "error": (None, "", 1),
-    "SIGTERM": (signal.SIGTERM, "process", -signal.SIGTERM),
-    "SIGKILL": (signal.SIGKILL, "process", -signal.SIGKILL),
-    "read on": (signal.SIGINT, "group", -signal.SIGINT),
-}
 
-
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("end", EARLY_ENDS)
 def test_no_worker_outlives_the_interpreter(paths: list[str], end: str) -> None:
-    """However it ends, with workers that wait behind full pipes; Ctrl-C reaches the whole group."""
-    number, target, status = ENDS[end]
-    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, end, *paths],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    pids = [int(pid) for pid in process.stdout.readline().split()]
-    assert len(pids) == 2
-    processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-    if number is not None:
-        send = os.killpg if target == "group" else os.kill
-        send(process.pid, number)
-    start = time.monotonic()
-    _, stderr = process.communicate(timeout=10)
-    assert process.returncode == status
-    _, alive = psutil.wait_procs(processes, timeout=5)
-    assert alive == []
-    assert time.monotonic() - start < 5
-    # One traceback, of the training process; none of the workers.
-    assert stderr.count("Traceback") == (1 if status == 1 or target == "group" else 0), stderr
+    """With workers that wait behind full pipes."""
+    assert_no_worker_outlives(SCRIPT, end, paths, num_workers=2)

@@ -6,15 +6,17 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import readers
 import torch
 import torch.multiprocessing
-from leaks import children, no_leaks
+from leaks import children, no_leaks, stop_helpers
 from shards import write_shards
 
 from jest_stream.errors import ConfigError
@@ -51,21 +53,14 @@ def start(lanes: int = LANES, epoch: int = 0) -> dict[int, Cursor]:
     return {lane: Cursor(epoch, 0, 0, 0) for lane in range(lanes)}
 
 
-def open_reader(source: Source, **changes: Any) -> BlockReader:
-    settings: dict[str, Any] = {
-        "num_lanes": LANES,
-        "seed": 7,
-        "block_size": 4,
-        "prepare": prepare,
-        "collate": collate,
-        "end_epoch": 1,
-        "on_bad_example": "raise",
-        "num_workers": 0,
-        "timeout_s": 60.0,
-        **changes,
-    }
-    cursors = settings.pop("cursors", start(settings["num_lanes"]))
-    return BlockReader(source, lanes=list(cursors), cursors=cursors, **settings)
+open_reader = partial(
+    readers.open_reader,
+    num_lanes=LANES,
+    seed=7,
+    block_size=4,
+    prepare=prepare,
+    collate=collate,
+)
 
 
 def read_all(reader: BlockReader) -> list[Block]:
@@ -220,14 +215,6 @@ def test_every_start_method_gives_the_same_blocks(source: Source, method: str) -
     finally:
         torch.multiprocessing.set_start_method(before, force=True)
         stop_helpers()
-
-
-def stop_helpers() -> None:
-    """Ends the processes that multiprocessing keeps for spawn and forkserver."""
-    from multiprocessing import forkserver, resource_tracker
-
-    forkserver._forkserver._stop()
-    resource_tracker._resource_tracker._stop()
 
 
 def rows_of_every_kind(example: Example) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def content_of(url: str, size: int) -> bytes:
 
 
 def main() -> None:
+    assert "torch" not in sys.modules, "an import of the ground layer is not lazy"
     folder, limit = sys.argv[1:3]
     if os.environ.get("AS_NOBODY"):
         os.setuid(65534)

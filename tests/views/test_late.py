@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
-import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import torch.multiprocessing
-from leaks import children, no_leaks, nothing_left_behind
-from models import TinyTwoTower, flipped, to_tensor, tokenize
+from leaks import children, no_leaks, nothing_left_behind, stop_helpers
+from models import flipped, tiny_dataset
 from shards import make_example, members, write_shards, write_tar
 from torch import Tensor
 
-from jest_stream import JESTDataset
 from jest_stream.batches import Batches
 from jest_stream.errors import (
     BadExampleError,
@@ -115,21 +111,13 @@ def test_every_start_method_gives_the_same_views(method: str) -> None:
     before = torch.multiprocessing.get_start_method()
     torch.multiprocessing.set_start_method(method, force=True)
     try:
-        found = taken(late(num_workers=2), 2)
+        found = taken(late(num_workers=1), 2)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         with pytest.raises(ConfigError, match=f"start method '{method}' .* num_workers=0"):
             taken(late(lambda image: flipped(image), num_workers=1))
     finally:
         torch.multiprocessing.set_start_method(before, force=True)
         stop_helpers()
-
-
-def stop_helpers() -> None:
-    """Ends the processes that multiprocessing keeps for spawn and forkserver."""
-    from multiprocessing import forkserver, resource_tracker
-
-    forkserver._forkserver._stop()
-    resource_tracker._resource_tracker._stop()
 
 
 def picky(image: Any) -> Tensor:
@@ -271,18 +259,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return write_shards(folder, num_shards=4, examples_per_shard=16)
 
 
-def jest(shards: Any, **options: Any) -> JESTDataset:
-    defaults: dict[str, Any] = {
-        "learner": TinyTwoTower(seed=1),
-        "reference": TinyTwoTower(seed=2),
-        "transform": to_tensor,
-        "tokenizer": tokenize,
-        "train_transform": flipped,
-        "batch_size": 4,
-        "super_batch_size": 8,
-        "as_dict": True,
-    }
-    return JESTDataset(shards, **{**defaults, **options})
+jest = partial(tiny_dataset, train_transform=flipped)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
@@ -444,66 +421,3 @@ def test_an_error_in_reading_leaves_no_worker_of_either_kind(tmp_path: Path) -> 
         next(iterator)
     assert children() == []
     del iterator
-
-
-SCRIPT = """
-import os, signal, sys, threading
-import psutil
-sys.path.insert(0, {tests!r})
-from models import TinyTwoTower, flipped, to_tensor, tokenize
-from jest_stream import JESTDataset
-dataset = JESTDataset({shards!r}, learner=TinyTwoTower(1), reference=TinyTwoTower(2), num_workers=2,
-                      transform=to_tensor, tokenizer=tokenize, train_transform=flipped,
-                      batch_size=4, super_batch_size=8)
-iterator = iter(dataset)
-next(iterator)
-print(*[child.pid for child in psutil.Process().children()], flush=True)
-end = sys.argv[1]
-if end == "exit":
-    sys.exit(0)
-if end == "error":
-    raise LookupError("of the training loop")
-if end == "read on":
-    while True:
-        next(iterator)
-threading.Event().wait()
-"""
-
-#        how it ends   signal, to whom               status
-ENDS = {
-    "exit": (None, "", 0),
-    "error": (None, "", 1),
-    "SIGTERM": (signal.SIGTERM, "process", -signal.SIGTERM),
-    "SIGKILL": (signal.SIGKILL, "process", -signal.SIGKILL),
-    "read on": (signal.SIGINT, "group", -signal.SIGINT),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("end", ENDS)
-def test_no_worker_outlives_the_interpreter(shards: list[str], end: str) -> None:
-    """However it ends; Ctrl-C reaches the whole group."""
-    number, target, status = ENDS[end]
-    program = SCRIPT.format(tests=str(Path(__file__).parents[1]), shards=shards)
-    running = subprocess.Popen(
-        [sys.executable, "-c", program, end],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert running.stdout is not None
-    pids = [int(pid) for pid in running.stdout.readline().split()]
-    assert len(pids) == 4
-    processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-    if number is not None:
-        send = os.killpg if target == "group" else os.kill
-        send(running.pid, number)
-    start = time.monotonic()
-    _, stderr = running.communicate(timeout=20)
-    assert running.returncode == status, stderr
-    _, alive = psutil.wait_procs(processes, timeout=10)
-    assert alive == []
-    assert time.monotonic() - start < 10
-    # One traceback, of the training process; none of the workers.
-    assert stderr.count("Traceback") == (1 if status == 1 or target == "group" else 0), stderr
