@@ -5,15 +5,14 @@ pytest tests/test_two_sizes_ranks.py
 
 from __future__ import annotations
 
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed
-import torch.multiprocessing
 from leaks import no_leaks  # noqa: F401
+from ranks import on_ranks
 from shards import write_shards
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -60,48 +59,38 @@ def contrastive(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, torch.arange(len(logits)))
 
 
-def train(rank: int, folder: str, shards: list[str], make: Any) -> None:
-    """One rank: two steps, each checked against the mean of what the ranks find by themselves."""
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
+def train(shards: list[str], make: Any) -> None:
+    """Two steps, each checked against the mean of what the ranks find by themselves."""
+    learner = make(seed=0)
+    model = DistributedDataParallel(learner)
+    small_model, small_learner = (at_score_size(each, SCORING) for each in (model, learner))
+    parameters = list(learner.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    dataset = JESTDataset(
+        shards,
+        learner=model,
+        reference=make(seed=1),
+        transform=pixels,
+        tokenizer=tokens,
+        scoring=SCORING,
+        score_view_fraction=0.5,
+        batch_size=4,
+        filter_ratio=0.5,
     )
-    try:
-        learner = make(seed=0)
-        model = DistributedDataParallel(learner)
-        small_model, small_learner = (at_score_size(each, SCORING) for each in (model, learner))
-        parameters = list(learner.parameters())
-        optimizer = torch.optim.SGD(parameters, lr=0.1)
-        dataset = JESTDataset(
-            shards,
-            learner=model,
-            reference=make(seed=1),
-            transform=pixels,
-            tokenizer=tokens,
-            scoring=SCORING,
-            score_view_fraction=0.5,
-            batch_size=4,
-            filter_ratio=0.5,
-        )
-        with dataset:
-            for large, small in islice(dataset, 2):
-                own = contrastive(*learner(*large)) + contrastive(*small_learner(*small))
-                means = torch.autograd.grad(own, parameters)
-                for mean in means:
-                    torch.distributed.all_reduce(mean)
-                optimizer.zero_grad()
-                (contrastive(*model(*large)) + contrastive(*small_model(*small))).backward()
-                for parameter, mean in zip(parameters, means, strict=True):
-                    torch.testing.assert_close(parameter.grad, mean / 2)
-                optimizer.step()
-    finally:
-        torch.distributed.destroy_process_group()
+    with dataset:
+        for large, small in islice(dataset, 2):
+            own = contrastive(*learner(*large)) + contrastive(*small_learner(*small))
+            means = torch.autograd.grad(own, parameters)
+            for mean in means:
+                torch.distributed.all_reduce(mean)
+            optimizer.zero_grad()
+            (contrastive(*model(*large)) + contrastive(*small_model(*small))).backward()
+            for parameter, mean in zip(parameters, means, strict=True):
+                torch.testing.assert_close(parameter.grad, mean / 2)
+            optimizer.step()
 
 
 @pytest.mark.parametrize("make", [open_clip_model, AnySize])
 def test_one_backward_pass_averages_the_gradients_of_both_sizes(tmp_path: Path, make: Any) -> None:
     shards = write_shards(tmp_path / "shards", num_shards=4, examples_per_shard=12)
-    torch.multiprocessing.spawn(train, args=(str(tmp_path), shards, make), nprocs=2)
+    on_ranks(2, tmp_path, train, shards, make)
