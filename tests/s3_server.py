@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -55,7 +56,8 @@ class S3Server:
             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
         }
         (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-        self._ports = {name: _free_port() for name in ("master", "volume", "filer", "s3")}
+        names = ("master", "volume", "filer", "s3")
+        self._ports = dict(zip(names, _free_ports(len(names)), strict=True))
 
     @property
     def endpoint(self) -> str:
@@ -196,20 +198,17 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         server.kill()  # told politely, it takes longer than 15 s
 
 
-def _free_port() -> int:
-    """Returns a port that is free, and so is the one 10,000 above it, which weed opens too."""
-    for _ in range(200):
-        with socket.socket() as low, socket.socket() as high:
-            low.bind(("127.0.0.1", 0))
-            port: int = low.getsockname()[1]
-            if port > 55000:
-                port -= 30000
-            try:
-                if port != low.getsockname()[1]:
-                    with socket.socket() as other:
-                        other.bind(("127.0.0.1", port))
-                high.bind(("127.0.0.1", port + 10000))
-            except OSError:
-                continue
-            return port
-    raise AssertionError("no free pair of ports")
+def _free_ports(number: int) -> list[int]:
+    """Returns ports that are free, and so are those 10,000 above them, which weed opens too.
+
+    Linux gives none of them to a connection that asks for any port: those begin at 32768.
+    """
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(10_000, 20_000), 1000):
+        with socket.socket() as low, socket.socket() as high, suppress(OSError):
+            low.bind(("127.0.0.1", port))
+            high.bind(("127.0.0.1", port + 10_000))
+            found.append(port)
+        if len(found) == number:
+            return found
+    raise OSError(f"fewer than {number} ports of 127.0.0.1 are free")
