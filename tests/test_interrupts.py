@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 from leaks import children, no_leaks, nothing_left_behind  # noqa: F401
-from models import TinyTwoTower, flipped, to_tensor, tokenize
+from models import flipped, tiny_dataset
 from shards import write_shards
 
 import jest_stream
@@ -36,19 +36,6 @@ WORKERS = ("sources/process.py", "sources/transport.py", "sources/watch.py", "so
 def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("shards")
     return write_shards(folder, num_shards=4, examples_per_shard=17)
-
-
-def jest(shards: list[str], **options: Any) -> JESTDataset:
-    defaults: dict[str, Any] = {
-        "learner": TinyTwoTower(seed=1),
-        "reference": TinyTwoTower(seed=2),
-        "transform": to_tensor,
-        "tokenizer": tokenize,
-        "batch_size": 4,
-        "super_batch_size": 8,
-        "as_dict": True,
-    }
-    return JESTDataset(shards, **{**defaults, **options})
 
 
 COUNTED = ("steps", "samples_read", "samples_scored", "samples_trained", "epoch_tail")
@@ -107,7 +94,7 @@ def test_ctrl_c_in_any_line_of_the_schedule_loses_and_repeats_nothing(
     shards: list[str], options: dict[str, Any]
 ) -> None:
     """Each call is interrupted one line later than the one before, and made again."""
-    with jest(shards, **options) as dataset:
+    with tiny_dataset(shards, **options) as dataset:
         loop, num_interrupts = Loop(dataset), 0
         for nth in range(1, NUM_LINES):
             try:
@@ -119,7 +106,7 @@ def test_ctrl_c_in_any_line_of_the_schedule_loses_and_repeats_nothing(
                 loop.draw()
         counted = {name: dataset.metrics()[name] for name in COUNTED}
     assert num_interrupts > NUM_LINES / 2
-    with jest(shards, **options) as dataset:
+    with tiny_dataset(shards, **options) as dataset:
         uninterrupted = Loop(dataset)
         while len(uninterrupted.keys) < len(loop.keys):
             uninterrupted.draw()
@@ -131,7 +118,7 @@ def test_ctrl_c_in_any_line_of_the_schedule_loses_and_repeats_nothing(
 def test_ctrl_c_in_any_line_that_starts_a_worker_leaves_nothing(shards: list[str]) -> None:
     num_interrupts = 0
     for nth in range(1, NUM_LINES):
-        with nothing_left_behind(), jest(shards, num_workers=1) as dataset:
+        with nothing_left_behind(), tiny_dataset(shards, num_workers=1) as dataset:
             try:
                 with CtrlC(nth, WORKERS):
                     next(iter(dataset))
@@ -146,7 +133,7 @@ def test_ctrl_c_in_any_line_that_stops_workers_leaves_nothing(shards: list[str])
     num_interrupts = 0
     options: dict[str, Any] = {"num_workers": 1, "train_transform": flipped}
     for nth in range(1, NUM_LINES // 2):
-        with nothing_left_behind(), jest(shards, **options) as dataset:
+        with nothing_left_behind(), tiny_dataset(shards, **options) as dataset:
             iterator = iter(dataset)
             next(iterator)
             try:
@@ -169,7 +156,7 @@ def test_signals_for_the_training_process_do_nothing_to_its_workers(
 
     before = signal.signal(signal.SIGUSR1, save_checkpoint)
     try:
-        with jest(shards, num_workers=2) as dataset:
+        with tiny_dataset(shards, num_workers=2) as dataset:
             iterator = iter(dataset)
             next(iterator)
             for process in [psutil.Process(), *children()]:
@@ -189,7 +176,7 @@ def test_ending_workers_does_not_tell_an_event_loop_to_terminate(shards: list[st
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
         loop.add_signal_handler(signal.SIGTERM, told.append, "to terminate")
         loop.add_signal_handler(signal.SIGUSR1, arrived.set)
-        with jest(shards, num_workers=2) as dataset:
+        with tiny_dataset(shards, num_workers=2) as dataset:
             next(iter(dataset))
         os.kill(os.getpid(), signal.SIGUSR1)  # comes behind what the workers may have sent
         await arrived.wait()

@@ -7,7 +7,7 @@ from typing import Any
 
 from models import TinyTwoTower, to_tensor, tokenize
 
-from jest_stream import ReferenceCache
+from jest_stream import JESTDataset, ReferenceCache
 
 NUM_SHARDS, PER_SHARD = 5, 12
 """Of the fixture `shards`."""
@@ -17,6 +17,21 @@ def build(source: Any, path: Any, *, seed: int = 2, **options: Any) -> Reference
     """Builds a cache of what `TinyTwoTower(seed)` gives."""
     views = {"transform": to_tensor, "tokenizer": tokenize}
     return ReferenceCache.build(source, TinyTwoTower(seed), path, **{**views, **options})
+
+
+def cached_dataset(source: Any, reference: Any, **options: Any) -> JESTDataset:
+    """Batches of 4, scored with a cache."""
+    usual = {"transform": to_tensor, "tokenizer": tokenize, "batch_size": 4}
+    models = {"learner": TinyTwoTower(1), "reference": reference}
+    return JESTDataset(source, **{**models, **usual, **options})
+
+
+def train_from(source: Any, reference: Any, num_steps: int = 6, **options: Any) -> JESTDataset:
+    """Takes some batches; returns the dataset, closed."""
+    with cached_dataset(source, reference, **options) as dataset:
+        for _, _batch in zip(range(num_steps), dataset, strict=False):
+            pass
+    return dataset
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

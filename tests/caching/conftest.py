@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from builds import NUM_SHARDS, PER_SHARD
+from builds import NUM_SHARDS, PER_SHARD, build
 from remote import start_loop
 from shards import write_shards
 
@@ -18,3 +20,10 @@ def _threads_of_fsspec() -> None:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("shards")
     return write_shards(folder, num_shards=NUM_SHARDS, examples_per_shard=PER_SHARD)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, shards: list[str]) -> Path:
+    """A cache of the shards, for one test to spoil."""
+    build(shards, tmp_path / "cache")
+    return tmp_path / "cache"

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from builds import build
+from builds import build, cached_dataset, train_from
 from leaks import no_leaks  # noqa: F401
 from models import TinyTwoTower, to_tensor, tokenize
 from s3_server import S3Server
 from shards import make_example, members, write_shards, write_tar
 
-from jest_stream import JESTDataset, ReferenceCache, SelectionConfig, StorageConfig, TarSource
+from jest_stream import ReferenceCache, SelectionConfig, StorageConfig, TarSource
 from jest_stream.errors import (
     BadExampleLimitError,
     CacheDamagedError,
@@ -43,37 +43,17 @@ def shards(tmp_path: Path) -> list[str]:
     return write_shards(tmp_path / "s", num_shards=NUM_SHARDS, examples_per_shard=PER_SHARD)
 
 
-@pytest.fixture
-def folder(tmp_path: Path, shards: list[str]) -> Path:
-    build(shards, tmp_path / "cache")
-    return tmp_path / "cache"
-
-
-def jest(source: Any, reference: Any, **options: Any) -> JESTDataset:
-    defaults = {"transform": to_tensor, "tokenizer": tokenize, "batch_size": 4}
-    return JESTDataset(
-        source, learner=TinyTwoTower(1), reference=reference, **{**defaults, **options}
-    )
-
-
-def run(source: Any, reference: Any, num_steps: int = 6, **options: Any) -> JESTDataset:
-    with jest(source, reference, **options) as dataset:
-        for _, _batch in zip(range(num_steps), dataset, strict=False):
-            pass
-    return dataset
-
-
 def test_a_folder_without_a_cache_says_how_to_build_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no reference cache in .*jest-stream cache SOURCE"):
         ReferenceCache(tmp_path)
     with pytest.raises(ConfigError, match=r"no folder of a reference cache.*open_clip:ViT-B-32"):
-        jest(write_shards(tmp_path / "s"), str(tmp_path / "typo"))
+        cached_dataset(write_shards(tmp_path / "s"), str(tmp_path / "typo"))
 
 
 def test_an_incomplete_build_says_how_much_is_done(folder: Path, shards: list[str]) -> None:
     for name in ("manifest.json", "00002.json"):
         (folder / name).unlink()
-    for opened in (lambda: ReferenceCache(folder), lambda: jest(shards, str(folder))):
+    for opened in (lambda: ReferenceCache(folder), lambda: cached_dataset(shards, str(folder))):
         with pytest.raises(IncompleteCacheError, match="3 of 4 shards are done") as raised:
             opened()
         assert (raised.value.num_done, raised.value.num_shards) == (3, 4)
@@ -140,7 +120,7 @@ def test_a_damaged_file_is_named(
     path = folder / "00002.arrow"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(CacheDamagedError, match=message) as raised:
-        run(shards, str(folder), num_workers=num_workers)
+        train_from(shards, str(folder), num_workers=num_workers)
     assert raised.value.shard == str(path)
     assert isinstance(raised.value, ShardError)
 
@@ -148,7 +128,7 @@ def test_a_damaged_file_is_named(
 def test_a_missing_file_is_named(folder: Path, shards: list[str]) -> None:
     (folder / "00001.arrow").unlink()
     with pytest.raises(ShardUnavailableError, match="00001.arrow"):
-        run(shards, str(folder))
+        train_from(shards, str(folder))
 
 
 def test_another_file_under_the_name_is_noticed(folder: Path, shards: list[str]) -> None:
@@ -156,7 +136,7 @@ def test_another_file_under_the_name_is_noticed(folder: Path, shards: list[str])
     assert len(data) == (folder / "00003.arrow").stat().st_size
     (folder / "00003.arrow").write_bytes(data)  # whole, of the same size, with other keys
     with pytest.raises(NotCachedError, match=r"example '0000\d\d' of shard .*00003.tar'"):
-        run(shards, str(folder))
+        train_from(shards, str(folder))
 
 
 def test_a_file_of_another_reference_is_noticed(
@@ -166,7 +146,7 @@ def test_a_file_of_another_reference_is_noticed(
     ReferenceCache.build(shards, TinyTwoTower(3), tmp_path / "other", **views)
     shutil.copy(tmp_path / "other" / "00001.arrow", folder)  # as long, and with the same keys
     with pytest.raises(CacheDamagedError, match="00001.arrow' .* is a file of another cache"):
-        run(shards, str(folder))
+        train_from(shards, str(folder))
 
 
 def test_a_build_whose_folder_was_claimed_by_another_is_not_completed(
@@ -212,9 +192,9 @@ def test_a_missing_key_raises_or_is_left_out_and_counted(
     with pytest.raises(
         NotCachedError, match=r"'00000x' of shard '.*00000.tar' .*12 of the 12"
     ) as e:
-        run(shards, str(folder), num_workers=num_workers)
+        train_from(shards, str(folder), num_workers=num_workers)
     assert (e.value.key, e.value.reason) == ("00000x", "not_cached")
-    metrics = run(
+    metrics = train_from(
         shards,
         str(folder),
         num_workers=num_workers,
@@ -230,9 +210,9 @@ def test_a_cache_of_other_data_is_refused(tmp_path: Path, folder: Path, shards: 
     with pytest.raises(
         ReferenceMismatchError, match=r"2 of its 6 shards are not in it.*'00004.tar'"
     ):
-        jest(others, str(folder))
+        cached_dataset(others, str(folder))
     with pytest.raises(ReferenceMismatchError, match="1 of its 1 shards are not in it"):
-        jest([make_example(0)] * 9, str(folder))
+        cached_dataset([make_example(0)] * 9, str(folder))
 
 
 def test_a_changed_shard_is_noticed_by_its_length(
@@ -241,7 +221,7 @@ def test_a_changed_shard_is_noticed_by_its_length(
     write_shards(tmp_path / "s", num_shards=1, examples_per_shard=PER_SHARD + 40)
     message = r"00000.tar' has changed .* it had [\d,]+ bytes, and has [\d,]+"
     with pytest.raises(CachedShardChangedError, match=message) as raised:
-        run(shards, str(folder))
+        train_from(shards, str(folder))
     assert isinstance(raised.value, ShardChangedError)
 
 
@@ -255,11 +235,11 @@ def test_a_changed_shard_is_noticed_by_its_number_of_examples(
         if Path(shards[0]).stat().st_size == size:
             break
     with pytest.raises(CachedShardChangedError, match="it held 12 examples, and holds 11"):
-        run(shards, str(folder))
+        train_from(shards, str(folder))
 
 
 def test_a_subset_of_the_shards_in_any_order_is_fine(folder: Path, shards: list[str]) -> None:
-    assert run([shards[2], shards[0]], str(folder)).metrics()["steps"] == 6
+    assert train_from([shards[2], shards[0]], str(folder)).metrics()["steps"] == 6
 
 
 @pytest.mark.parametrize(
@@ -294,11 +274,13 @@ def test_what_was_expected_is_accepted(folder: Path) -> None:
 def test_views_given_with_a_cache_must_be_those_of_the_cache(
     folder: Path, shards: list[str]
 ) -> None:
-    jest(shards, str(folder), reference_transform=to_tensor, reference_tokenizer=tokenize).close()
+    cached_dataset(
+        shards, str(folder), reference_transform=to_tensor, reference_tokenizer=tokenize
+    ).close()
     with pytest.raises(ReferenceMismatchError, match="another transform"):
-        jest(shards, str(folder), reference_transform=lambda image: to_tensor(image) / 2)
+        cached_dataset(shards, str(folder), reference_transform=lambda image: to_tensor(image) / 2)
     with pytest.raises(ReferenceMismatchError, match="text_key='txt;text', this dataset has"):
-        jest(shards, str(folder), text_key="caption")
+        cached_dataset(shards, str(folder), text_key="caption")
 
 
 def test_half_a_copied_cache_is_incomplete_or_names_what_is_missing(
@@ -309,7 +291,7 @@ def test_half_a_copied_cache_is_incomplete_or_names_what_is_missing(
     for name in ("build.json", "00000.arrow", "00000.json"):
         shutil.copy(folder / name, copy / name)
     with pytest.raises(IncompleteCacheError, match="1 of 4"):
-        jest(shards, str(copy))
+        cached_dataset(shards, str(copy))
 
 
 def test_a_wholly_wrong_cache_is_not_skipped_in_silence(tmp_path: Path, shards: list[str]) -> None:
@@ -321,7 +303,7 @@ def test_a_wholly_wrong_cache_is_not_skipped_in_silence(tmp_path: Path, shards: 
         examples = [make_example(i, prefix="y") for i in range(100 * index, 100 * index + 130)]
         write_tar(Path(shard), members(examples))
     with pytest.raises(BadExampleLimitError, match="100 bad examples in a row"):
-        run(shards, str(tmp_path / "wrong"), on_bad_example="skip")
+        train_from(shards, str(tmp_path / "wrong"), on_bad_example="skip")
 
 
 @pytest.mark.timeout(180)
@@ -334,7 +316,7 @@ def test_a_cache_that_becomes_unreachable_is_named_with_its_attempts(
     )
     cache_path = f"s3://{s3.make_bucket()}/cache"
     build(shards, cache_path, storage=s3.config).close()
-    with jest(
+    with cached_dataset(
         shards,
         cache := ReferenceCache(cache_path, storage=storage),
         selection=SelectionConfig(score="easy_reference"),

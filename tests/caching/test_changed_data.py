@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builds import build, train_from
 from leaks import no_leaks  # noqa: F401
-from models import TinyTwoTower, to_tensor, tokenize
 from shards import draw, make_example, members, write_shards, write_tar
 
-from jest_stream import JESTDataset, ReferenceCache
 from jest_stream.errors import CachedShardChangedError
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -25,26 +24,6 @@ NUM_SHARDS, PER_SHARD = 4, 12
 @pytest.fixture
 def shards(tmp_path: Path) -> list[str]:
     return write_shards(tmp_path / "s", num_shards=NUM_SHARDS, examples_per_shard=PER_SHARD)
-
-
-@pytest.fixture
-def folder(tmp_path: Path, shards: list[str]) -> Path:
-    build(shards, tmp_path / "cache")
-    return tmp_path / "cache"
-
-
-def build(source: Any, path: Any, **options: Any) -> ReferenceCache:
-    views = {"transform": to_tensor, "tokenizer": tokenize}
-    return ReferenceCache.build(source, TinyTwoTower(2), path, **{**views, **options})
-
-
-def run(source: Any, reference: Any, num_steps: int = 6, **options: Any) -> None:
-    """Trains from a cache for some steps."""
-    views = {"transform": to_tensor, "tokenizer": tokenize, "batch_size": 4}
-    models = {"learner": TinyTwoTower(1), "reference": reference}
-    with JESTDataset(source, **{**models, **views, **options}) as dataset:
-        for _, _batch in zip(range(num_steps), dataset, strict=False):
-            pass
 
 
 def rewritten(shards: list[str], change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -69,7 +48,7 @@ def test_other_captions_and_pictures_under_the_same_keys_are_noticed(
 ) -> None:
     rewritten(shards, lambda example: {**example, member: data})
     with pytest.raises(CachedShardChangedError, match=message + r"\d\d' of shard .*") as raised:
-        run(shards, str(folder), num_workers=num_workers)
+        train_from(shards, str(folder), num_workers=num_workers)
     assert raised.value.shard in shards
 
 
@@ -80,9 +59,9 @@ def test_another_text_than_was_embedded_is_noticed(tmp_path: Path, text_key: Any
     examples = [{**make_example(index), "caption.txt": b"another text"} for index in range(40)]
     paths = [write_tar(tmp_path / "0.tar", members(examples))]
     build(paths, tmp_path / "cache", text_key="txt")
-    run(paths, str(tmp_path / "cache"), text_key=lambda example: example["json"]["caption"])
+    train_from(paths, str(tmp_path / "cache"), text_key=lambda example: example["json"]["caption"])
     with pytest.raises(CachedShardChangedError, match="the text of example '0000.*text_key mean"):
-        run(paths, str(tmp_path / "cache"), text_key=text_key)
+        train_from(paths, str(tmp_path / "cache"), text_key=text_key)
 
 
 def test_what_comes_decoded_is_known_by_its_key(tmp_path: Path) -> None:
@@ -92,4 +71,4 @@ def test_what_comes_decoded_is_known_by_its_key(tmp_path: Path) -> None:
         {"__key__": e["__key__"], "jpg": draw(i)[0], "txt": e["txt"]}
         for i, e in enumerate(examples)
     ]
-    run(pictures, str(tmp_path / "cache"))
+    train_from(pictures, str(tmp_path / "cache"))
