@@ -168,7 +168,8 @@ class Accounting:
         if not num_rows["small"]:
             return 0.0
         whole = forwards["trained"] * (1 + num_rows["small"] / num_rows["trained"])
-        return training * (whole / sum(forwards.values()) - 1)
+        paid = sum(forwards.values())
+        return training * (whole / paid - 1) if paid else math.nan  # of lookups, none are counted
 
     def _unpriced(self) -> set[tuple[Model, Shapes]]:
         needed: set[tuple[Model, Shapes]] = set()

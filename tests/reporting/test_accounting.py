@@ -245,6 +245,32 @@ def test_training_at_two_sizes_is_compared_with_training_at_the_full_one(
     assert flops.ratio_with_reuse == pytest.approx((total - reusable) / uniform_training)
 
 
+class Lookups(nn.Module):
+    """Looks up and averages, in which torch counts no FLOPs. Takes images of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.textual = nn.EmbeddingBag(VOCABULARY, 3)
+        self.logit_scale = nn.Parameter(torch.tensor(1.0))
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        return image.mean((2, 3))
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        return self.textual(text)
+
+
+def test_two_sizes_that_cost_nothing_cannot_be_compared_and_stop_nothing(
+    shards: list[str],
+) -> None:
+    options = {"scoring": ScoringConfig(image_size=16), "score_view_fraction": 0.25}
+    with jest(shards, Lookups(), **options, reference=Lookups()) as dataset:
+        next(iter(dataset))
+        assert dataset.metrics()["flops_training"] == 0
+        assert math.isnan(dataset.metrics()["flops_ratio"])
+        assert str(dataset.cost())
+
+
 def test_the_number_of_the_user_has_precedence(shards: list[str]) -> None:
     learner = vit()
     image, text = torch.randn(4, 3, 32, 32), torch.ones(4, WORDS, dtype=torch.int64)

@@ -9,26 +9,19 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from models import Plain
+from torch import nn
 
 from jest_stream.errors import ConfigError
 from jest_stream.scoring import ReferenceModel
 
 
-class Tiny(nn.Module):
+class Tiny(Plain):
     """A two-tower module with dropout."""
 
     def __init__(self, width: int = 6, dimension: int = 4) -> None:
-        super().__init__()
+        super().__init__(dimension)
         self.visual = nn.Sequential(nn.Linear(width, dimension), nn.Dropout())
-        self.textual = nn.Linear(3, dimension)
-        self.logit_scale = nn.Parameter(torch.tensor(1.0))
-
-    def encode_image(self, image: Tensor) -> Tensor:
-        return self.visual(image)
-
-    def encode_text(self, text: Tensor) -> Tensor:
-        return self.textual(text)
 
 
 def test_the_reference_scores_in_eval_mode_even_if_someone_calls_train():
