@@ -98,6 +98,7 @@ class VisionTransformer(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, embedding_dim))
 
     def forward(self, images: Tensor) -> Tensor:
+        """Returns `[B, D]` embeddings of `[B, 3, H, W]` images."""
         patches = self.patches(images)  # [B, W, rows, columns]
         positions: Tensor = self.positions
         if patches.shape[-2:] != positions.shape[-2:]:
@@ -118,6 +119,7 @@ class Block(nn.Module):
         self.mlp = perceptron(width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Returns `[B, T, W]` tokens of the same shape."""
         qkv = self.qkv(self.before_attention(tokens))  # [B, T, 3 W]
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value)  # [B, heads, T, W / heads]
@@ -135,6 +137,7 @@ class BagOfTokens(nn.Module):
         self.mlp = nn.Sequential(nn.LayerNorm(width), perceptron(width, embedding_dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Returns `[B, D]` embeddings of `[B, T]` token ids."""
         embeddings: Tensor = self.mlp(self.tokens(tokens))
         return embeddings
 

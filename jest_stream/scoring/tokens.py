@@ -56,6 +56,7 @@ class KeepTokens(nn.Module):
         return self._indices
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Returns `[B, P + K, W]`, the prefix and the kept, of `[B, P + N, W]`."""
         prefix, image = tokens[:, : self._num_prefix], tokens[:, self._num_prefix :]
         return torch.cat([prefix, image.index_select(1, self.indices(tokens.device))], dim=1)
 
@@ -69,5 +70,6 @@ class KeepTokensAndSay(KeepTokens):
     """As `KeepTokens`, and says which, for rotary embeddings: `[B, P + K, W]`, `[B, K]`."""
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Returns the tokens that are kept, and their indices."""
         indices = self.indices(tokens.device).expand(len(tokens), -1)
         return super().forward(tokens), indices
