@@ -10,12 +10,20 @@ selection   draws the sub-batch, chunk by chunk, each conditioned on those befor
 dataset     hands it to the training loop, and remembers where it was
 """
 
-from jest_stream.caching import ReferenceCache
-from jest_stream.config import Quota, ScoringConfig, SelectionConfig, TargetSimilarity, Term
+from jest_stream.config import (
+    Limits,
+    Quota,
+    ScoringConfig,
+    SelectionConfig,
+    StorageConfig,
+    TargetSimilarity,
+    Term,
+    preset,
+)
 from jest_stream.dataset import JESTDataset
-from jest_stream.distributed import gather_state_dict
-from jest_stream.presets import preset
-from jest_stream.reporting import RunCost, training_flops
+from jest_stream.metrics import RunCost, training_flops
+from jest_stream.pipeline import gather_state_dict
+from jest_stream.reference_cache import ReferenceCache
 from jest_stream.scoring import at_score_size
 from jest_stream.selection import (
     Groups,
@@ -26,8 +34,6 @@ from jest_stream.selection import (
     select_uniformly,
 )
 from jest_stream.sources import HuggingFaceSource, IterableSource, TarSource, open_source
-from jest_stream.sources.decode import Limits
-from jest_stream.storage import StorageConfig
 from jest_stream.types import Embeddings
 
 __version__ = "0.1.0"

@@ -133,9 +133,8 @@ def _add_cache(commands: Any) -> None:
 def _cache(options: argparse.Namespace) -> None:
     import torch
 
-    from jest_stream.caching import ReferenceCache
-    from jest_stream.caching.cache import DEFAULT_IMAGE_KEY, DEFAULT_TEXT_KEY
     from jest_stream.errors import IncompleteCacheError
+    from jest_stream.reference_cache import DEFAULT_IMAGE_KEY, DEFAULT_TEXT_KEY, ReferenceCache
 
     # torchrun's; a device that names its number is taken as it is.
     local_rank = os.environ.get("LOCAL_RANK")
@@ -166,8 +165,7 @@ def _cache(options: argparse.Namespace) -> None:
 
 
 def _index(options: argparse.Namespace) -> None:
-    from jest_stream.sources.manifest import write_manifest
-    from jest_stream.sources.tar import TarSource
+    from jest_stream.sources import TarSource, write_manifest
 
     source = TarSource(options.source)
     try:
@@ -179,7 +177,7 @@ def _index(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from jest_stream.demo.run import run_demo
+    from jest_stream.demo import run_demo
 
     run_demo(
         steps=options.steps,

@@ -15,25 +15,21 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
 
-from jest_stream.batches import structured
-from jest_stream.caching import ReferenceCache
 from jest_stream.config import (
+    FilterRatio,
+    Limits,
     OnBadExample,
     OnBadShard,
     ScoringConfig,
     SelectionConfig,
+    StorageConfig,
     as_integer,
     require_bool,
 )
-from jest_stream.distributed import rank_and_world_size
 from jest_stream.errors import ClosedError, ConfigError, WrongProcessError
-from jest_stream.iterator import JESTIterator
-from jest_stream.pipeline import Pipeline
-from jest_stream.plan import Plan
-from jest_stream.reporting import Metrics, RunCost
-from jest_stream.sizes import FilterRatio
-from jest_stream.sources.decode import Limits
-from jest_stream.storage import StorageConfig
+from jest_stream.metrics import Metrics, RunCost
+from jest_stream.pipeline import JESTIterator, Pipeline, Plan, rank_and_world_size, structured
+from jest_stream.reference_cache import ReferenceCache
 from jest_stream.views import Key, ReducedDecoding, TrainViewFrom, Transform
 
 _LOG = logging.getLogger("jest_stream")

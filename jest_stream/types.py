@@ -38,6 +38,15 @@ class Cursor(NamedTuple):
     """Examples of the shard that lie before `offset`."""
 
 
+class ObjectInfo(NamedTuple):
+    """What names the content of an object, so that a change is noticed."""
+
+    num_bytes: int
+    """Its length."""
+    version: str = ""
+    """Its ETag, or whatever else names the content (a generation, a commit); "" if unknown."""
+
+
 class Source(Protocol):
     """A fixed list of shards, each readable from any example on.
 

@@ -16,7 +16,7 @@ import pytest
 from fsspec.asyn import get_loop
 from leaks import nothing_left_behind
 
-from jest_stream.storage import StorageConfig
+from jest_stream.config.storage import StorageConfig
 
 SOON = StorageConfig(connect_timeout_s=2, stall_timeout_s=0.5, retry_timeout_s=3)
 """Gives up within seconds."""

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from jest_stream.storage import StorageConfig
+from jest_stream.config.storage import StorageConfig
 
 KEY, SECRET = "testkey", "testsecret-not-to-be-shown"
 STARTUP_LIMIT_S = 60.0

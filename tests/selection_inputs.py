@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from jest_stream.selection import gumbel_noise
+from jest_stream.selection.sampling import gumbel_noise
 from jest_stream.types import Embeddings
 
 

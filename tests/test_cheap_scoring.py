@@ -20,7 +20,8 @@ from vision_models import WORDS, open_clip_model, timm_model, transformers_model
 from jest_stream import JESTDataset, ScoringConfig, SelectionConfig, select_jointly
 from jest_stream.demo.model import TwoTowerModel
 from jest_stream.errors import ConfigError
-from jest_stream.scoring import LearnerCopy, ReferenceModel
+from jest_stream.scoring.learner import LearnerCopy
+from jest_stream.scoring.reference import ReferenceModel
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 GREEDY = SelectionConfig(num_chunks=4, gain=1e6)  # so that the noise of the run does not matter
@@ -119,7 +120,7 @@ def test_easy_reference_needs_no_copy_and_no_learner_pass(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a learner copy was made")
 
-    monkeypatch.setattr("jest_stream.embedder.LearnerCopy", refuse)
+    monkeypatch.setattr("jest_stream.pipeline.embedder.LearnerCopy", refuse)
     learner = open_clip_model(seed=1)
     learner.register_forward_pre_hook(refuse)
     for module in learner.modules():

@@ -24,15 +24,15 @@ from ranks import on_ranks
 from shards import write_shards
 
 from jest_stream import JESTDataset, SelectionConfig, gather_state_dict
-from jest_stream.checkpoint import Progress, deal, merge_states, state_of
+from jest_stream.config.sizes import Layout
 from jest_stream.errors import ConfigError, ResumeMismatchError, StalledError
-from jest_stream.reporting import Metrics
-from jest_stream.scoring.streams import Ring
-from jest_stream.sizes import Layout
-from jest_stream.sources.workers import BlockReader
-from jest_stream.superbatch import Position, Window
+from jest_stream.metrics.metrics import Metrics
+from jest_stream.pipeline.device.streams import Ring
+from jest_stream.pipeline.state import Progress, deal, merge_states, state_of
+from jest_stream.pipeline.super_batches import Position, Window
+from jest_stream.sources.reader import BlockReader
 from jest_stream.types import Cursor, Example
-from jest_stream.views import collate
+from jest_stream.views.columns import collate
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -332,7 +332,7 @@ def test_lanes_that_the_ranks_cannot_share_are_refused(shards: list[str]) -> Non
 
 
 def merged_on_two(state: dict[str, Any], shards: list[str]) -> None:
-    from jest_stream.checkpoint import lanes_to_resume
+    from jest_stream.pipeline.state import lanes_to_resume
 
     wanted = {**state["layout"], "lanes": None}
     lanes_to_resume(state, wanted)

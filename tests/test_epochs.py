@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from jest_stream import JESTDataset, SelectionConfig, gather_state_dict
-from jest_stream.config import SelectionConfig as Rule
-from jest_stream.epochs import PassLength
+from jest_stream.config.selection import SelectionConfig as Rule
+from jest_stream.config.sizes import Layout, resolve_sizes
 from jest_stream.errors import BadExampleError, ConfigError
-from jest_stream.sizes import Layout, resolve_sizes
+from jest_stream.pipeline.epochs import PassLength
 from jest_stream.sources.lanes import lane_shards, shard_order
 from jest_stream.types import Cursor, Example
 

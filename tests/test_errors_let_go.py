@@ -27,6 +27,7 @@ from remote import AT_ONCE, nothing_survives, until  # noqa: F401
 from shards import make_example, write_shards
 
 from jest_stream import JESTDataset
+from jest_stream.config.storage import StorageConfig
 from jest_stream.errors import (
     BadExampleError,
     BadExampleLimitError,
@@ -38,9 +39,8 @@ from jest_stream.errors import (
     UserCodeError,
     WorkerDiedError,
 )
-from jest_stream.sources import HuggingFaceSource
-from jest_stream.storage import StorageConfig
-from jest_stream.testing import Fault, FaultServer
+from jest_stream.sources.huggingface import HuggingFaceSource
+from jest_stream.testing.faults import Fault, FaultServer
 
 WORKERS = [0, 2]
 

@@ -32,7 +32,8 @@ from jest_stream import (
 )
 from jest_stream.errors import BadExampleError, ConfigError
 from jest_stream.scoring.encoders import two_tower
-from jest_stream.selection import select_jointly, target_similarity
+from jest_stream.selection.joint import select_jointly
+from jest_stream.selection.targets import target_similarity
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

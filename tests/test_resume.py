@@ -19,8 +19,8 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from jest_stream import JESTDataset, Quota, SelectionConfig, TarSource
-from jest_stream.checkpoint import record_of
 from jest_stream.errors import ResumeMismatchError
+from jest_stream.pipeline.state import record_of
 from jest_stream.testing.resume import assert_resumes
 from jest_stream.types import Selection
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jest_stream.errors import ConfigError
-from jest_stream.views import scaled
+from jest_stream.views.scaling import scaled
 
 
 def pictures(size: int) -> list[Image.Image]:

@@ -15,8 +15,8 @@ from models import TinyTwoTower, to_tensor, tokenize
 from shards import write_shards
 
 from jest_stream import JESTDataset, SelectionConfig
+from jest_stream.config.sizes import resolve_sizes
 from jest_stream.errors import ConfigError, ResumeMismatchError
-from jest_stream.sizes import resolve_sizes
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -20,7 +20,7 @@ from models import TinyTwoTower, flipped, to_tensor, tokenize, train_step
 from shards import make_example, write_shards
 
 from jest_stream import JESTDataset, SelectionConfig
-from jest_stream.testing import assert_resumes
+from jest_stream.testing.resume import assert_resumes
 from jest_stream.types import Example
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

@@ -20,7 +20,7 @@ from torch import Tensor
 from jest_stream import JESTDataset, ScoringConfig, SelectionConfig
 from jest_stream.demo.model import HashTokenizer, TwoTowerModel
 from jest_stream.errors import ConfigError
-from jest_stream.two_sizes import small_rows
+from jest_stream.pipeline.two_sizes import small_rows
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -12,9 +12,11 @@ import torch
 from leaks import no_leaks  # noqa: F401
 from shards import make_example
 
+from jest_stream.config import Limits
 from jest_stream.errors import BadExampleError, UnsafeExampleError
-from jest_stream.sources.decode import Limits
-from jest_stream.views import ScoreView, TrainView, collate
+from jest_stream.views.columns import collate
+from jest_stream.views.score import ScoreView
+from jest_stream.views.train import TrainView
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -16,14 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jest_stream import (
-    JESTDataset,
-    ReferenceCache,
-    ScoringConfig,
-    SelectionConfig,
-    at_score_size,
-)
-from jest_stream.reporting import cost_ratio, forward_flops, training_flops
+from jest_stream import JESTDataset, ReferenceCache, ScoringConfig, SelectionConfig, at_score_size
+from jest_stream.metrics.compute import cost_ratio, forward_flops, training_flops
 
 Batch = tuple[Any, Any]
 

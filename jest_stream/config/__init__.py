@@ -14,6 +14,8 @@ from jest_stream.config.checks import (
     require_key,
     require_one_of,
 )
+from jest_stream.config.limits import DEFAULT_LIMITS, Limits
+from jest_stream.config.presets import preset
 from jest_stream.config.scoring import ScoringConfig, require_scoring
 from jest_stream.config.selection import (
     Loss,
@@ -28,18 +30,27 @@ from jest_stream.config.selection import (
     require_rule,
     require_sampling,
 )
+from jest_stream.config.sizes import FilterRatio, Layout, Sizes, quota_sizes, resolve_sizes
+from jest_stream.config.storage import SCHEMES, StorageConfig
 from jest_stream.config.stream import OnBadExample, OnBadShard, StreamConfig
 
 __all__ = [
+    "DEFAULT_LIMITS",
+    "Limits",
+    "FilterRatio",
+    "Layout",
     "Loss",
     "Metadata",
     "Method",
     "OnBadExample",
     "OnBadShard",
     "Quota",
+    "SCHEMES",
     "ScoreFunction",
     "ScoringConfig",
     "SelectionConfig",
+    "Sizes",
+    "StorageConfig",
     "StreamConfig",
     "TargetSimilarity",
     "Term",
@@ -47,6 +58,8 @@ __all__ = [
     "as_integer",
     "as_number",
     "finite",
+    "preset",
+    "quota_sizes",
     "require_bool",
     "require_functions",
     "require_key",
@@ -55,4 +68,5 @@ __all__ = [
     "require_rule",
     "require_sampling",
     "require_scoring",
+    "resolve_sizes",
 ]

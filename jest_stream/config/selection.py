@@ -12,13 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from jest_stream.config.checks import (
-    as_integer,
-    as_number,
-    finite,
-    require_one_of,
-    set_field,
-)
+from jest_stream.config.checks import as_integer, as_number, finite, require_one_of, set_field
 from jest_stream.errors import ConfigError
 
 Method = Literal["joint", "independent", "uniform"]

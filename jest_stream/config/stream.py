@@ -6,13 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from jest_stream.config.checks import (
-    as_integer,
-    as_number,
-    require_bool,
-    require_one_of,
-    set_field,
-)
+from jest_stream.config.checks import as_integer, as_number, require_bool, require_one_of, set_field
 from jest_stream.errors import ConfigError
 
 OnBadExample = Literal["raise", "skip"]

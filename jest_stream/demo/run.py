@@ -29,8 +29,8 @@ from jest_stream.demo.model import HashTokenizer, TwoTowerModel
 from jest_stream.demo.plot import save_plot
 from jest_stream.demo.training import Point, train
 from jest_stream.errors import ConfigError
+from jest_stream.metrics import RunCost, training_flops
 from jest_stream.randomness import isolated_rng
-from jest_stream.reporting import RunCost, training_flops
 
 DEFAULT_STEPS = 400
 BATCH_SIZE = 256

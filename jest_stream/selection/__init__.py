@@ -30,12 +30,7 @@ from jest_stream.selection.cost import choice_flops, num_conditioned_on, selecti
 from jest_stream.selection.drawing import DrawRule
 from jest_stream.selection.joint import joint_selection, select_jointly
 from jest_stream.selection.quotas import Groups
-from jest_stream.selection.sampling import (
-    draw_key,
-    effective_support,
-    gumbel_noise,
-    gumbel_top_k,
-)
+from jest_stream.selection.sampling import draw_key, effective_support, gumbel_noise, gumbel_top_k
 from jest_stream.selection.scores import (
     WeightedScore,
     easy_reference,

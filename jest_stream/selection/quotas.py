@@ -21,9 +21,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from jest_stream.config import Quota, require_quotas
+from jest_stream.config import Quota, quota_sizes, require_quotas
 from jest_stream.errors import ConfigError
-from jest_stream.sizes import quota_sizes
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,30 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from jest_stream.config import StorageConfig
 from jest_stream.errors import ConfigError
 from jest_stream.sources.huggingface import HuggingFaceSource, is_dataset, is_repository
+from jest_stream.sources.index import write_manifest
 from jest_stream.sources.iterable import IterableSource
+from jest_stream.sources.lanes import lane_shards, num_lanes, shard_order
+from jest_stream.sources.reader import Block, BlockReader
 from jest_stream.sources.tar import TarSource
-from jest_stream.storage import StorageConfig
 from jest_stream.types import Source
 
-__all__ = ["HuggingFaceSource", "IterableSource", "TarSource", "open_source"]
+__all__ = [
+    "Block",
+    "BlockReader",
+    "HuggingFaceSource",
+    "IterableSource",
+    "TarSource",
+    "is_dataset",
+    "is_repository",
+    "lane_shards",
+    "num_lanes",
+    "open_source",
+    "shard_order",
+    "write_manifest",
+]
 
 
 def open_source(source: Any, *, storage: StorageConfig | None = None) -> Source:

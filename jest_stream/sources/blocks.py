@@ -12,12 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from jest_stream.errors import (
-    BadExampleError,
-    BadExampleLimitError,
-    ShardError,
-    UserCodeError,
-)
+from jest_stream.errors import BadExampleError, BadExampleLimitError, ShardError, UserCodeError
 from jest_stream.randomness import isolated_rng, seed_globally
 from jest_stream.sources.lanes import Lane
 from jest_stream.types import Cursor, Example, Source

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jest_stream.config import DEFAULT_LIMITS
 from jest_stream.errors import BadExampleError, ConfigError, UnsafeExampleError
-from jest_stream.sources.decode import DEFAULT_LIMITS
 from jest_stream.types import REFERENCE_ROW, Example
 
 # What columns are called where several could be meant, best first.

@@ -19,11 +19,10 @@ from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
+from jest_stream.config import StorageConfig
 from jest_stream.errors import ConfigError, ShardUnavailableError, UnsafeDataError
-from jest_stream.storage import ObjectInfo, StorageConfig, redacted
-from jest_stream.storage.addresses import MAX_SHARDS
-from jest_stream.storage.failures import failure_of
-from jest_stream.storage.patience import Patience
+from jest_stream.storage import MAX_SHARDS, Patience, failure_of, redacted
+from jest_stream.types import ObjectInfo
 
 _ADDRESS = re.compile(r"(?:(?i:hf)://datasets/)?([^/@\s]+/[^/@\s]+?)(?:@([^\s]+?))?/?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from jest_stream.config import StorageConfig
 from jest_stream.errors import BadExampleError, ConfigError
 from jest_stream.sources.hub import HubFiles, find_files, parse_repository
 from jest_stream.sources.parquet import ParquetFile, ParquetSource
 from jest_stream.sources.stream import StreamSource
 from jest_stream.sources.table import TableSource
 from jest_stream.sources.tar import TarSource
-from jest_stream.storage import StorageConfig
 from jest_stream.types import Example, Source
 
 

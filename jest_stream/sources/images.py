@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from jest_stream.errors import BadExampleError, ShardUnavailableError
-from jest_stream.storage import Storage
-from jest_stream.storage.addresses import scheme_of
+from jest_stream.storage import Storage, scheme_of
 
 _MAX_BYTES = 256 << 20
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple
 
+from jest_stream.config import StorageConfig
 from jest_stream.errors import (
     BadExampleError,
     ConfigError,
@@ -22,8 +23,8 @@ from jest_stream.errors import (
     UnsafeDataError,
 )
 from jest_stream.sources.columns import Columns, columns_of, example_of, unreadable_text
-from jest_stream.storage import ObjectInfo, Storage, StorageConfig, redacted
-from jest_stream.types import Example
+from jest_stream.storage import Storage, redacted
+from jest_stream.types import Example, ObjectInfo
 
 _MAGIC = b"PAR1"
 _BATCH_ROWS = 32  # decoded at a time: of 1 MB images, 32 MB for each lane

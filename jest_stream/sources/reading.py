@@ -14,11 +14,9 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jest_stream.sources import transport
 from jest_stream.sources.blocks import BlockSettings, LaneBlocks
-from jest_stream.sources.process import Owner
-from jest_stream.sources.watch import Notes, Place
 from jest_stream.types import Cursor
+from jest_stream.workers import Message, Notes, Owner, Place, dump, dump_failure
 
 # A worker reads one turn over its lanes ahead: with blocks of one super-batch or less per turn,
 # about as much as is being scored meanwhile. The bounds are for few lanes, and for descriptors,
@@ -48,9 +46,9 @@ class ReadTask:
             lane = turns.popleft()
             try:
                 block = lanes[lane].read()
-                message = transport.dump(block)
+                message = dump(block)
             except Exception as error:
-                message = transport.dump_failure(error)
+                message = dump_failure(error)
                 turns.clear()
             else:
                 if not block.is_end:
@@ -81,10 +79,10 @@ class _Outbox:
         self._max_messages = min(max(_MIN_AHEAD, num_lanes), _MAX_AHEAD)
         self._max_bytes = max_bytes
         self._waiting: deque[int] = deque()  # sizes of what the training process has not taken
-        self._queue: queue.SimpleQueue[transport.Message] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
         threading.Thread(target=self._send, daemon=True).start()
 
-    def put(self, message: transport.Message) -> None:
+    def put(self, message: Message) -> None:
         """Sends a message; waits first, until there is room for it."""
         while self._waiting and (
             len(self._waiting) == self._max_messages

@@ -15,12 +15,12 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
+from jest_stream.config import StorageConfig
 from jest_stream.errors import BadExampleError, ShardError, UnsafeDataError
 from jest_stream.sources.archive import Member, Members
 from jest_stream.sources.manifest import Listed, is_manifest, read_manifest
-from jest_stream.storage import ObjectInfo, Storage, StorageConfig, redacted
-from jest_stream.storage.addresses import scheme_of
-from jest_stream.types import Example
+from jest_stream.storage import Storage, redacted, scheme_of
+from jest_stream.types import Example, ObjectInfo
 
 _REGULAR = {tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE}
 

@@ -16,9 +16,9 @@ from urllib.parse import unquote, urlsplit
 
 from braceexpand import braceexpand
 
+from jest_stream.config import SCHEMES
 from jest_stream.errors import ConfigError, UnsafeDataError
 from jest_stream.storage.redaction import redacted
-from jest_stream.storage.settings import SCHEMES
 
 MAX_SHARDS = 1_000_000
 """Most shards one source may name; `{0..999999999}` is refused before it is expanded."""

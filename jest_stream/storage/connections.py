@@ -20,10 +20,10 @@ import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+from jest_stream.config import StorageConfig
 from jest_stream.errors import StalledError
 from jest_stream.storage.addresses import store_of
 from jest_stream.storage.drivers import Driver, make_driver
-from jest_stream.storage.settings import StorageConfig
 
 _Result = TypeVar("_Result")
 _CLOSE_TIMEOUT_S = 5.0

@@ -13,10 +13,11 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from jest_stream.config import StorageConfig
 from jest_stream.errors import ConfigError
-from jest_stream.storage.answers import Answer
 from jest_stream.storage.redaction import redacted
-from jest_stream.storage.settings import ObjectInfo, StorageConfig
+from jest_stream.storage.responses import Answer
+from jest_stream.types import ObjectInfo
 
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "hf": "huggingface_hub"}
 _CHUNK_BYTES = 256 * 1024
@@ -61,7 +62,7 @@ def make_driver(store: str, config: StorageConfig) -> Driver:
             f"reading {store}:// needs the package {package}, which cannot be imported ({error}). "
             f"Install it: pip install {package}"
         ) from error
-    from jest_stream.storage.hub import HubDriver
+    from jest_stream.storage.hub_driver import HubDriver
 
     drivers: dict[str, type[Any]] = {
         "s3": S3Driver,

@@ -14,14 +14,15 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from jest_stream.config import StorageConfig
 from jest_stream.errors import ConfigError, JESTError
-from jest_stream.storage.answers import info_of, num_bytes_to_read
 from jest_stream.storage.connections import Connections
 from jest_stream.storage.drivers import Driver
 from jest_stream.storage.failures import AttemptFailed, failure_of
-from jest_stream.storage.patience import Patience
 from jest_stream.storage.read_ahead import Block, ReadAhead
-from jest_stream.storage.settings import ObjectInfo, StorageConfig
+from jest_stream.storage.responses import info_of, num_bytes_to_read
+from jest_stream.storage.retry import Patience
+from jest_stream.types import ObjectInfo
 
 _Result = TypeVar("_Result")
 

@@ -7,7 +7,7 @@ import stat
 from typing import BinaryIO
 
 from jest_stream.errors import ConfigError, ShardChangedError, ShardUnavailableError
-from jest_stream.storage.settings import ObjectInfo
+from jest_stream.types import ObjectInfo
 
 # Headers and small members come from the buffer, large members go round it. 64 lanes: 16 MiB.
 BUFFER_BYTES = 256 * 1024

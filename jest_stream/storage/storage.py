@@ -10,19 +10,20 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, BinaryIO
 
+from jest_stream.config import StorageConfig
 from jest_stream.errors import ConfigError
 from jest_stream.storage import addresses
-from jest_stream.storage.cache import DiskCache
 from jest_stream.storage.connections import Connections
+from jest_stream.storage.disk_cache import DiskCache
 from jest_stream.storage.drivers import Driver
 from jest_stream.storage.fetching import Fetcher
 from jest_stream.storage.local import BUFFER_BYTES, local_info, open_local
-from jest_stream.storage.patience import SLOWEST_BYTES_PER_S
 from jest_stream.storage.read_ahead import MAX_BLOCK_BYTES, Block, ReadAhead, Window
 from jest_stream.storage.redaction import redacted
 from jest_stream.storage.remote import RemoteFile
-from jest_stream.storage.settings import ObjectInfo, StorageConfig
+from jest_stream.storage.retry import SLOWEST_BYTES_PER_S
 from jest_stream.storage.writing import NewFile, list_local, remove_unfinished, require_writable
+from jest_stream.types import ObjectInfo
 
 _DOWNLOAD_BYTES = 1 << 20
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jest_stream.sources.decode import Reduced
+from jest_stream.views.decode import Reduced
 from jest_stream.views.rows import Transform
 
 _LIBRARIES = ("torchvision.transforms", "open_clip.transform", "timm.data")

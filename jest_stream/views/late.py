@@ -14,11 +14,23 @@ from functools import partial
 
 from torch import Tensor
 
-from jest_stream.sources import process, transport
-from jest_stream.sources.process import Job, Owner, Worker
-from jest_stream.sources.watch import Notes, Place, Watchdog
 from jest_stream.views.columns import Columns, View, require_same_fields, view_of
 from jest_stream.views.train import ARGUMENT, TrainView
+from jest_stream.workers import (
+    Failure,
+    Finalizer,
+    Job,
+    Notes,
+    Owner,
+    Place,
+    Watchdog,
+    Worker,
+    WorkerTraceback,
+    dump,
+    dump_failure,
+    start_workers,
+    stop_workers,
+)
 
 # Batches that may be with the workers at once: each holds descriptors until it is taken.
 _MAX_SENT = 16
@@ -59,9 +71,9 @@ class MakeTask:
                     order.items, step=order.step, positions=order.positions, note=note
                 )
                 made = Order(step=order.step, positions=order.positions, items=views)
-                message = transport.dump(made)
+                message = dump(made)
             except Exception as error:
-                message = transport.dump_failure(error, place=place)
+                message = dump_failure(error, place=place)
             try:
                 message.send(owner.connection)
             except OSError:  # nobody waits for it any more
@@ -85,7 +97,7 @@ class LateViews:
         self._sent: set[int] = set()  # those of them that the workers have
         self._workers: list[Worker] = []
         self._watchdog: Watchdog | None = None  # while views are made here
-        self._stop: process.Finalizer | None = None
+        self._stop: Finalizer | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -136,9 +148,9 @@ class LateViews:
         if self._num_workers == 0:
             self._watchdog = Watchdog(self._timeout_s, "making train views")
             # Also runs when this object is dropped, and at interpreter exit.
-            self._stop = process.Finalizer(self, self._watchdog.close)
+            self._stop = Finalizer(self, self._watchdog.close)
             return
-        self._stop = process.Finalizer(self, process.stop, self._workers, os.getpid())
+        self._stop = Finalizer(self, stop_workers, self._workers, os.getpid())
         jobs = [
             Job(
                 f"train view worker {number} of {self._num_workers}",
@@ -148,7 +160,7 @@ class LateViews:
             for number in range(self._num_workers)
         ]
         try:
-            process.start(self._workers, jobs)
+            start_workers(self._workers, jobs)
         except BaseException:
             self.pause()
             raise
@@ -176,7 +188,7 @@ class LateViews:
                 if len(self._sent) >= _MAX_SENT:
                     return
                 for worker, order in zip(self._workers, self._orders(step), strict=True):
-                    worker.send(transport.dump(order, is_inline=False))
+                    worker.send(dump(order, is_inline=False))
                 self._sent.add(step)
         except BaseException:
             self.pause()
@@ -196,11 +208,11 @@ class LateViews:
 
     def _receive(self, step: int) -> View:
         messages = [worker.receive(self._timeout_s) for worker in self._workers]
-        failures = [m for m in messages if isinstance(m, transport.Failure)]
+        failures = [m for m in messages if isinstance(m, Failure)]
         if failures:
             first = min(failures, key=lambda failure: failure.place)
             try:
-                raise first.error from transport.WorkerTraceback(first.traceback)
+                raise first.error from WorkerTraceback(first.traceback)
             finally:
                 del messages, failures, first  # the error's traceback holds this frame
         assert all(made.step == step for made in messages)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jest_stream.config import Metadata, Term
 from jest_stream.errors import BadExampleError, ConfigError
-from jest_stream.sources.decode import Decoded
+from jest_stream.views.decode import Decoded
 
 Key = Metadata
 """Alternatives such as `"jpg;png"`, the first present member counts; or a function of the example,

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jest_stream.config import Limits
 from jest_stream.errors import ConfigError
-from jest_stream.sources.decode import Decoded, Limits
 from jest_stream.types import Example
+from jest_stream.views.decode import Decoded
 from jest_stream.views.metadata import Key
 
 Row = dict[str, Any]

@@ -37,7 +37,7 @@ from jest_stream import JESTDataset, ReferenceCache  # noqa: E402
 from jest_stream.demo.data import full_view, unpack  # noqa: E402
 from jest_stream.demo.model import HashTokenizer, TwoTowerModel  # noqa: E402
 from jest_stream.types import REFERENCE_ROW, Example  # noqa: E402
-from jest_stream.views import gather_rows  # noqa: E402
+from jest_stream.views.columns import gather_rows  # noqa: E402
 
 STAGES = ("data", "scoring", "selecting", "yielding")
 BLOCK_SIZE = 64

@@ -30,7 +30,8 @@ import naive  # noqa: E402
 from bench_selection import machine  # noqa: E402
 from icon_models import models_in_training  # noqa: E402
 
-from jest_stream.selection import joint_selection, select_uniformly  # noqa: E402
+from jest_stream.selection.baselines import select_uniformly  # noqa: E402
+from jest_stream.selection.joint import joint_selection  # noqa: E402
 from jest_stream.types import Embeddings  # noqa: E402
 
 PAPER = {1: 0.0, 2: 0.69, 4: 0.88, 8: 0.96, 16: 0.99, 32: 1.0}  # by chunks, read off its Fig. 2

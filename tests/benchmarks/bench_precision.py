@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from bench_selection import machine  # noqa: E402
 from icon_models import models_in_training  # noqa: E402
 
-from jest_stream.selection import joint_selection  # noqa: E402
+from jest_stream.selection.joint import joint_selection  # noqa: E402
 from jest_stream.types import Embeddings  # noqa: E402
 
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from s3_server import S3Server  # noqa: E402
 from shards import write_shards  # noqa: E402
 
-from jest_stream.sources import TarSource  # noqa: E402
+from jest_stream.sources.tar import TarSource  # noqa: E402
 
 
 def ours(source: TarSource) -> Iterator[dict[str, Any]]:

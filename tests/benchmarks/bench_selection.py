@@ -30,9 +30,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import naive  # noqa: E402
 
-from jest_stream.selection import gumbel_noise, joint_selection  # noqa: E402
 from jest_stream.selection.conditional import take  # noqa: E402
+from jest_stream.selection.joint import joint_selection  # noqa: E402
 from jest_stream.selection.losses import logit_tiles  # noqa: E402
+from jest_stream.selection.sampling import gumbel_noise  # noqa: E402
 from jest_stream.types import Embeddings  # noqa: E402
 
 GIB = 2**30

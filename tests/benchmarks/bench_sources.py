@@ -37,10 +37,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shards import members, write_tar  # noqa: E402
 
 from jest_stream.demo import data  # noqa: E402
-from jest_stream.sources import TarSource  # noqa: E402
-from jest_stream.sources.decode import Decoded  # noqa: E402
-from jest_stream.sources.workers import BlockReader  # noqa: E402
+from jest_stream.sources.reader import BlockReader  # noqa: E402
+from jest_stream.sources.tar import TarSource  # noqa: E402
 from jest_stream.types import Cursor  # noqa: E402
+from jest_stream.views.decode import Decoded  # noqa: E402
 
 BLOCK_SIZE = 32
 

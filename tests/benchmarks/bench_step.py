@@ -34,8 +34,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
 from jest_stream import JESTDataset, ScoringConfig, SelectionConfig, training_flops  # noqa: E402
-from jest_stream.scoring import LearnerCopy, ReferenceModel  # noqa: E402
-from jest_stream.selection import joint_selection  # noqa: E402
+from jest_stream.scoring.learner import LearnerCopy  # noqa: E402
+from jest_stream.scoring.reference import ReferenceModel  # noqa: E402
+from jest_stream.selection.joint import joint_selection  # noqa: E402
 from jest_stream.types import Embeddings  # noqa: E402
 
 SETTINGS = ("live", "cached", "live-quarter", "cached-quarter")
@@ -134,7 +135,7 @@ class Parts:
     def _embed(self, model: LearnerCopy | ReferenceModel) -> Embeddings:
         images = self._images
         if getattr(self._scoring, "image_size", None) is not None:
-            from jest_stream.views import scaled
+            from jest_stream.views.scaling import scaled
 
             images = scaled(images, self._scoring.image_size)
         size = self._scoring.micro_batch_size

@@ -31,7 +31,7 @@ from jest_stream.errors import (
     ReferenceMismatchError,
 )
 from jest_stream.types import REFERENCE_ROW
-from jest_stream.views import gather_rows
+from jest_stream.views.columns import gather_rows
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

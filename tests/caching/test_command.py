@@ -27,7 +27,7 @@ from shards import write_shards
 
 from jest_stream import ReferenceCache, StorageConfig
 from jest_stream.cli import main
-from jest_stream.testing import Fault, FaultServer
+from jest_stream.testing.faults import Fault, FaultServer
 
 pytestmark = [pytest.mark.usefixtures("no_leaks"), pytest.mark.timeout(400)]
 
@@ -207,7 +207,7 @@ def test_an_object_store_gets_the_same_files_and_no_halves(
     command = arguments(pattern, model, f"s3://{bucket}/a/cache")
     process = start(command, environment=s3.environment)
     storage = StorageConfig(options=s3.options)
-    from jest_stream.storage import Storage
+    from jest_stream.storage.storage import Storage
 
     store = Storage(storage)
     until(

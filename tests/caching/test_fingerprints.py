@@ -19,13 +19,13 @@ from torch import nn
 from torchvision import transforms
 from vision_models import DIMENSION, TEXT, VISION, timm_model
 
-from jest_stream.caching.fingerprints import (
+from jest_stream.errors import ConfigError
+from jest_stream.reference_cache.fingerprints import (
     tokenizer_fingerprint,
     transform_fingerprint,
     view_difference,
     weights_fingerprint,
 )
-from jest_stream.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

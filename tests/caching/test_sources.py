@@ -31,9 +31,9 @@ from jest_stream import (
     open_source,
 )
 from jest_stream.errors import ConfigError, ReferenceMismatchError
-from jest_stream.sources.decode import Decoded
-from jest_stream.testing import FaultServer
+from jest_stream.testing.faults import FaultServer
 from jest_stream.types import REFERENCE_ROW, Source
+from jest_stream.views.decode import Decoded
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

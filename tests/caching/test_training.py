@@ -29,12 +29,13 @@ from jest_stream import (
     TarSource,
 )
 from jest_stream.errors import ConfigError, ReferenceMismatchError
-from jest_stream.scoring import ReferenceModel
 from jest_stream.scoring.named import NamedReference, load_reference
-from jest_stream.selection import joint_selection
+from jest_stream.scoring.reference import ReferenceModel
+from jest_stream.selection.joint import joint_selection
 from jest_stream.testing.resume import assert_resumes
 from jest_stream.types import REFERENCE_ROW
-from jest_stream.views import ScoreView, collate, gather_rows
+from jest_stream.views.columns import collate, gather_rows
+from jest_stream.views.score import ScoreView
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -14,7 +14,7 @@ from PIL import Image
 from jest_stream.demo import data
 from jest_stream.demo.run import run_demo
 from jest_stream.errors import ConfigError
-from jest_stream.sources import TarSource
+from jest_stream.sources.tar import TarSource
 
 
 @pytest.fixture(scope="module")

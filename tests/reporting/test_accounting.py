@@ -35,7 +35,7 @@ from jest_stream import (
     training_flops,
 )
 from jest_stream.errors import ConfigError
-from jest_stream.reporting.metrics import shared_out
+from jest_stream.metrics.metrics import shared_out
 from jest_stream.scoring.forward import embed_once
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

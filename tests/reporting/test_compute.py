@@ -14,13 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jest_stream.errors import ConfigError
-from jest_stream.reporting import (
-    Flops,
-    cost_ratio,
-    forward_flops,
-    training_flops,
-)
-from jest_stream.selection import joint_selection, num_conditioned_on, selection_flops
+from jest_stream.metrics.compute import Flops, cost_ratio, forward_flops, training_flops
+from jest_stream.selection.cost import num_conditioned_on, selection_flops
+from jest_stream.selection.joint import joint_selection
 from jest_stream.types import Embeddings
 
 WIDTH, LAYERS, HEADS, DIMENSION, TOKENS, WORDS = 64, 3, 4, 32, 17, 12

@@ -15,8 +15,8 @@ from torch import nn
 from vit_flops import Setting, Shape, counted, settings
 
 from jest_stream import ScoringConfig
-from jest_stream.reporting import forward_flops
-from jest_stream.scoring import LearnerCopy
+from jest_stream.metrics.compute import forward_flops
+from jest_stream.scoring.learner import LearnerCopy
 
 SHAPE = Shape(
     image_size=64,

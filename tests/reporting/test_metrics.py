@@ -13,8 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from jest_stream.reporting import Metrics
-from jest_stream.reporting.metrics import shared_out
+from jest_stream.metrics.metrics import Metrics, shared_out
 from jest_stream.types import Selection
 
 STAGES = ("data", "scoring", "selecting", "yielding", "training")

@@ -24,7 +24,7 @@ from vision_models import (
 
 from jest_stream import ScoringConfig, at_score_size
 from jest_stream.errors import ConfigError
-from jest_stream.scoring import LearnerCopy
+from jest_stream.scoring.learner import LearnerCopy
 
 MODELS: dict[str, Any] = {
     **{f"open_clip {k}": (lambda v=v: open_clip_model(**v)) for k, v in OPEN_CLIP.items()},

@@ -14,7 +14,7 @@ from models import Plain
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jest_stream.scoring import embed_in_micro_batches, has_bias, two_tower, unwrap
+from jest_stream.scoring.encoders import embed_in_micro_batches, has_bias, two_tower, unwrap
 from jest_stream.types import Embeddings
 
 VISION = {"layers": 2, "width": 32, "head_width": 16, "image_size": 16, "patch_size": 8}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from jest_stream.errors import ConfigError, ResumeMismatchError
-from jest_stream.scoring import LearnerCopy
+from jest_stream.scoring.learner import LearnerCopy
 
 
 class Learner(nn.Module):

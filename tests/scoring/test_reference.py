@@ -13,7 +13,7 @@ from models import Plain
 from torch import nn
 
 from jest_stream.errors import ConfigError
-from jest_stream.scoring import ReferenceModel
+from jest_stream.scoring.reference import ReferenceModel
 
 
 class Tiny(Plain):

@@ -24,7 +24,9 @@ from vision_models import (
 
 from jest_stream import ScoringConfig
 from jest_stream.errors import ResumeMismatchError
-from jest_stream.scoring import LearnerCopy, ReferenceModel, two_tower
+from jest_stream.scoring.encoders import two_tower
+from jest_stream.scoring.learner import LearnerCopy
+from jest_stream.scoring.reference import ReferenceModel
 
 SIZES = [
     {"image_size": 32},

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from jest_stream import SelectionConfig
 from jest_stream.errors import NonFiniteError
-from jest_stream.scoring import streams
-from jest_stream.scoring.choice import Choice
-from jest_stream.scoring.streams import Slot
+from jest_stream.pipeline.device import streams
+from jest_stream.pipeline.device.choice import Choice
+from jest_stream.pipeline.device.streams import Slot
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -11,15 +11,14 @@ import torch
 from selection_inputs import noise_of, random_embeddings
 
 from jest_stream.errors import ConfigError
-from jest_stream.selection import (
-    WeightedScore,
+from jest_stream.selection.baselines import (
     independent_selection,
-    joint_selection,
     select_independently,
-    select_jointly,
     select_uniformly,
     uniform_selection,
 )
+from jest_stream.selection.joint import joint_selection, select_jointly
+from jest_stream.selection.scores import WeightedScore
 
 SEEDS = range(5)
 

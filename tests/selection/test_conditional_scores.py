@@ -13,7 +13,7 @@ import pytest
 import torch
 from selection_inputs import embeddings_with_logits, random_embeddings
 
-from jest_stream.selection import WeightedScore, easy_reference, hard_learner, learnability, losses
+from jest_stream.selection import losses
 from jest_stream.selection.conditional import (
     ExactSoftmaxScores,
     OwnSigmoidScores,
@@ -22,6 +22,7 @@ from jest_stream.selection.conditional import (
     streaming_scores,
     take,
 )
+from jest_stream.selection.scores import WeightedScore, easy_reference, hard_learner, learnability
 
 CHUNKS = [[3, 5, 7], [20], [0, 1, 39, 38, 11]]
 

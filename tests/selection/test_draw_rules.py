@@ -14,22 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from selection_inputs import noise_of, random_embeddings
 
-from jest_stream.config import Quota
+from jest_stream.config.selection import Quota
 from jest_stream.errors import ConfigError, NonFiniteError
-from jest_stream.selection import (
-    DrawRule,
-    Groups,
-    effective_support,
-    gumbel_noise,
+from jest_stream.selection.baselines import (
     independent_selection,
-    joint_selection,
     select_independently,
-    select_jointly,
     uniform_selection,
 )
-from jest_stream.selection.drawing import Urn
+from jest_stream.selection.drawing import DrawRule, Urn
+from jest_stream.selection.joint import joint_selection, select_jointly
+from jest_stream.selection.quotas import Groups
 from jest_stream.selection.sampling import (
+    effective_support,
     gain_for_support,
+    gumbel_noise,
     inclusion_probabilities,
     inverse_probability_weights,
     uniform_sizes,

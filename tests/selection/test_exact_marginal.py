@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from selection_inputs import noise_of, random_embeddings
 
-from jest_stream.selection import DrawRule, joint_selection
+from jest_stream.selection.drawing import DrawRule
+from jest_stream.selection.joint import joint_selection
 from jest_stream.selection.sampling import chunk_sizes
 
 

@@ -16,14 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from selection_inputs import embeddings_with_logits, noise_of, random_embeddings
 
-from jest_stream.selection import (
-    DrawRule,
-    WeightedScore,
-    hard_learner,
-    joint_selection,
-    select_independently,
-    select_jointly,
-)
+from jest_stream.selection.baselines import select_independently
+from jest_stream.selection.drawing import DrawRule
+from jest_stream.selection.joint import joint_selection, select_jointly
+from jest_stream.selection.scores import WeightedScore, hard_learner
 
 GREEDY = DrawRule(gain=float("inf"))
 

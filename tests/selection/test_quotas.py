@@ -16,20 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from selection_inputs import embeddings_with_logits, noise_of, random_embeddings
 
-from jest_stream.config import Quota
+from jest_stream.config.selection import Quota
+from jest_stream.config.sizes import quota_sizes
 from jest_stream.errors import ConfigError
-from jest_stream.selection import (
-    DrawRule,
-    Groups,
+from jest_stream.selection.baselines import (
     independent_selection,
-    joint_selection,
     select_independently,
-    select_jointly,
     uniform_selection,
 )
-from jest_stream.selection.quotas import plan_bounds
+from jest_stream.selection.drawing import DrawRule
+from jest_stream.selection.joint import joint_selection, select_jointly
+from jest_stream.selection.quotas import Groups, plan_bounds
 from jest_stream.selection.sampling import chunk_sizes
-from jest_stream.sizes import quota_sizes
 
 TENTHS = st.integers(0, 10).map(lambda tenths: tenths / 10)
 

@@ -14,8 +14,15 @@ import pytest
 import torch
 
 from jest_stream.errors import ConfigError, NonFiniteError
-from jest_stream.selection import draw_key, effective_support, gumbel_noise, gumbel_top_k
-from jest_stream.selection.sampling import _uniform, chunk_sizes, scaled_logits
+from jest_stream.selection.sampling import (
+    _uniform,
+    chunk_sizes,
+    draw_key,
+    effective_support,
+    gumbel_noise,
+    gumbel_top_k,
+    scaled_logits,
+)
 
 
 def _splitmix_gumbel_bits(key: int, step: int, chunk: int, position: int) -> int:

@@ -11,13 +11,13 @@ from selection_inputs import random_embeddings
 
 import jest_stream.selection as selection
 from jest_stream.errors import ConfigError
-from jest_stream.selection import (
+from jest_stream.selection.joint import select_jointly
+from jest_stream.selection.scores import (
     WeightedScore,
     easy_reference,
     hard_learner,
     learnability,
     needs,
-    select_jointly,
 )
 
 

@@ -15,16 +15,13 @@ import torch
 from selection_inputs import random_embeddings
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from jest_stream.config import Quota
-from jest_stream.selection import (
-    DrawRule,
-    Groups,
-    gumbel_noise,
-    independent_selection,
-    joint_selection,
-    target_similarity,
-    uniform_selection,
-)
+from jest_stream.config.selection import Quota
+from jest_stream.selection.baselines import independent_selection, uniform_selection
+from jest_stream.selection.drawing import DrawRule
+from jest_stream.selection.joint import joint_selection
+from jest_stream.selection.quotas import Groups
+from jest_stream.selection.sampling import gumbel_noise
+from jest_stream.selection.targets import target_similarity
 from jest_stream.types import Embeddings
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -15,7 +15,7 @@ from selection_inputs import random_embeddings
 from torch import Tensor
 
 from jest_stream.errors import ConfigError, NonFiniteError
-from jest_stream.selection import select_jointly
+from jest_stream.selection.joint import select_jointly
 
 
 def good(seed=0):

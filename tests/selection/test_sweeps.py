@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from selection_inputs import embeddings_with_logits, noise_of, random_embeddings
 
-from jest_stream.config import Quota
-from jest_stream.selection import DrawRule, Groups, joint_selection, select_jointly
+from jest_stream.config.selection import Quota
 from jest_stream.selection.conditional import (
     ExactSoftmaxScores,
     OwnSigmoidScores,
@@ -26,7 +25,9 @@ from jest_stream.selection.conditional import (
     Window,
     take,
 )
-from jest_stream.selection.drawing import Urn
+from jest_stream.selection.drawing import DrawRule, Urn
+from jest_stream.selection.joint import joint_selection, select_jointly
+from jest_stream.selection.quotas import Groups
 from jest_stream.selection.sampling import chunk_sizes, gumbel_noise
 
 GREEDY = DrawRule(gain=float("inf"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jest_stream.sources.workers import BlockReader
+from jest_stream.sources.reader import BlockReader
 from jest_stream.types import Cursor, Example, Source
 
 

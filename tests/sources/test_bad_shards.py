@@ -26,10 +26,11 @@ from jest_stream.errors import (
     ShardUnavailableError,
     UnsafeDataError,
 )
-from jest_stream.scoring.streams import Ring
-from jest_stream.sources import IterableSource, TarSource
-from jest_stream.sources.workers import Block, BlockReader
-from jest_stream.superbatch import Position, Window
+from jest_stream.pipeline.device.streams import Ring
+from jest_stream.pipeline.super_batches import Position, Window
+from jest_stream.sources.iterable import IterableSource
+from jest_stream.sources.reader import Block, BlockReader
+from jest_stream.sources.tar import TarSource
 from jest_stream.types import Cursor, Example
 
 __all__ = ["no_leaks"]
@@ -262,7 +263,7 @@ def mixed(path: Path, num_good: int, num_bad: int) -> str:
 
 
 def text_of(example: Example) -> str:
-    from jest_stream.sources.decode import Decoded
+    from jest_stream.views.decode import Decoded
 
     return str(Decoded(example)["txt"])
 

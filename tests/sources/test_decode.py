@@ -20,8 +20,9 @@ from live_pickles import pickled
 from PIL import Image
 from shards import draw, encode, make_example
 
+from jest_stream.config import Limits
 from jest_stream.errors import BadExampleError, UnsafeDataError, UnsafeExampleError
-from jest_stream.sources.decode import Decoded, Limits, decode
+from jest_stream.views.decode import Decoded, decode
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

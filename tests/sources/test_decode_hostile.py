@@ -23,9 +23,10 @@ from models import to_tensor
 from PIL import Image
 from shards import draw, encode, make_example, members, write_tar
 
+from jest_stream.config import Limits
 from jest_stream.errors import BadExampleError, UnsafeDataError, UnsafeExampleError
-from jest_stream.sources import decode
-from jest_stream.sources.decode import Decoded, Limits
+from jest_stream.views import decode
+from jest_stream.views.decode import Decoded
 
 __all__ = ["no_leaks"]
 pytestmark = pytest.mark.usefixtures("no_leaks")

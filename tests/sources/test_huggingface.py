@@ -28,6 +28,7 @@ from remote import nothing_survives  # noqa: F401
 from shards import make_example
 
 from jest_stream import JESTDataset
+from jest_stream.config.storage import StorageConfig
 from jest_stream.errors import (
     ConfigError,
     ShardError,
@@ -36,12 +37,11 @@ from jest_stream.errors import (
     UnsafeDataError,
 )
 from jest_stream.sources import open_source
-from jest_stream.sources.decode import decode
 from jest_stream.sources.hub import parse_repository
 from jest_stream.sources.huggingface import HuggingFaceSource
 from jest_stream.sources.parquet import ParquetFile, ParquetSource
 from jest_stream.sources.tar import TarSource
-from jest_stream.storage import StorageConfig
+from jest_stream.views.decode import decode
 
 TARS, PARQUET = "acme/tars", "acme/parquet"
 NUM_FILES, PER_FILE = 4, 24

@@ -14,8 +14,10 @@ from shards import draw, make_example, write_shards
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from jest_stream.errors import ConfigError, ShardUnavailableError, UnsafeDataError
-from jest_stream.sources import IterableSource, TarSource, open_source
+from jest_stream.sources import open_source
+from jest_stream.sources.iterable import IterableSource
 from jest_stream.sources.lanes import Lane
+from jest_stream.sources.tar import TarSource
 from jest_stream.types import Cursor
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

@@ -21,9 +21,12 @@ from shards import make_example, write_shards
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
 
 from jest_stream import JESTDataset, SelectionConfig
+from jest_stream.config.storage import StorageConfig
 from jest_stream.errors import BadExampleError, ConfigError
-from jest_stream.sources import HuggingFaceSource, IterableSource, TarSource, open_source
-from jest_stream.storage import StorageConfig
+from jest_stream.sources import open_source
+from jest_stream.sources.huggingface import HuggingFaceSource
+from jest_stream.sources.iterable import IterableSource
+from jest_stream.sources.tar import TarSource
 
 __all__ = ["no_leaks"]
 # webdataset leaves files for the collector to close, with a warning.

@@ -15,8 +15,8 @@ from leaks import no_leaks  # noqa: F401
 from shards import write_shards, write_tar
 
 from jest_stream.errors import ConfigError, ShardError, ShardUnavailableError, UnsafeDataError
-from jest_stream.sources import TarSource
-from jest_stream.sources.manifest import write_manifest
+from jest_stream.sources.index import write_manifest
+from jest_stream.sources.tar import TarSource
 from jest_stream.types import Example
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

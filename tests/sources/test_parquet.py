@@ -28,8 +28,8 @@ from jest_stream.errors import (
     UnsafeDataError,
     UnsafeExampleError,
 )
-from jest_stream.sources.decode import Decoded
 from jest_stream.sources.parquet import ParquetFile, ParquetSource
+from jest_stream.views.decode import Decoded
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -26,9 +26,11 @@ from pyarrow import parquet
 from remote import nothing_survives  # noqa: F401
 from shards import draw, encode, make_example, members, write_tar
 
+from jest_stream.config.storage import StorageConfig
 from jest_stream.errors import BadExampleError, ConfigError, ShardError, UnsafeDataError
-from jest_stream.sources import HuggingFaceSource, IterableSource, open_source
-from jest_stream.storage import StorageConfig
+from jest_stream.sources import open_source
+from jest_stream.sources.huggingface import HuggingFaceSource
+from jest_stream.sources.iterable import IterableSource
 
 WORKERS = [0, 2]
 NUM_ROWS = 12

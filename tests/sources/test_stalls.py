@@ -24,8 +24,9 @@ from leaks import children, no_leaks
 from shards import write_shards
 
 from jest_stream.errors import BadExampleError, StalledError, WorkerDiedError
-from jest_stream.sources import TarSource, process
+from jest_stream.sources.tar import TarSource
 from jest_stream.types import Example
+from jest_stream.workers import process
 
 __all__ = ["no_leaks"]
 pytestmark = pytest.mark.usefixtures("no_leaks")

@@ -23,7 +23,7 @@ from jest_stream.errors import (
     ShardUnavailableError,
     UnsafeDataError,
 )
-from jest_stream.sources import TarSource
+from jest_stream.sources.tar import TarSource
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -11,7 +11,7 @@ import socket
 import pytest
 from leaks import no_leaks  # noqa: F401
 
-from jest_stream.sources import transport
+from jest_stream.workers import transport
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

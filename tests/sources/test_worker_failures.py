@@ -31,11 +31,12 @@ from jest_stream.errors import (
     UserCodeError,
     WorkerDiedError,
 )
-from jest_stream.sources import TarSource, process
-from jest_stream.sources.decode import Decoded
-from jest_stream.sources.transport import WorkerTraceback
-from jest_stream.sources.workers import Block, BlockReader
+from jest_stream.sources.reader import Block, BlockReader
+from jest_stream.sources.tar import TarSource
 from jest_stream.types import Example
+from jest_stream.views.decode import Decoded
+from jest_stream.workers import process
+from jest_stream.workers.transport import WorkerTraceback
 
 WORKERS = [0, 1, 2]
 

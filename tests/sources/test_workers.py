@@ -20,10 +20,11 @@ from leaks import children, no_leaks, stop_helpers
 from shards import write_shards
 
 from jest_stream.errors import ConfigError
-from jest_stream.sources import IterableSource, TarSource
-from jest_stream.sources.decode import Decoded
-from jest_stream.sources.workers import Block, BlockReader
+from jest_stream.sources.iterable import IterableSource
+from jest_stream.sources.reader import Block, BlockReader
+from jest_stream.sources.tar import TarSource
 from jest_stream.types import Cursor, Example, Source
+from jest_stream.views.decode import Decoded
 
 __all__ = ["no_leaks"]
 pytestmark = pytest.mark.usefixtures("no_leaks")

@@ -23,7 +23,7 @@ if __name__ == "__main__":
     sys.modules["jest_stream"] = package
 
 from jest_stream.errors import JESTError  # noqa: E402
-from jest_stream.storage.cache import DiskCache  # noqa: E402
+from jest_stream.storage.disk_cache import DiskCache  # noqa: E402
 
 
 def content_of(url: str, size: int) -> bytes:

@@ -14,15 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from remote import nothing_survives  # noqa: F401
 
+from jest_stream.config.storage import StorageConfig
 from jest_stream.errors import (
     ConfigError,
     ShardChangedError,
     ShardUnavailableError,
     UnsafeDataError,
 )
-from jest_stream.storage import ObjectInfo, Storage, StorageConfig
 from jest_stream.storage.addresses import _count
-from jest_stream.storage.hub import parse
+from jest_stream.storage.hub_driver import parse
+from jest_stream.storage.storage import Storage
+from jest_stream.types import ObjectInfo
 
 expand = Storage().expand
 

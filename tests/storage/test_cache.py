@@ -20,7 +20,7 @@ from cache_child import content_of
 from leaks import no_leaks  # noqa: F401
 
 from jest_stream.errors import ConfigError, ShardChangedError, StalledError
-from jest_stream.storage.cache import DiskCache
+from jest_stream.storage.disk_cache import DiskCache
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

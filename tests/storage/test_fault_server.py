@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from remote import nothing_survives  # noqa: F401
 
-from jest_stream.testing import Fault, FaultServer
+from jest_stream.testing.faults import Fault, FaultServer
 
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
 

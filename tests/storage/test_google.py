@@ -13,9 +13,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from remote import noise, nothing_survives  # noqa: F401
 
+from jest_stream.config.storage import StorageConfig
 from jest_stream.errors import ShardUnavailableError
-from jest_stream.storage import Storage, StorageConfig
-from jest_stream.testing import Fault, FaultServer
+from jest_stream.storage.storage import Storage
+from jest_stream.testing.faults import Fault, FaultServer
 
 pytest.importorskip("gcsfs")
 

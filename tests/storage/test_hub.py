@@ -15,9 +15,11 @@ from hub_server import HubServer
 from huggingface_hub.utils import close_session
 from remote import AT_ONCE, noise, nothing_survives  # noqa: F401
 
+from jest_stream.config.storage import StorageConfig
 from jest_stream.errors import ConfigError, ShardUnavailableError
-from jest_stream.storage import ObjectInfo, Storage, StorageConfig
-from jest_stream.testing import Fault, FaultServer
+from jest_stream.storage.storage import Storage
+from jest_stream.testing.faults import Fault, FaultServer
+from jest_stream.types import ObjectInfo
 
 TOKEN = "hf_notToBeShownAnywhere"
 DATA = noise(3_000_000)

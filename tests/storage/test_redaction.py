@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from jest_stream.storage import redacted
+from jest_stream.storage.redaction import redacted
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,12 @@ from email.utils import formatdate
 import pytest
 from remote import AT_ONCE, SOON, noise, nothing_survives, until  # noqa: F401
 
+from jest_stream.config.storage import StorageConfig
 from jest_stream.errors import ShardChangedError, ShardError, ShardUnavailableError
 from jest_stream.sources.tar import TarSource
-from jest_stream.storage import ObjectInfo, Storage, StorageConfig
-from jest_stream.testing import Fault, FaultServer
+from jest_stream.storage.storage import Storage
+from jest_stream.testing.faults import Fault, FaultServer
+from jest_stream.types import ObjectInfo
 
 DATA = noise(3_000_000)
 

@@ -29,9 +29,11 @@ from remote import AT_ONCE, SOON, noise, nothing_survives, until  # noqa: F401
 from shards import write_shards
 
 from jest_stream import JESTDataset, SelectionConfig
+from jest_stream.config.storage import StorageConfig
 from jest_stream.errors import ConfigError, ShardUnavailableError
-from jest_stream.storage import ObjectInfo, Storage, StorageConfig
-from jest_stream.testing import Fault, FaultServer
+from jest_stream.storage.storage import Storage
+from jest_stream.testing.faults import Fault, FaultServer
+from jest_stream.types import ObjectInfo
 
 DATA = noise(12_000_000)
 KNOWN = ObjectInfo(len(DATA))

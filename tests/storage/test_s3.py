@@ -25,6 +25,7 @@ from shards import write_shards, write_tar
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from jest_stream import JESTDataset, SelectionConfig
+from jest_stream.config.storage import StorageConfig
 from jest_stream.errors import (
     ConfigError,
     ShardChangedError,
@@ -32,8 +33,7 @@ from jest_stream.errors import (
     ShardUnavailableError,
     UnsafeDataError,
 )
-from jest_stream.sources import TarSource
-from jest_stream.storage import StorageConfig
+from jest_stream.sources.tar import TarSource
 from jest_stream.types import Example
 
 NUM_SHARDS, PER_SHARD = 4, 8

@@ -16,9 +16,10 @@ import pytest
 from remote import noise, nothing_survives  # noqa: F401
 from s3_server import S3Server
 
+from jest_stream.config.storage import StorageConfig
 from jest_stream.errors import ConfigError, ShardUnavailableError, UnsafeDataError
-from jest_stream.storage import Storage, StorageConfig, folder_address
-from jest_stream.storage.writing import NewFile
+from jest_stream.storage.storage import Storage
+from jest_stream.storage.writing import NewFile, folder_address
 
 
 def test_a_file_appears_whole_when_it_is_committed(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from models import flipped, tiny_dataset
 from shards import make_example, members, write_shards, write_tar
 from torch import Tensor
 
-from jest_stream.batches import Batches
 from jest_stream.errors import (
     BadExampleError,
     ConfigError,
@@ -30,13 +29,15 @@ from jest_stream.errors import (
     UserCodeError,
     WorkerDiedError,
 )
-from jest_stream.scoring.choice import Choice
-from jest_stream.scoring.streams import Ring
-from jest_stream.sources import process
-from jest_stream.sources.transport import WorkerTraceback
-from jest_stream.superbatch import Position, SuperBatch
+from jest_stream.pipeline.batches import Batches
+from jest_stream.pipeline.device.choice import Choice
+from jest_stream.pipeline.device.streams import Ring
+from jest_stream.pipeline.super_batches import Position, SuperBatch
 from jest_stream.types import Selection
-from jest_stream.views import LateViews, TrainView
+from jest_stream.views.late import LateViews
+from jest_stream.views.train import TrainView
+from jest_stream.workers import process
+from jest_stream.workers.transport import WorkerTraceback
 
 __all__ = ["no_leaks"]
 pytestmark = pytest.mark.usefixtures("no_leaks")

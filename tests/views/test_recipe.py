@@ -22,10 +22,12 @@ from torch import Tensor
 from torchvision import transforms as v1
 
 from jest_stream import JESTDataset, SelectionConfig
+from jest_stream.config import Limits
 from jest_stream.errors import BadExampleError, ConfigError, UnsafeExampleError
-from jest_stream.sources.decode import Limits, Reduced, decode
-from jest_stream.views import Recipe, ScoreView, make_recipe
 from jest_stream.views.compose import Recognised
+from jest_stream.views.decode import Reduced, decode
+from jest_stream.views.recipe import Recipe, make_recipe
+from jest_stream.views.score import ScoreView
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -1,0 +1,246 @@
+"""What a run paid in FLOPs: rows are counted as they pass, and priced when somebody asks.
+
+Counting remembers how many rows of which shapes a model took: a few integers, no tensors. The price
+of a row is measured once for each model and shapes, by one forward pass of a row of ones. It runs
+where the model is, without gradients and with the random state put back. A checkpoint holds the
+counts; prices are measured anew.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from jest_stream.metrics.compute import Flops, forward_flops
+
+_LOG = logging.getLogger("jest_stream")
+
+Role = Literal["learner", "reference", "trained", "reusable", "small", "reusable_small"]
+"""Who took the rows: the learner copy, the reference, the user's training step; or, a second time,
+the training step of rows that the learner copy had scored in the same shapes. `small` are those
+that were trained at the score size."""
+Model = Literal["learner", "reference", "trained"]
+"""Whose forward pass is measured: the learner copy's, which may be altered to be cheap, the
+reference's, or the learner's own."""
+View = Tensor | Mapping[str, Tensor]
+Pass = Callable[[View, View], object]
+"""One forward pass of a model without gradients: images and texts in."""
+Shapes = tuple[tuple[str, str, tuple[int, ...]], ...]
+"""Name, dtype and size of a row of each tensor; a size of -1 where there is no tensor."""
+
+_PREFIX = "flops/"
+_SELECTION = _PREFIX + "selection"
+# Backward, the gradients of the weights cost a forward pass, those of the inputs another one.
+_TRAINING_FORWARDS = 3
+_MODEL_OF: dict[Role, Model] = {
+    "learner": "learner",
+    "reference": "reference",
+    "trained": "trained",
+    "reusable": "trained",
+    "small": "learner",
+    "reusable_small": "learner",
+}
+_BOTH: tuple[Model, Model] = ("learner", "trained")
+
+
+class Accounting:
+    """Counts rows by shapes and prices them.
+
+    Args:
+      training_flops: FLOPs of a training step per example, if the user knows; else it is taken to
+        be three forward passes of the learner.
+    """
+
+    def __init__(self, *, training_flops: float | None = None) -> None:
+        self._training_flops = training_flops
+        self._rows: dict[tuple[Role, Shapes], int] = {}
+        self._selection = 0
+        self._scored: Shapes | None = None  # by the learner copy, last
+        self._prices: dict[tuple[Model, Shapes], float] = {}  # per row; NaN where it failed
+
+    @property
+    def is_training_estimated(self) -> bool:
+        """Whether a training step is taken to cost three forward passes."""
+        return self._training_flops is None
+
+    def count_scored(self, model: Literal["learner", "reference"], image: View, text: View) -> None:
+        """Notes that a model embedded the rows of these views."""
+        shapes = shapes_of(image, text)
+        self._add(model, shapes, _num_rows(image))
+        if model == "learner":
+            self._scored = shapes
+
+    def count_selection(self, flops: int) -> None:
+        """Adds the FLOPs of a choice."""
+        self._selection += flops
+
+    def count_trained(
+        self, image: Any, text: Any, *, was_scored: bool, is_small: bool = False
+    ) -> None:
+        """Notes that the rows of these views were handed out.
+
+        Args:
+          image: as handed out; a list where the user has no transform.
+          text: likewise.
+          was_scored: whether the learner copy embedded their score views.
+          is_small: whether they are handed out at the score size: the model takes as few tokens
+            of them as the learner copy does.
+        """
+        shapes = shapes_of(image, text)
+        self._add("small" if is_small else "trained", shapes, _num_rows(image))
+        if was_scored and shapes == self._scored:
+            self._add("reusable_small" if is_small else "reusable", shapes, _num_rows(image))
+
+    @property
+    def is_unpriced(self) -> bool:
+        """Whether rows were counted whose price was not measured yet."""
+        return bool(self._unpriced())
+
+    def price(self, passes: Mapping[Model, Pass]) -> None:
+        """Measures the prices that are missing, once each; a failure is logged, and stays NaN.
+
+        Does nothing where it would be recorded: within a CUDA graph's capture or a trace.
+
+        Args:
+          passes: forward passes without gradients. Rows of a model without one wait for a later
+            call.
+        """
+        if _is_recorded():
+            return
+        for model, shapes in self._unpriced():
+            if model in passes:
+                self._prices[model, shapes] = _price(model, passes[model], shapes)
+
+    def flops(self) -> Flops:
+        """Returns what was paid so far; NaN for what could not be priced, or was not yet."""
+        paid: dict[Role, float] = dict.fromkeys(get_args(Role), 0)
+        for (role, shapes), num_rows in self._rows.items():
+            paid[role] += num_rows * self._row_price(role, shapes)
+        training = paid["trained"] + paid["small"]
+        return Flops(
+            training=training,
+            spared=self._spared(training),
+            learner_scoring=paid["learner"],
+            reference_scoring=paid["reference"],
+            selection=self._selection,
+            reusable=paid["reusable"] + paid["reusable_small"],
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns the counts, flat; every name begins with `flops/`."""
+        rows = {f"{_PREFIX}{role} {json.dumps(s)}": n for (role, s), n in self._rows.items()}
+        return {**rows, _SELECTION: self._selection}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes on counting from `state`, in which other counters may be too."""
+        self._selection = state.get(_SELECTION, 0)
+        self._rows, self._scored = {}, None
+        for name, count in state.items():
+            role, _, shapes = name.removeprefix(_PREFIX).partition(" ")
+            if self.owns(name) and name != _SELECTION:
+                parsed = tuple((n, dtype, tuple(size)) for n, dtype, size in json.loads(shapes))
+                self._rows[role, parsed] = count  # type: ignore[index]
+                if role == "learner":
+                    self._scored = parsed
+
+    @staticmethod
+    def owns(name: str) -> bool:
+        """Returns whether a counter of this name is one of those that `state_dict` gives."""
+        return name.startswith(_PREFIX)
+
+    def _add(self, role: Role, shapes: Shapes, num_rows: int) -> None:
+        self._rows[role, shapes] = self._rows.get((role, shapes), 0) + num_rows
+
+    def _spared(self, training: float) -> float:
+        """Returns what `training` would cost more with all rows at the size of the train view."""
+        num_rows, forwards = {"trained": 0, "small": 0}, {"trained": 0.0, "small": 0.0}
+        for (role, shapes), count in self._rows.items():
+            if role in num_rows:
+                num_rows[role] += count
+                price = self._prices.get((_MODEL_OF[role], shapes), math.nan)
+                forwards[role] += count * price
+        if not num_rows["small"]:
+            return 0.0
+        whole = forwards["trained"] * (1 + num_rows["small"] / num_rows["trained"])
+        paid = sum(forwards.values())
+        return training * (whole / paid - 1) if paid else math.nan  # of lookups, none are counted
+
+    def _unpriced(self) -> set[tuple[Model, Shapes]]:
+        needed: set[tuple[Model, Shapes]] = set()
+        has_small = any(role == "small" for role, _ in self._rows)  # then forwards are compared
+        for role, shapes in self._rows:
+            if role not in ("trained", "small") or self.is_training_estimated or has_small:
+                needed.add((_MODEL_OF[role], shapes))
+        return needed - self._prices.keys()
+
+    def _row_price(self, role: Role, shapes: Shapes) -> float:
+        if role in ("trained", "small") and self._training_flops is not None:
+            return self._training_flops
+        if role != "reusable":
+            price = self._prices.get((_MODEL_OF[role], shapes), math.nan)
+            return price * _TRAINING_FORWARDS if role in ("trained", "small") else price
+        # What scored at larger patches or without some tokens cannot be trained on.
+        scoring, forward = (self._prices.get((m, shapes), math.nan) for m in _BOTH)
+        return 0 if scoring < forward else scoring
+
+
+def shapes_of(image: Any, text: Any) -> Shapes:
+    """Returns what one row of the views looks like."""
+    found = []
+    for name, view in (("image", image), ("text", text)):
+        entries = view if isinstance(view, Mapping) else {"": view}
+        for entry, value in entries.items():
+            is_tensor = isinstance(value, Tensor)
+            dtype = str(value.dtype).removeprefix("torch.") if is_tensor else type(value).__name__
+            size = tuple(value.shape[1:]) if is_tensor else (-1,)
+            found.append((f"{name}/{entry}" if entry else name, dtype, size))
+    return tuple(found)
+
+
+def _num_rows(view: Any) -> int:
+    return len(next(iter(view.values()))) if isinstance(view, Mapping) else len(view)
+
+
+def _price(model: Model, forward: Pass, shapes: Shapes) -> float:
+    """Returns the FLOPs of one row; NaN, and a warning, if they cannot be counted."""
+    try:
+        return forward_flops(forward, _ones(shapes, "image"), _ones(shapes, "text"))
+    except Exception as error:  # of any model: counting must not end a training run
+        what, advice = f"{model}'s scoring", ""
+        if model == "trained":
+            what = "training step"
+            advice = " JESTDataset(training_flops=...) states them."
+        _LOG.warning(
+            "The FLOPs of the %s cannot be counted, so that metrics() reports NaN; training is "
+            "not affected.%s %s: %s",
+            what,
+            advice,
+            type(error).__name__,
+            error,
+        )
+        return math.nan
+
+
+def _ones(shapes: Shapes, view: str) -> View:
+    """Returns a row that stands for the view: only its shape counts, and 1 is a valid token."""
+    entries = {}
+    for name, dtype, size in shapes:
+        if name.split("/")[0] == view:
+            if -1 in size:
+                raise TypeError(f"the {view} is a {dtype}, not a tensor")
+            entries[name.partition("/")[2]] = torch.ones((1, *size), dtype=getattr(torch, dtype))
+    return entries[""] if "" in entries else entries
+
+
+def _is_recorded() -> bool:
+    """Whether what runs now is captured or traced, so that it would run again each time."""
+    if torch.compiler.is_compiling():
+        return True
+    is_ready = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return is_ready and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,101 @@
+"""What selection cost a run, and what it must save to pay: numbers, and the same in plain lines."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jest_stream.metrics.compute import Flops
+
+_UNITS = (
+    ("EFLOP", 1e18),
+    ("PFLOP", 1e15),
+    ("TFLOP", 1e12),
+    ("GFLOP", 1e9),
+    ("MFLOP", 1e6),
+    ("kFLOP", 1e3),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCost:
+    """What a run paid so far, on this rank. `str()` of it is a summary of a few lines."""
+
+    samples_read: int
+    """Candidates of the batches handed out."""
+    samples_scored: int
+    """Candidates that a model was asked about, those in flight included."""
+    samples_trained: int
+    """Examples handed out."""
+    flops: Flops
+    """By what they were spent on; NaN where they are not known."""
+    is_training_estimated: bool
+    """Whether a training step was taken to cost three forward passes of the learner."""
+    data_s: float
+    """Seconds of waiting for data."""
+    scoring_s: float
+    """Seconds of refreshing the learner copy and of embedding; on CUDA of the host only."""
+    selecting_s: float
+    """Seconds of choosing."""
+    yielding_s: float
+    """Seconds of making batches, and of everything else in the dataset."""
+    training_s: float
+    """Seconds outside the dataset, between two batches of a loop."""
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of all loops over the dataset in this process, from their first batch on."""
+        inside = self.data_s + self.scoring_s + self.selecting_s + self.yielding_s
+        return inside + self.training_s
+
+    @property
+    def savings_to_pay(self) -> float:
+        """Share of a uniform run's steps that selection must save to pay in FLOPs; below 0 if the
+        steps cost less than uniform ones."""
+        return 1 - 1 / self.flops.ratio
+
+    def __str__(self) -> str:
+        return "\n".join([self._examples(), *self._flops(), self._seconds()])
+
+    def _examples(self) -> str:
+        read, scored, trained = self.samples_read, self.samples_scored, self.samples_trained
+        return f"examples: {read:,} read, {scored:,} scored, {trained:,} trained"
+
+    def _flops(self) -> list[str]:
+        flops = self.flops
+        parts = {
+            "training": flops.training,
+            "learner scoring": flops.learner_scoring,
+            "reference scoring": flops.reference_scoring,
+            "selection": flops.selection,
+        }
+        largest = max((part for part in parts.values() if not math.isnan(part)), default=0.0)
+        unit, size = next((unit for unit in _UNITS if largest >= unit[1]), ("FLOP", 1.0))
+        listed = ", ".join(
+            f"{'unknown' if math.isnan(part) else f'{part / size:.3g}'} {name}"
+            for name, part in parts.items()
+        )
+        note = " (training estimated as three forward passes)" * self.is_training_estimated
+        return [f"{unit}: {listed}{note}", self._verdict()]
+
+    def _verdict(self) -> str:
+        ratio, with_reuse = self.flops.ratio, self.flops.ratio_with_reuse
+        if math.isnan(ratio):
+            return "cost against uniform training: unknown"
+        found = f"{ratio:.2f} times the FLOPs of uniform training"
+        if with_reuse < ratio:
+            found += f" ({with_reuse:.2f} as the paper counts, which scores and trains in one pass)"
+        if self.samples_scored == 0:
+            return f"{found}: nothing was scored"
+        if ratio <= 1:  # at two sizes training itself may be cheap enough
+            return f"{found}: it pays at as many steps"
+        return (
+            f"{found}: selection pays if it saves more than {self.savings_to_pay:.0%} of the steps"
+        )
+
+    def _seconds(self) -> str:
+        return (
+            f"seconds: {self.data_s:.1f} waiting for data, {self.scoring_s:.1f} scoring, "
+            f"{self.selecting_s:.1f} selecting, {self.yielding_s:.1f} yielding, "
+            f"{self.training_s:.1f} training"
+        )

@@ -1,0 +1,202 @@
+"""A source whose examples bring their cached reference embeddings: source in, source out.
+
+Reads the cache's file of a shard while it reads the shard. Works in worker processes: what it holds
+is the manifest and a `Storage`, and files are mapped by whoever reads them. Nothing outlives the
+reading of a shard but the storage's connections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import Any, Protocol
+
+from jest_stream.errors import (
+    BadExampleError,
+    CachedShardChangedError,
+    NotCachedError,
+    ReferenceMismatchError,
+)
+from jest_stream.reference_cache.manifest import ShardRecord
+from jest_stream.reference_cache.rows import ShardRows
+from jest_stream.types import REFERENCE_ROW, Example, Source
+
+
+class Shelf(Protocol):
+    """Where the embeddings of shards are taken from: a `ReferenceCache`."""
+
+    @property
+    def path(self) -> str:
+        """Where the cache lies, without secrets."""
+
+    @property
+    def source(self) -> str:
+        """Fingerprint of the source that was cached."""
+
+    @property
+    def is_by_key(self) -> bool:
+        """Whether it is of a source without shards, so that keys alone say what belongs."""
+
+    @property
+    def shards(self) -> Sequence[ShardRecord]:
+        """What is cached of each shard."""
+
+    def open_shard(self, shard: int, *, first: int) -> ShardRows:
+        """Returns what finds the embeddings of a shard's examples, from example `first` on."""
+
+
+class JoinedSource:
+    """The examples of a source, each with its reference embeddings from a cache.
+
+    They lie beside it as `__reference__`. An example that the cache lacks comes as the error that
+    says so.
+
+    Args:
+      source: what is read.
+      cache: the cache of this source, or of one that has its shards among others.
+
+    Raises:
+      ReferenceMismatchError: if a shard of the source is not in the cache.
+    """
+
+    def __init__(self, source: Source, cache: Shelf) -> None:
+        self._source = source
+        self._cache = cache
+        self._places = _places(source, cache)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the source."""
+        return self._source.num_shards
+
+    @property
+    def num_examples(self) -> Sequence[int] | None:
+        """What the source says."""
+        counts: Sequence[int] | None = getattr(self._source, "num_examples", None)
+        return counts
+
+    @property
+    def fingerprint(self) -> str:
+        """The source's own: a checkpoint does not depend on where embeddings come from."""
+        return self._source.fingerprint
+
+    def shard_name(self, shard: int) -> str:
+        """Returns what the source calls a shard."""
+        return self._source.shard_name(shard)
+
+    def read(
+        self, shard: int, *, offset: int = 0, index: int = 0
+    ) -> Iterator[tuple[Example | BadExampleError, int]]:
+        """Yields examples with their embeddings; see `types.Source`.
+
+        Raises:
+          CachedShardChangedError: if the shard is not what was cached.
+          CacheDamagedError: if the file of the cache is not whole.
+          ShardUnavailableError: if it cannot be read.
+        """
+        record = self._cache.shards[self._places[shard]]
+        name = self.shard_name(shard)
+        content = _content(self._source, shard)
+        if content is not None and (difference := _difference(record, content, name)):
+            raise _changed(name, self._cache.path, difference)
+        rows = self._cache.open_shard(self._places[shard], first=index)
+        reading: Any = self._source.read(shard, offset=offset, index=index)
+        with closing(reading):
+            for example, behind in reading:
+                index += 1
+                if isinstance(example, BadExampleError):
+                    yield example, behind
+                elif (found := rows.take(example["__key__"])) is None:
+                    yield self._not_cached(example["__key__"], name, record), behind
+                else:
+                    yield {**example, REFERENCE_ROW: found}, behind
+        # A stream may hold some of what was cached, as those of several ranks do, or repeat it.
+        if index != record.num_read and not self._cache.is_by_key:
+            difference = f"it held {record.num_read:,} examples, and holds {index:,}"
+            raise _changed(name, self._cache.path, difference)
+
+    def take_counts(self) -> dict[str, int]:
+        """Returns what the source and the cache's storage counted since the last call."""
+        counts: dict[str, int] = {}
+        for counted in (self._source, self._cache):
+            take = getattr(counted, "take_counts", None)
+            for name, amount in (take() if take else {}).items():
+                counts[name] = counts.get(name, 0) + amount
+        return counts
+
+    def close(self) -> None:
+        """Closes the connections of the source and of the cache."""
+        for closed in (self._source, self._cache):
+            close = getattr(closed, "close", None)
+            if close is not None:
+                close()
+
+    def __repr__(self) -> str:
+        return f"<JoinedSource {self._source!r} with {self._cache.path!r}>"
+
+    def _not_cached(self, key: str, name: str, record: ShardRecord) -> NotCachedError:
+        left = ", ".join(f"{count} {reason}" for reason, count in record.skipped.items())
+        return NotCachedError(
+            f"example {key!r} of shard {name!r} is not in the reference cache "
+            f"{self._cache.path!r}, which has {record.num_examples:,} of the {record.num_read:,} "
+            f"examples of that shard (left out when it was built: {left or 'none'}). Without a "
+            f"reference it cannot be scored. Build the cache of this data, or "
+            f'on_bad_example="skip" to leave out and count what is not in it.',
+            key=key,
+            shard=name,
+            reason="not_cached",
+        )
+
+
+def short_name(name: str) -> str:
+    """Returns the name of a shard without the folder that it lies in."""
+    return name.rpartition("/")[2] or name
+
+
+def _places(source: Source, cache: Shelf) -> list[int]:
+    """Returns, per shard of the source, which shard of the cache it is."""
+    if source.fingerprint == cache.source and source.num_shards == len(cache.shards):
+        return list(range(source.num_shards))
+    if cache.is_by_key and source.num_shards == 1:
+        return [0]
+    names = [short_name(source.shard_name(shard)) for shard in range(source.num_shards)]
+    cached = {short_name(record.name): place for place, record in enumerate(cache.shards)}
+    missing = [name for name in names if name not in cached]
+    is_ambiguous = len(cached) < len(cache.shards) or len(set(names)) < len(names)
+    if not missing and not is_ambiguous:
+        return [cached[name] for name in names]
+    if missing:
+        why = (
+            f"{len(missing):,} of its {len(names):,} shards are not in it, such as {missing[0]!r} "
+            f"(the cache has {next(iter(cached), 'none')!r} and others, {len(cached):,} in all)"
+        )
+    else:
+        why = "its shards have names that come twice, so that only the same list can be matched"
+    raise ReferenceMismatchError(
+        f"the reference cache {cache.path!r} is of other data than the source: {why}. Build a "
+        f"cache of this source, or pass the source that was cached."
+    )
+
+
+def _content(source: Source, shard: int) -> tuple[int, str] | None:
+    content = getattr(source, "shard_content", None)
+    found: tuple[int, str] | None = None if content is None else content(shard)
+    return found
+
+
+def _difference(record: ShardRecord, content: tuple[int, str], name: str) -> str:
+    num_bytes, version = content
+    if record.num_bytes not in (None, num_bytes):
+        return f"it had {record.num_bytes:,} bytes, and has {num_bytes:,}"
+    # A copy elsewhere has another ETag; under the same address it means other content.
+    if record.version and version and record.name == name and record.version != version:
+        return f"its version was {record.version}, and is {version}"
+    return ""
+
+
+def _changed(name: str, path: str, difference: str) -> CachedShardChangedError:
+    return CachedShardChangedError(
+        f"shard {name!r} has changed since its embeddings were cached in {path!r}: {difference}. "
+        f"They say nothing of what it holds now. Build a cache of the data as it is.",
+        shard=name,
+    )

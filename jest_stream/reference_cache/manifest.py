@@ -1,0 +1,224 @@
+"""What a reference cache says of itself: JSON beside the files. Pure functions but for reading.
+
+`build.json` is written first: which reference, views and source. One `NNNNN.json` per shard appears
+when the shard is done, and `manifest.json`, which joins them all, when every shard is. The bytes of
+each depend on what was embedded alone, so that it does not matter who writes them, or how often.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from jest_stream.errors import CacheDamagedError, ReferenceMismatchError
+from jest_stream.reference_cache.fingerprints import ViewFingerprint, view_difference
+from jest_stream.storage import Storage, redacted
+
+VERSION = 2
+BEGUN, COMPLETE = "build.json", "manifest.json"
+_MAX_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What was embedded, and by what."""
+
+    version: int
+    """Of the format."""
+    model: str
+    """Name of the reference, for messages."""
+    weights: str
+    """Fingerprint of its weights."""
+    transform: ViewFingerprint
+    tokenizer: ViewFingerprint
+    image_key: str
+    """Members that hold the image; "a function" for one."""
+    text_key: str
+    logit_scale: float
+    """Multiplier, already exponentiated."""
+    logit_bias: float | None
+    """None for a model without one."""
+    autocast_dtype: str | None
+    micro_batch_size: int
+    """Of the build: other sizes round differently."""
+    source: str
+    """Fingerprint of the source."""
+    num_shards: int
+    part_size: int | None
+    """Examples per file of a source without shards; None where a shard is a file."""
+
+    @property
+    def build(self) -> str:
+        """Names the build in its files, by what must be exactly the same to go on with it."""
+        about = (  # of the others views are compared with some tolerance, the model's name is not
+            *(self.version, self.weights, self.image_key, self.text_key, self.logit_scale),
+            *(self.logit_bias, self.autocast_dtype, self.micro_batch_size, self.source),
+            *(self.num_shards, self.part_size),
+        )
+        return hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One Arrow file."""
+
+    file: str
+    num_examples: int
+    num_bytes: int
+    dimension: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """One shard, and what is cached of it."""
+
+    name: str
+    """What the source calls it; of a local file without its folder."""
+    num_bytes: int | None
+    """Its length when it was embedded; None if it has none."""
+    version: str
+    """Its ETag or the like; "" if unknown."""
+    num_read: int
+    """Examples that it holds, unusable ones too."""
+    skipped: Mapping[str, int]
+    """Examples that were left out, by reason."""
+    parts: tuple[Part, ...]
+    index: str | None = None
+    """File that finds keys among several parts."""
+
+    @property
+    def num_examples(self) -> int:
+        """How many examples are cached."""
+        return sum(part.num_examples for part in self.parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A complete cache."""
+
+    header: Header
+    shards: tuple[ShardRecord, ...]
+
+    @property
+    def num_examples(self) -> int:
+        """How many examples are cached."""
+        return sum(shard.num_examples for shard in self.shards)
+
+    @property
+    def dimension(self) -> int:
+        """Of the embeddings; 0 if there are none."""
+        return next((part.dimension for shard in self.shards for part in shard.parts), 0)
+
+
+def dump_header(header: Header) -> bytes:
+    """Returns the bytes of `build.json`."""
+    return _dump(asdict(header))
+
+
+def dump_record(record: ShardRecord) -> bytes:
+    """Returns the bytes of a shard's file."""
+    return _dump(asdict(record))
+
+
+def dump_manifest(manifest: Manifest) -> bytes:
+    """Returns the bytes of `manifest.json`: one line per shard."""
+    lines = ",\n".join(json.dumps(asdict(shard), sort_keys=True) for shard in manifest.shards)
+    about = {
+        **asdict(manifest.header),
+        "dimension": manifest.dimension,
+        "num_examples": manifest.num_examples,
+    }
+    head = json.dumps(about, sort_keys=True, indent=1)
+    return f'{head[:-2]},\n "shards": [\n{lines}\n]}}\n'.encode()
+
+
+def read_json(storage: Storage, url: str) -> dict[str, Any]:
+    """Returns what a JSON file of a cache holds.
+
+    Raises:
+      CacheDamagedError: if it is cut or no JSON object.
+      ReferenceMismatchError: if a later release wrote it.
+      ShardUnavailableError: if it cannot be read.
+    """
+    with storage.open(url) as file:
+        data = file.read(_MAX_BYTES)
+    try:
+        content = json.loads(data)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise damaged(url, f"is no whole JSON object ({error})", offset=len(data)) from error
+    version = content.get("version", VERSION)
+    if "weights" in content and version != VERSION:
+        raise ReferenceMismatchError(
+            f"{redacted(url)!r} has format version {version!r}, this release reads {VERSION}. Use "
+            "the release that built the cache, or build it anew."
+        )
+    return content
+
+
+def parse_header(content: Mapping[str, Any], url: str) -> Header:
+    """Returns the header in a JSON object; `CacheDamagedError` if it is none."""
+    try:
+        return Header(**{field.name: content[field.name] for field in fields(Header)})
+    except KeyError as error:
+        raise damaged(url, f"lacks {error}") from error
+
+
+def parse_record(content: Mapping[str, Any], url: str) -> ShardRecord:
+    """Returns the shard in a JSON object; `CacheDamagedError` if it is none."""
+    try:
+        parts = tuple(
+            Part(**{field.name: part[field.name] for field in fields(Part)})
+            for part in content["parts"]
+        )
+        names = [field.name for field in fields(ShardRecord) if field.name != "parts"]
+        record = ShardRecord(parts=parts, **{name: content[name] for name in names})
+        files = [part.file for part in parts] + ([record.index] if record.index else [])
+        if any("/" in file or file.startswith(".") for file in files):
+            raise ValueError("it names a file outside of the cache")
+        return record
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(url, f"does not describe a shard ({error})") from error
+
+
+def parse_manifest(content: Mapping[str, Any], url: str) -> Manifest:
+    """Returns the manifest in a JSON object; `CacheDamagedError` if it is none."""
+    header = parse_header(content, url)
+    listed = content.get("shards")
+    if not isinstance(listed, list) or len(listed) != header.num_shards:
+        found = len(listed) if isinstance(listed, list) else "no"
+        raise damaged(url, f"lists {found} shards, and promises {header.num_shards}")
+    return Manifest(header=header, shards=tuple(parse_record(shard, url) for shard in listed))
+
+
+def damaged(url: str, what: str, *, offset: int = 0) -> CacheDamagedError:
+    """Returns the error for a file of a cache that is not whole."""
+    return CacheDamagedError(
+        f"{redacted(url)!r} of the reference cache {what}. It was cut or overwritten: delete it "
+        f"with manifest.json and, of a shard, the .json of that number; building again makes what "
+        f"is missing, and nothing else.",
+        shard=redacted(url),
+        offset=offset,
+    )
+
+
+def header_difference(before: Header, now: Header) -> str:
+    """Returns in words how two builds differ; empty if one continues the other."""
+    for field in fields(Header):
+        old, new = getattr(before, field.name), getattr(now, field.name)
+        if field.name == "model":
+            continue
+        if field.name in ("transform", "tokenizer"):
+            if difference := view_difference(old, new):
+                return f"another {field.name}: {difference}"
+        elif old != new:
+            return f"{field.name} was {old!r}, is {new!r}"
+    return ""
+
+
+def _dump(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, sort_keys=True, indent=1) + "\n").encode()

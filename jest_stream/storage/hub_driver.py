@@ -1,0 +1,194 @@
+"""`hf://`: repositories of the Hugging Face Hub, pinned to a commit.
+
+A branch moves while it is read; a commit does not. So addresses are rewritten once, before the
+first read: `hf://datasets/org/name/x.tar` becomes `hf://datasets/org/name@COMMIT/x.tar`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
+
+from jest_stream.config import StorageConfig
+from jest_stream.errors import ConfigError
+from jest_stream.storage.drivers import WebAnswer, WebDriver, byte_range, web_files
+from jest_stream.storage.failures import AttemptFailed, failure_of_status
+from jest_stream.storage.redaction import redacted
+from jest_stream.storage.responses import Answer
+from jest_stream.types import ObjectInfo
+
+_TYPES = {"datasets": "dataset", "spaces": "space", "models": "model"}
+_ADDRESS = re.compile(
+    r"hf://(?:(datasets|spaces|models)/|(?!(?:datasets|spaces|models)/))([^/@]+/[^/@]+)(?:@([^/].*?))?(?:/(.*))?"
+)
+_REFERENCE = re.compile(r"(refs/(?:convert|pr)/[^/]+)(?:/(.*))?")
+_NEXT = re.compile(r'<([^<>]+)>\s*;\s*rel="?next"?')
+_MAX_PAGE_BYTES = 64 << 20
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class HubPath(NamedTuple):
+    """A file or pattern in a repository."""
+
+    kind: str
+    """`dataset`, `model` or `space`."""
+    repository: str
+    """`org/name`."""
+    revision: str
+    """A branch, tag or commit; "" for the default branch."""
+    path: str
+    """Within the repository."""
+
+    @property
+    def url(self) -> str:
+        """The address, its revision quoted."""
+        prefix = "" if self.kind == "model" else f"{self.kind}s/"
+        revision = f"@{quote(self.revision, safe='')}" if self.revision else ""
+        return f"hf://{prefix}{self.repository}{revision}/{self.path}"
+
+
+def parse(url: str) -> HubPath:
+    """Returns the parts of an `hf://` address.
+
+    Raises:
+      ConfigError: if it is none.
+    """
+    if url.startswith("hf://buckets/"):
+        raise ConfigError(
+            f"{redacted(url)!r} is a bucket; read are repositories: hf://datasets/org/name/..."
+        )
+    found = _ADDRESS.fullmatch(url)
+    if not found:
+        raise ConfigError(
+            f"{redacted(url)!r} is no address of a repository; it is written "
+            "hf://datasets/org/name/path, or hf://datasets/org/name@revision/path."
+        )
+    kind, repository, revision, path = (part or "" for part in found.groups())
+    if revision == "refs" and (reference := _REFERENCE.fullmatch(f"refs/{path}")):
+        revision, path = reference.group(1), reference.group(2) or ""
+    return HubPath(_TYPES.get(kind, "model"), repository, unquote(revision), path)
+
+
+class HubDriver(WebDriver):
+    """Reads files of repositories over HTTP; their addresses by huggingface_hub.
+
+    The Hub redirects to a signed address, which is kept and used until it is refused: one request
+    to the Hub for each file, not for each range. The token goes to the Hub only.
+    """
+
+    def __init__(self, config: StorageConfig) -> None:
+        self._hub: Any = importlib.import_module("huggingface_hub")
+        self._utils: Any = importlib.import_module("huggingface_hub.utils")
+        options = config.options.get("hf", {})
+        self._token = options.get("token")
+        constants: Any = importlib.import_module("huggingface_hub.constants")
+        self._endpoint = str(options.get("endpoint") or constants.ENDPOINT).rstrip("/")
+        self._timeout_s = config.connect_timeout_s + config.stall_timeout_s
+        self._files = web_files(config, {"client_kwargs": {"trust_env": True}})
+        self._connecting = asyncio.Lock()
+        self._commits: dict[tuple[str, str, str], str] = {}
+        self._signed: dict[str, str] = {}
+        self._refused: set[str] = set()
+
+    async def request(self, url: str, start: int, end: int, version: str) -> Answer:
+        """Asks for a range of the file at that commit, which needs no condition."""
+        del version
+        answer = await self._ask(url, byte_range(start, end))
+        if answer.status not in (401, 403, 404, 410):
+            self._refused.discard(url)
+        elif answer.redirected_to and url not in self._refused:
+            await answer.close()
+            self._signed.pop(url, None)
+            self._refused.add(url)  # a fresh one that is refused, too, is not worth another try
+            raise AttemptFailed("again", "the signed address of the file has expired")
+        return answer
+
+    def version_of(self, url: str, answer: Answer) -> str:
+        """Returns the commit, since the address names it."""
+        del answer
+        revision = parse(url).revision
+        return revision if _COMMIT.fullmatch(revision) else ""
+
+    async def matches(self, pattern: str) -> list[tuple[str, ObjectInfo | None]]:
+        """Returns the files of the commit that match. huggingface_hub's listing has no limits."""
+        from fsspec.utils import glob_translate
+
+        wanted = parse(pattern)
+        expression = re.compile(glob_translate(wanted.path))
+        folder = re.split(r"[^/]*[*?\[]", wanted.path, maxsplit=1)[0].rstrip("/")
+        is_deep = "/" in wanted.path[len(folder) :].lstrip("/") or "**" in wanted.path
+        url: str | None = (
+            f"{self._endpoint}/api/{wanted.kind}s/{wanted.repository}/tree/{wanted.revision}"
+            f"{quote(f'/{folder}' if folder else '')}?recursive={str(is_deep).lower()}"
+        )
+        found: list[tuple[str, ObjectInfo | None]] = []
+        while url is not None:
+            entries, url = await self._page(url)
+            for entry in entries:
+                if entry["type"] == "file" and expression.match(entry["path"]):
+                    name = wanted._replace(path=entry["path"]).url
+                    found.append((name, ObjectInfo(int(entry["size"]), wanted.revision)))
+        return found
+
+    def pinned(self, url: str) -> str:
+        """Returns the address with the commit in place of the branch or tag."""
+        file = parse(url)
+        if _COMMIT.fullmatch(file.revision):
+            return url
+        key = file[:3]
+        if key not in self._commits:
+            api = self._hub.HfApi(endpoint=self._endpoint, token=self._token)
+            info = api.repo_info(
+                file.repository,
+                repo_type=file.kind,
+                revision=file.revision or None,
+                timeout=self._timeout_s,
+            )
+            self._commits[key] = str(info.sha)
+        return file._replace(revision=self._commits[key]).url
+
+    async def _page(self, url: str) -> tuple[list[dict[str, Any]], str | None]:
+        """Returns one page of a listing, and the address of the next."""
+        answer = await self._get(url, self._utils.build_hf_headers(token=self._token))
+        try:
+            if answer.status == 404:
+                return [], None  # no such folder; that there is a repository is known
+            if answer.status != 200:
+                raise failure_of_status(answer.status, answer.headers)
+            data = bytearray()
+            while part := await answer.read():
+                data += part
+                if len(data) > _MAX_PAGE_BYTES:
+                    raise AttemptFailed("never", f"a page of the listing exceeds {_MAX_PAGE_BYTES}")
+        finally:
+            await answer.close()
+        following = _NEXT.search(answer.headers.get("link", ""))
+        if following and not following.group(1).startswith(f"{self._endpoint}/"):
+            raise AttemptFailed("never", "the listing goes on at another server, without the token")
+        return json.loads(data), following.group(1) if following else None
+
+    async def _ask(self, url: str, asked: Mapping[str, str]) -> WebAnswer:
+        """Returns the answer of the Hub, or that of the signed address it gave before."""
+        signed = self._signed.get(url)
+        if signed is not None:
+            answer = await self._get(signed, asked)
+            answer.redirected_to = signed
+            return answer
+        file = parse(url)
+        address = self._hub.hf_hub_url(
+            file.repository,
+            file.path,
+            repo_type=file.kind,
+            revision=file.revision or None,
+            endpoint=self._endpoint,
+        )
+        headers: Mapping[str, str] = self._utils.build_hf_headers(token=self._token)
+        answer = await self._get(address, {**headers, **asked})
+        if answer.redirected_to and answer.status in (200, 206):
+            self._signed[url] = answer.redirected_to
+        return answer

@@ -1,0 +1,35 @@
+"""Worker processes: how they start and end, what they send, and what watches over them."""
+
+from jest_stream.workers.process import (
+    Finalizer,
+    Job,
+    Owner,
+    Worker,
+    start_workers,
+    stop_workers,
+)
+from jest_stream.workers.transport import (
+    Failure,
+    Message,
+    WorkerTraceback,
+    dump,
+    dump_failure,
+)
+from jest_stream.workers.watch import Notes, Place, Watchdog
+
+__all__ = [
+    "Failure",
+    "Finalizer",
+    "Job",
+    "Message",
+    "Notes",
+    "Owner",
+    "Place",
+    "Watchdog",
+    "Worker",
+    "WorkerTraceback",
+    "dump",
+    "dump_failure",
+    "start_workers",
+    "stop_workers",
+]
