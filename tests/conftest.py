@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from s3_server import s3  # noqa: F401  a fixture
+from support.s3_server import s3  # noqa: F401  a fixture
 
 # The tests' matrices are tiny: a second thread only waits for the first.
 torch.set_num_threads(1)

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from leaks import no_leaks  # noqa: F401
-from models import TinyTwoTower, to_tensor
-from models import tiny_dataset as jest
-from shards import make_example, members, write_shards, write_tar
+from support.leaks import no_leaks  # noqa: F401
+from support.models import TinyTwoTower, to_tensor
+from support.models import tiny_dataset as jest
+from support.shards import make_example, members, write_shards, write_tar
 from torch import nn
 
 from jest_stream import JESTDataset, ScoringConfig, SelectionConfig, TarSource

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from leaks import no_leaks  # noqa: F401
 from PIL import Image
-from shards import write_shards
+from support.leaks import no_leaks  # noqa: F401
+from support.shards import write_shards
+from support.vision_models import WORDS, open_clip_model, timm_model, transformers_model
 from torch import Tensor, nn
-from vision_models import WORDS, open_clip_model, timm_model, transformers_model
 
 from jest_stream import JESTDataset, ScoringConfig, SelectionConfig, select_jointly
 from jest_stream.demo.model import TwoTowerModel

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from leaks import no_leaks  # noqa: F401
-from shards import write_shards
+from support.leaks import no_leaks  # noqa: F401
+from support.shards import write_shards
 
 from jest_stream import TarSource
 from jest_stream.cli import main

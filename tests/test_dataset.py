@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from leaks import no_leaks  # noqa: F401
-from models import TinyTwoTower, flipped, tiny_dataset, to_tensor, tokenize
-from shards import draw, write_shards
+from support.leaks import no_leaks  # noqa: F401
+from support.models import TinyTwoTower, flipped, tiny_dataset, to_tensor, tokenize
+from support.shards import draw, write_shards
 from torch import Tensor
 from torch.utils.data import DataLoader
 

@@ -18,10 +18,10 @@ import torch.distributed
 import torch.distributed.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from leaks import no_leaks  # noqa: F401
-from models import TinyTwoTower, to_tensor, tokenize
-from ranks import on_ranks
-from shards import write_shards
+from support.leaks import no_leaks  # noqa: F401
+from support.models import TinyTwoTower, to_tensor, tokenize
+from support.ranks import on_ranks
+from support.shards import write_shards
 
 from jest_stream import JESTDataset, SelectionConfig, gather_state_dict
 from jest_stream.config.sizes import Layout

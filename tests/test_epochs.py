@@ -16,9 +16,9 @@ import pytest
 import torch.distributed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from leaks import no_leaks  # noqa: F401
-from models import TinyTwoTower
-from ranks import on_ranks
+from support.leaks import no_leaks  # noqa: F401
+from support.models import TinyTwoTower
+from support.ranks import on_ranks
 from torch import Tensor
 from torch.utils.data import DataLoader
 

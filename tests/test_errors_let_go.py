@@ -20,11 +20,13 @@ from typing import Any
 
 import pytest
 import torch
-from hub_server import HubServer, parquet_of
-from models import TinyTwoTower
-from models import tiny_dataset as jest
-from remote import AT_ONCE, nothing_survives, until  # noqa: F401
-from shards import make_example, write_shards
+from support.fault_server import FaultServer
+from support.faults import Fault
+from support.hub_server import HubServer, parquet_of
+from support.models import TinyTwoTower
+from support.models import tiny_dataset as jest
+from support.remote import AT_ONCE, nothing_survives, until  # noqa: F401
+from support.shards import make_example, write_shards
 
 from jest_stream import JESTDataset
 from jest_stream.config.storage import StorageConfig
@@ -40,7 +42,6 @@ from jest_stream.errors import (
     WorkerDiedError,
 )
 from jest_stream.sources.huggingface import HuggingFaceSource
-from jest_stream.testing.faults import Fault, FaultServer
 
 WORKERS = [0, 2]
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import psutil
 import pytest
-from leaks import children, no_leaks, nothing_left_behind  # noqa: F401
-from models import flipped, tiny_dataset
-from shards import write_shards
+from support.leaks import children, no_leaks, nothing_left_behind  # noqa: F401
+from support.models import flipped, tiny_dataset
+from support.shards import write_shards
 
 import jest_stream
 from jest_stream import JESTDataset
@@ -28,8 +28,8 @@ from jest_stream import JESTDataset
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 PACKAGE = Path(jest_stream.__file__).parent
-SCHEDULE = ("pipeline.py", "ledger.py", "feed.py")
-WORKERS = ("sources/process.py", "sources/transport.py", "sources/watch.py", "sources/workers.py")
+SCHEDULE = ("pipeline/schedule.py", "pipeline/batches.py", "pipeline/super_batches.py")
+WORKERS = ("workers/process.py", "workers/transport.py", "workers/watch.py", "sources/reader.py")
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_ending_workers_does_not_tell_an_event_loop_to_terminate(shards: list[st
 PROGRAM = """
 import sys, threading
 sys.path.insert(0, {tests!r})
-from models import to_tensor, tokenize
+from support.models import to_tensor, tokenize
 from jest_stream import JESTDataset, SelectionConfig
 
 def hang_soon(image, left=[9]):

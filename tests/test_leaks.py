@@ -12,9 +12,9 @@ import sys
 import threading
 from pathlib import Path
 
-import leaks
 import pytest
-from leaks import nothing_left_behind
+from support import leaks
+from support.leaks import nothing_left_behind
 
 TESTS = Path(__file__).parent
 MODULES = sorted(TESTS.rglob("test_*.py"))
@@ -22,7 +22,7 @@ MODULES = sorted(TESTS.rglob("test_*.py"))
 # What opens files, connections or processes. Tests of what is computed need no check.
 OPENS = (
     "JESTDataset TarSource IterableSource HuggingFaceSource open_source sources storage testing "
-    "ReferenceCache caching dataset pipeline feed superbatch demo cli"
+    "ReferenceCache reference_cache dataset pipeline workers demo cli"
 ).split()
 
 

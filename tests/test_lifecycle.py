@@ -16,11 +16,11 @@ from typing import Any
 
 import psutil
 import pytest
-from endings import EARLY_ENDS, assert_no_worker_outlives
-from leaks import no_leaks  # noqa: F401
-from models import TinyTwoTower, tokenize
-from models import tiny_dataset as jest
-from shards import write_shards
+from support.endings import EARLY_ENDS, assert_no_worker_outlives
+from support.leaks import no_leaks  # noqa: F401
+from support.models import TinyTwoTower, tokenize
+from support.models import tiny_dataset as jest
+from support.shards import write_shards
 from torch.utils.data import DataLoader
 
 from jest_stream import SelectionConfig
@@ -190,8 +190,8 @@ def test_an_error_in_user_code_keeps_its_type_and_stops_at_its_place(shards: lis
 
 SCRIPT = """
 import sys
-from endings import come_to
-from models import TinyTwoTower, flipped, to_tensor, tokenize
+from support.endings import come_to
+from support.models import TinyTwoTower, flipped, to_tensor, tokenize
 from jest_stream import JESTDataset
 dataset = JESTDataset(sys.argv[2:], learner=TinyTwoTower(1), reference=TinyTwoTower(2),
                       transform=to_tensor, tokenizer=tokenize, train_transform=flipped,

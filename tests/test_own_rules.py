@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from leaks import no_leaks  # noqa: F401
-from models import TinyTwoTower, tiny_dataset, train_step
-from shards import draw, make_example, members, write_shards, write_tar
+from support.leaks import no_leaks  # noqa: F401
+from support.models import TinyTwoTower, tiny_dataset, train_step
+from support.shards import draw, make_example, members, write_shards, write_tar
 from torch import Tensor
 
 from jest_stream import (

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
-from s3_server import S3Server
-from shards import write_shards
+from support.hub_server import HubServer
+from support.s3_server import S3Server
+from support.shards import write_shards
 
 import jest_stream
 

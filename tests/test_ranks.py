@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch.distributed
-from leaks import no_leaks  # noqa: F401
-from models import TinyTwoTower, to_tensor, tokenize
-from ranks import on_ranks
-from shards import write_shards
+from support.leaks import no_leaks  # noqa: F401
+from support.models import TinyTwoTower, to_tensor, tokenize
+from support.ranks import on_ranks
+from support.shards import write_shards
 
 from jest_stream import JESTDataset, SelectionConfig
 from jest_stream.errors import ConfigError, ResumeMismatchError

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from leaks import no_leaks  # noqa: F401
-from models import TinyTwoTower, flipped, to_tensor, tokenize, train_step
-from shards import write_shards
+from support.leaks import no_leaks  # noqa: F401
+from support.models import TinyTwoTower, flipped, to_tensor, tokenize, train_step
+from support.shards import write_shards
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 

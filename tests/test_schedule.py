@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import TinyTwoTower, tiny_dataset
-from shards import write_shards
+from support.models import TinyTwoTower, tiny_dataset
+from support.shards import write_shards
 from torch import Tensor
 
 from jest_stream import SelectionConfig

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from models import TinyTwoTower, to_tensor, tokenize, train_step
-from shards import write_shards
+from support.models import TinyTwoTower, to_tensor, tokenize, train_step
+from support.shards import write_shards
 
 from jest_stream import JESTDataset
 

@@ -12,12 +12,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from leaks import (
+from support.leaks import (
     children,
     no_leaks,  # noqa: F401
 )
-from models import TinyTwoTower, flipped, to_tensor, tokenize, train_step
-from shards import make_example, write_shards
+from support.models import TinyTwoTower, flipped, to_tensor, tokenize, train_step
+from support.shards import make_example, write_shards
 
 from jest_stream import JESTDataset, SelectionConfig
 from jest_stream.testing.resume import assert_resumes

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from leaks import no_leaks  # noqa: F401
-from models import TinyTwoTower, flipped, to_tensor, tokenize
 from PIL import Image
-from shards import write_shards
+from support.leaks import no_leaks  # noqa: F401
+from support.models import TinyTwoTower, flipped, to_tensor, tokenize
+from support.shards import write_shards
 from torch import Tensor
 
 from jest_stream import JESTDataset, ScoringConfig, SelectionConfig

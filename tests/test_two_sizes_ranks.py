@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch.distributed
-from leaks import no_leaks  # noqa: F401
-from ranks import on_ranks
-from shards import write_shards
+from support.leaks import no_leaks  # noqa: F401
+from support.ranks import on_ranks
+from support.shards import write_shards
+from support.vision_models import WORDS, open_clip_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2.functional import pil_to_tensor
-from vision_models import WORDS, open_clip_model
 
 from jest_stream import JESTDataset, ScoringConfig, at_score_size
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from leaks import no_leaks  # noqa: F401
-from shards import make_example
+from support.leaks import no_leaks  # noqa: F401
+from support.shards import make_example
 
 from jest_stream.config import Limits
 from jest_stream.errors import BadExampleError, UnsafeExampleError

@@ -3,3 +3,7 @@
 `data` unpacks the pictures into tar shards, `model` and `training` are what a user would write,
 `run` trains with uniform batches and with JEST, `report` says what came of it.
 """
+
+from jest_stream.demo.run import run_demo
+
+__all__ = ["run_demo"]

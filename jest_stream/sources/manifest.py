@@ -21,15 +21,12 @@ import os
 import posixpath
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from jest_stream.config import SCHEMES
 from jest_stream.errors import ConfigError, UnsafeDataError
 from jest_stream.storage import MAX_SHARDS, Storage, redacted
-
-if TYPE_CHECKING:
-    pass
 
 MAX_MANIFEST_BYTES = 64 << 20
 """Most bytes of a manifest; a JSON of this size takes about ten times as much memory."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import importlib
 import logging
 import os
 import threading
@@ -21,9 +22,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from jest_stream.config import StorageConfig
-from jest_stream.errors import StalledError
+from jest_stream.errors import ConfigError, StalledError
 from jest_stream.storage.addresses import store_of
-from jest_stream.storage.drivers import Driver, make_driver
+from jest_stream.storage.drivers import Driver, GoogleDriver, S3Driver, WebDriver
+from jest_stream.storage.hub_driver import HubDriver
+
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "hf": "huggingface_hub"}
 
 _Result = TypeVar("_Result")
 _CLOSE_TIMEOUT_S = 5.0
@@ -152,3 +156,33 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
+
+
+def make_driver(store: str, config: StorageConfig) -> Driver:
+    """Returns the driver of a kind of store (see `store_of`), not yet connected.
+
+    Raises:
+      ConfigError: if its package is not installed, or does not take the options.
+    """
+    package = _PACKAGES[store]
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise ConfigError(
+            f"reading {store}:// needs the package {package}, which cannot be imported ({error}). "
+            f"Install it: pip install {package}"
+        ) from error
+    drivers: dict[str, type[Any]] = {
+        "s3": S3Driver,
+        "gs": GoogleDriver,
+        "http": WebDriver,
+        "hf": HubDriver,
+    }
+    try:
+        driver: Driver = drivers[store](config)
+    except TypeError as error:
+        raise ConfigError(
+            f"StorageConfig.options[{store!r}] do not fit {package}: {error}. They are the keyword "
+            f"arguments of its fsspec filesystem: {sorted(config.options.get(store, {}))}"
+        ) from None
+    return driver

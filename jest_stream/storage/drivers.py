@@ -19,7 +19,6 @@ from jest_stream.storage.redaction import redacted
 from jest_stream.storage.responses import Answer
 from jest_stream.types import ObjectInfo
 
-_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "hf": "huggingface_hub"}
 _CHUNK_BYTES = 256 * 1024
 
 
@@ -46,38 +45,6 @@ class Driver(Protocol):
 
     async def close(self) -> None:
         """Closes every connection."""
-
-
-def make_driver(store: str, config: StorageConfig) -> Driver:
-    """Returns the driver of a kind of store (see `store_of`), not yet connected.
-
-    Raises:
-      ConfigError: if its package is not installed, or does not take the options.
-    """
-    package = _PACKAGES[store]
-    try:
-        importlib.import_module(package)
-    except ImportError as error:
-        raise ConfigError(
-            f"reading {store}:// needs the package {package}, which cannot be imported ({error}). "
-            f"Install it: pip install {package}"
-        ) from error
-    from jest_stream.storage.hub_driver import HubDriver
-
-    drivers: dict[str, type[Any]] = {
-        "s3": S3Driver,
-        "gs": GoogleDriver,
-        "http": WebDriver,
-        "hf": HubDriver,
-    }
-    try:
-        driver: Driver = drivers[store](config)
-    except TypeError as error:
-        raise ConfigError(
-            f"StorageConfig.options[{store!r}] do not fit {package}: {error}. They are the keyword "
-            f"arguments of its fsspec filesystem: {sorted(config.options.get(store, {}))}"
-        ) from None
-    return driver
 
 
 class WebAnswer:

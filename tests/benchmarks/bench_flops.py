@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from vit_flops import Shape, counted, pairs_for, settings, stacked  # noqa: E402
+from support.vit_flops import Shape, counted, pairs_for, settings, stacked  # noqa: E402
 
 from jest_stream import ScoringConfig  # noqa: E402
 from jest_stream.scoring.learner import LearnerCopy  # noqa: E402

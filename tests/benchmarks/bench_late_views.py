@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shards import write_tar  # noqa: E402
+from support.shards import write_tar  # noqa: E402
 
 from jest_stream import JESTDataset, SelectionConfig  # noqa: E402
 

@@ -24,8 +24,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from s3_server import S3Server  # noqa: E402
-from shards import write_shards  # noqa: E402
+from support.s3_server import S3Server  # noqa: E402
+from support.shards import write_shards  # noqa: E402
 
 from jest_stream.sources.tar import TarSource  # noqa: E402
 

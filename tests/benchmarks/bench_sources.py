@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shards import members, write_tar  # noqa: E402
+from support.shards import members, write_tar  # noqa: E402
 
 from jest_stream.demo import data  # noqa: E402
 from jest_stream.sources.reader import BlockReader  # noqa: E402

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 import torch
-from leaks import no_leaks  # noqa: F401
 from PIL import Image
+from support.leaks import no_leaks  # noqa: F401
 
 from jest_stream.demo import data
 from jest_stream.demo.run import run_demo

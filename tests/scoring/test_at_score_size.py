@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from vision_models import (
+from support.vision_models import (
     OPEN_CLIP,
     TIMM,
     clone,
@@ -21,6 +19,8 @@ from vision_models import (
     transformers_model,
     words,
 )
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from jest_stream import ScoringConfig, at_score_size
 from jest_stream.errors import ConfigError

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import Plain
+from support.models import Plain
 from torch import Tensor, nn
 from torch.nn import functional as F
 

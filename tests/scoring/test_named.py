@@ -12,12 +12,12 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from clip_models import config, write_folder
-from leaks import no_leaks  # noqa: F401
-from models import TinyTwoTower, to_tensor, tokenize
 from PIL import Image
 from safetensors.torch import load_file
-from shards import draw, write_shards
+from support.clip_models import config, write_folder
+from support.leaks import no_leaks  # noqa: F401
+from support.models import TinyTwoTower, to_tensor, tokenize
+from support.shards import draw, write_shards
 
 from jest_stream import JESTDataset
 from jest_stream.errors import ConfigError, UnsafeDataError

@@ -9,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from models import Plain
+from support.models import Plain
 from torch import nn
 
 from jest_stream.errors import ConfigError

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import Plain
+from support.models import Plain
 from torch import Tensor, nn
 
 from jest_stream.errors import ConfigError

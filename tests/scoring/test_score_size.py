@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from vision_models import (
+from support.vision_models import (
     OPEN_CLIP,
     TIMM,
     clone,
@@ -21,6 +20,7 @@ from vision_models import (
     transformers_model,
     words,
 )
+from torch import Tensor, nn
 
 from jest_stream import ScoringConfig
 from jest_stream.errors import ResumeMismatchError

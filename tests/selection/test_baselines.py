@@ -8,7 +8,7 @@ from __future__ import annotations
 import naive
 import pytest
 import torch
-from selection_inputs import noise_of, random_embeddings
+from support.selection_inputs import noise_of, random_embeddings
 
 from jest_stream.errors import ConfigError
 from jest_stream.selection.baselines import (

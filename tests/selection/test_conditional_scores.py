@@ -11,7 +11,7 @@ from dataclasses import replace
 import naive
 import pytest
 import torch
-from selection_inputs import embeddings_with_logits, random_embeddings
+from support.selection_inputs import embeddings_with_logits, random_embeddings
 
 from jest_stream.selection import losses
 from jest_stream.selection.conditional import (

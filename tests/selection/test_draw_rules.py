@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from selection_inputs import noise_of, random_embeddings
+from support.selection_inputs import noise_of, random_embeddings
 
 from jest_stream.config.selection import Quota
 from jest_stream.errors import ConfigError, NonFiniteError

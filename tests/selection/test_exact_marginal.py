@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from selection_inputs import noise_of, random_embeddings
+from support.selection_inputs import noise_of, random_embeddings
 
 from jest_stream.selection.drawing import DrawRule
 from jest_stream.selection.joint import joint_selection

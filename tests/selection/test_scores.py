@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from selection_inputs import random_embeddings
+from support.selection_inputs import random_embeddings
 
 import jest_stream.selection as selection
 from jest_stream.errors import ConfigError

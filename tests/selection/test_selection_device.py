@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from selection_inputs import random_embeddings
+from support.selection_inputs import random_embeddings
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from jest_stream.config.selection import Quota

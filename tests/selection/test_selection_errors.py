@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from selection_inputs import random_embeddings
+from support.selection_inputs import random_embeddings
 from torch import Tensor
 
 from jest_stream.errors import ConfigError, NonFiniteError

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import TinyTwoTower, to_tensor, tokenize
-from remote import nothing_survives  # noqa: F401
-from shards import make_example, members, write_tar
+from support.models import TinyTwoTower, to_tensor, tokenize
+from support.remote import nothing_survives  # noqa: F401
+from support.shards import make_example, members, write_tar
 from test_tar_faults import Put, bucket, put  # noqa: F401  fixtures: local, http, s3, hub
 
 from jest_stream import JESTDataset, SelectionConfig, TarSource

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import readers
 import torch
-from leaks import no_leaks
-from shards import make_example, members, write_shards, write_tar
+from support import block_readers as readers
+from support.leaks import no_leaks
+from support.shards import make_example, members, write_shards, write_tar
 
 from jest_stream.errors import (
     BadExampleError,

@@ -21,11 +21,11 @@ from typing import Any
 
 import pytest
 import torch
-from hub_server import Fault, HubServer, parquet_of, tar_of
-from live_pickles import pickled
-from models import TinyTwoTower, to_tensor, tokenize
-from remote import nothing_survives  # noqa: F401
-from shards import make_example
+from support.hub_server import Fault, HubServer, parquet_of, tar_of
+from support.live_pickles import pickled
+from support.models import TinyTwoTower, to_tensor, tokenize
+from support.remote import nothing_survives  # noqa: F401
+from support.shards import make_example
 
 from jest_stream import JESTDataset
 from jest_stream.config.storage import StorageConfig

@@ -17,10 +17,10 @@ from typing import Any
 import datasets
 import pytest
 from datasets.distributed import split_dataset_by_node
-from hub_server import HubServer, parquet_of, tar_of
-from leaks import no_leaks  # noqa: F401
-from models import TinyTwoTower, to_tensor, tokenize
-from shards import draw, encode, make_example
+from support.hub_server import HubServer, parquet_of, tar_of
+from support.leaks import no_leaks  # noqa: F401
+from support.models import TinyTwoTower, to_tensor, tokenize
+from support.shards import draw, encode, make_example
 
 from jest_stream import JESTDataset
 from jest_stream.errors import BadExampleError, ConfigError

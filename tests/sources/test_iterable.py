@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import webdataset
-from leaks import no_leaks  # noqa: F401
-from shards import draw, make_example, write_shards
+from support.leaks import no_leaks  # noqa: F401
+from support.shards import draw, make_example, write_shards
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from jest_stream.errors import ConfigError, ShardUnavailableError, UnsafeDataError

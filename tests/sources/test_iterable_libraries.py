@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 import webdataset
-from leaks import no_leaks
-from models import TinyTwoTower, to_tensor, tokenize
 from PIL import Image
-from shards import make_example, write_shards
+from support.leaks import no_leaks
+from support.models import TinyTwoTower, to_tensor, tokenize
+from support.shards import make_example, write_shards
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
 
 from jest_stream import JESTDataset, SelectionConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from leaks import no_leaks  # noqa: F401
+from support.leaks import no_leaks  # noqa: F401
 
 from jest_stream.errors import BadExampleError, ConfigError, ShardError
 from jest_stream.sources.lanes import Lane, lane_shards, num_lanes, shard_order

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from leaks import no_leaks  # noqa: F401
-from shards import write_shards, write_tar
+from support.leaks import no_leaks  # noqa: F401
+from support.shards import write_shards, write_tar
 
 from jest_stream.errors import ConfigError, ShardError, ShardUnavailableError, UnsafeDataError
 from jest_stream.sources.index import write_manifest

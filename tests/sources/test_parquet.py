@@ -14,10 +14,10 @@ from typing import Any
 
 import pyarrow
 import pytest
-from hub_server import parquet_of
-from leaks import no_leaks  # noqa: F401
 from pyarrow import parquet
-from shards import make_example
+from support.hub_server import parquet_of
+from support.leaks import no_leaks  # noqa: F401
+from support.shards import make_example
 
 from jest_stream.errors import (
     BadExampleError,

@@ -19,12 +19,12 @@ import pyarrow
 import pytest
 import torch
 import tqdm
-from hub_server import HubServer, tar_of
-from live_pickles import WRITERS, jest, pickled
-from models import to_tensor
 from pyarrow import parquet
-from remote import nothing_survives  # noqa: F401
-from shards import draw, encode, make_example, members, write_tar
+from support.hub_server import HubServer, tar_of
+from support.live_pickles import WRITERS, jest, pickled
+from support.models import to_tensor
+from support.remote import nothing_survives  # noqa: F401
+from support.shards import draw, encode, make_example, members, write_tar
 
 from jest_stream.config.storage import StorageConfig
 from jest_stream.errors import BadExampleError, ConfigError, ShardError, UnsafeDataError

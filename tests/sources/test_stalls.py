@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import readers
-from leaks import children, no_leaks
-from shards import write_shards
+from support import block_readers as readers
+from support.leaks import children, no_leaks
+from support.shards import write_shards
 
 from jest_stream.errors import BadExampleError, StalledError, WorkerDiedError
 from jest_stream.sources.tar import TarSource

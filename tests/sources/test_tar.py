@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 import webdataset
-from leaks import no_leaks  # noqa: F401
-from shards import make_example, members, write_shards, write_tar
+from support.leaks import no_leaks  # noqa: F401
+from support.shards import make_example, members, write_shards, write_tar
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from jest_stream.errors import (

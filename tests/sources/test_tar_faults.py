@@ -16,16 +16,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
-from leaks import nothing_left_behind
-from remote import nothing_survives, start_loop  # noqa: F401
-from s3_server import S3Server
-from shards import make_example, members, write_tar
+from support.fault_server import FaultServer
+from support.hub_server import HubServer
+from support.leaks import nothing_left_behind
+from support.remote import nothing_survives, start_loop  # noqa: F401
+from support.s3_server import S3Server
+from support.shards import make_example, members, write_tar
 
 from jest_stream.config.storage import StorageConfig
 from jest_stream.errors import BadExampleError, JESTError, ShardError, ShardTruncatedError
 from jest_stream.sources.tar import TarSource
-from jest_stream.testing.faults import FaultServer
 
 # Three examples of two members, each member one block of header and one of data: an example is
 # 2,048 bytes, the end marker is at 6,144, and the file is padded to 10,240.

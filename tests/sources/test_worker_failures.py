@@ -16,11 +16,11 @@ from typing import Any
 
 import psutil
 import pytest
-import readers
 import torch
-from endings import EARLY_ENDS, assert_no_worker_outlives
-from leaks import children, no_leaks
-from shards import make_example, members, write_shards, write_tar
+from support import block_readers as readers
+from support.endings import EARLY_ENDS, assert_no_worker_outlives
+from support.leaks import children, no_leaks
+from support.shards import make_example, members, write_shards, write_tar
 
 from jest_stream.errors import (
     BadExampleError,
@@ -366,7 +366,7 @@ def test_a_forked_process_that_drops_the_reader_does_not_stop_the_workers(
 
 SCRIPT = """
 import sys
-from endings import come_to
+from support.endings import come_to
 from test_worker_failures import heavy, open_reader
 reader = open_reader(sys.argv[2:], num_workers=2, prepare=heavy, end_epoch=None)
 for _ in range(5):

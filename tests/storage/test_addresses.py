@@ -12,7 +12,7 @@ import pytest
 from braceexpand import braceexpand
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from remote import nothing_survives  # noqa: F401
+from support.remote import nothing_survives  # noqa: F401
 
 from jest_stream.config.storage import StorageConfig
 from jest_stream.errors import (

@@ -11,9 +11,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from remote import nothing_survives  # noqa: F401
-
-from jest_stream.testing.faults import Fault, FaultServer
+from support.fault_server import FaultServer
+from support.faults import Fault
+from support.remote import nothing_survives  # noqa: F401
 
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
 

@@ -11,12 +11,13 @@ import traceback
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from remote import noise, nothing_survives  # noqa: F401
+from support.fault_server import FaultServer
+from support.faults import Fault
+from support.remote import noise, nothing_survives  # noqa: F401
 
 from jest_stream.config.storage import StorageConfig
 from jest_stream.errors import ShardUnavailableError
 from jest_stream.storage.storage import Storage
-from jest_stream.testing.faults import Fault, FaultServer
 
 pytest.importorskip("gcsfs")
 

@@ -9,16 +9,17 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 
-import hub_server
 import pytest
-from hub_server import HubServer
 from huggingface_hub.utils import close_session
-from remote import AT_ONCE, noise, nothing_survives  # noqa: F401
+from support import hub_server
+from support.fault_server import FaultServer
+from support.faults import Fault
+from support.hub_server import HubServer
+from support.remote import AT_ONCE, noise, nothing_survives  # noqa: F401
 
 from jest_stream.config.storage import StorageConfig
 from jest_stream.errors import ConfigError, ShardUnavailableError
 from jest_stream.storage.storage import Storage
-from jest_stream.testing.faults import Fault, FaultServer
 from jest_stream.types import ObjectInfo
 
 TOKEN = "hf_notToBeShownAnywhere"

@@ -12,13 +12,14 @@ import time
 from email.utils import formatdate
 
 import pytest
-from remote import AT_ONCE, SOON, noise, nothing_survives, until  # noqa: F401
+from support.fault_server import FaultServer
+from support.faults import Fault
+from support.remote import AT_ONCE, SOON, noise, nothing_survives, until  # noqa: F401
 
 from jest_stream.config.storage import StorageConfig
 from jest_stream.errors import ShardChangedError, ShardError, ShardUnavailableError
 from jest_stream.sources.tar import TarSource
 from jest_stream.storage.storage import Storage
-from jest_stream.testing.faults import Fault, FaultServer
 from jest_stream.types import ObjectInfo
 
 DATA = noise(3_000_000)
@@ -354,7 +355,7 @@ def test_no_secret_is_shown_whatever_fails(login: str, caplog: pytest.LogCapture
 
 
 def test_a_shard_read_through_faults_gives_the_same_examples(tmp_path: object) -> None:
-    from shards import make_example, members, write_tar
+    from support.shards import make_example, members, write_tar
 
     examples = [make_example(index) for index in range(40)]
     path = write_tar(tmp_path / "a.tar", members(examples))  # type: ignore[operator]

@@ -23,16 +23,17 @@ from pathlib import Path
 import psutil
 import pytest
 from fsspec.asyn import get_loop
-from leaks import stop_helpers
-from models import to_tensor, tokenize
-from remote import AT_ONCE, SOON, noise, nothing_survives, until  # noqa: F401
-from shards import write_shards
+from support.fault_server import FaultServer
+from support.faults import Fault
+from support.leaks import stop_helpers
+from support.models import to_tensor, tokenize
+from support.remote import AT_ONCE, SOON, noise, nothing_survives, until  # noqa: F401
+from support.shards import write_shards
 
 from jest_stream import JESTDataset, SelectionConfig
 from jest_stream.config.storage import StorageConfig
 from jest_stream.errors import ConfigError, ShardUnavailableError
 from jest_stream.storage.storage import Storage
-from jest_stream.testing.faults import Fault, FaultServer
 from jest_stream.types import ObjectInfo
 
 DATA = noise(12_000_000)

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from leaks import nothing_left_behind
 from PIL.Image import Image
-from remote import nothing_survives  # noqa: F401
-from s3_server import KEY, SECRET, S3Server
-from shards import write_shards, write_tar
+from support.leaks import nothing_left_behind
+from support.remote import nothing_survives  # noqa: F401
+from support.s3_server import KEY, SECRET, S3Server
+from support.shards import write_shards, write_tar
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from jest_stream import JESTDataset, SelectionConfig

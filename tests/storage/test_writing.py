@@ -13,8 +13,8 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from remote import noise, nothing_survives  # noqa: F401
-from s3_server import S3Server
+from support.remote import noise, nothing_survives  # noqa: F401
+from support.s3_server import S3Server
 
 from jest_stream.config.storage import StorageConfig
 from jest_stream.errors import ConfigError, ShardUnavailableError, UnsafeDataError

@@ -12,9 +12,9 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from leaks import no_leaks  # noqa: F401
 from open_clip.transform import image_transform
 from PIL import Image
+from support.leaks import no_leaks  # noqa: F401
 from timm.data import create_transform
 from torchvision import transforms as v1
 from torchvision import tv_tensors

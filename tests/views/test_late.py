@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
-from leaks import children, no_leaks, nothing_left_behind, stop_helpers
-from models import flipped, tiny_dataset
-from shards import make_example, members, write_shards, write_tar
+from support.leaks import children, no_leaks, nothing_left_behind, stop_helpers
+from support.models import flipped, tiny_dataset
+from support.shards import make_example, members, write_shards, write_tar
 from torch import Tensor
 
 from jest_stream.errors import (

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from leaks import no_leaks  # noqa: F401
-from models import TinyTwoTower, to_tensor, tokenize
 from open_clip.transform import image_transform
 from PIL import Image, ImageDraw
-from shards import make_example, write_shards
+from support.leaks import no_leaks  # noqa: F401
+from support.models import TinyTwoTower, to_tensor, tokenize
+from support.shards import make_example, write_shards
 from torch import Tensor
 from torchvision import transforms as v1
 
