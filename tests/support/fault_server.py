@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from support.fault_answers import Handler, contents_of
@@ -64,7 +64,7 @@ class FaultServer:
         contents: str | Path | Mapping[str, bytes],
         faults: tuple[Fault, ...] = (),
         *,
-        etags: Literal[strong, weak, none] = "strong",
+        etags: Literal["strong", "weak", "none"] = "strong",
     ) -> None:
         self.contents = contents_of(contents)
         self.etags = etags
