@@ -22,7 +22,7 @@ import torch
 import torch.multiprocessing
 
 from jest_stream.errors import ConfigError, StalledError, WorkerDiedError
-from jest_stream.workers import transport
+from jest_stream.workers.transport import Message, receive
 from jest_stream.workers.watch import Notes, Place, end_with_parent
 
 _STOP_TIMEOUT_S = 3.0
@@ -92,7 +92,7 @@ class Worker:
           StalledError: if it gave nothing for `timeout_s`, with its stacks.
         """
         try:
-            return transport.receive(self._connection, self._process.sentinel, timeout_s)
+            return receive(self._connection, self._process.sentinel, timeout_s)
         except TimeoutError:
             raise StalledError(
                 f"{self._title()} gave nothing for timeout_s={timeout_s:g} seconds. A transform "
@@ -115,7 +115,7 @@ class Worker:
             self._check(error)
             raise
 
-    def send(self, message: transport.Message) -> None:
+    def send(self, message: Message) -> None:
         """Sends a message that is in memory of its own; to a worker that is gone, nothing.
 
         That it is gone is said by the `receive` that waits for its answer.
@@ -263,7 +263,7 @@ class Owner:
         """Returns the next message of the training process; exits when it is gone."""
         self.wait()
         try:
-            return transport.receive(self.connection, None, 60.0)
+            return receive(self.connection, None, 60.0)
         except (EOFError, OSError):
             sys.exit(1)
 

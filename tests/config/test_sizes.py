@@ -1,6 +1,6 @@
 """Ratios become integers once, and change at the steps that were promised.
 
-pytest tests/test_sizes.py
+pytest tests/config/test_sizes.py
 """
 
 from __future__ import annotations

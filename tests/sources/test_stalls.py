@@ -210,7 +210,7 @@ UNGUARDED = """
 import sys, torch.multiprocessing
 torch.multiprocessing.set_start_method(sys.argv[1], force=True)
 from jest_stream import TarSource
-from jest_stream.sources.workers import BlockReader
+from jest_stream.sources.reader import BlockReader
 from jest_stream.types import Cursor
 reader = BlockReader(TarSource(sys.argv[2:]), lanes=[0], num_lanes=1, seed=0, prepare=str,
                      cursors={0: Cursor(0, 0, 0, 0)}, block_size=2, collate=list, end_epoch=1,

@@ -1,6 +1,6 @@
 """The disk cache: bounded, whole entries only, one download for any number of processes.
 
-pytest tests/storage/test_cache.py
+pytest tests/storage/test_disk_cache.py
 """
 
 from __future__ import annotations

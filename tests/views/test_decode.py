@@ -178,7 +178,7 @@ def test_an_image_bomb_takes_no_memory(tmp_path: Path) -> None:
 import resource, sys, warnings
 from PIL import Image, PngImagePlugin
 from jest_stream.errors import UnsafeExampleError
-from jest_stream.sources.decode import decode
+from jest_stream.views.decode import decode
 warnings.simplefilter("ignore")
 data = open(sys.argv[1], "rb").read()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

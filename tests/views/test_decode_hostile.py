@@ -1,6 +1,6 @@
 """Hostile members: bombs under a real memory limit, and pickles, on every path into a batch.
 
-pytest tests/sources/test_decode_hostile.py
+pytest tests/views/test_decode_hostile.py
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ import resource, sys
 import numpy as np, PIL.Image, PIL.WebPImagePlugin, PIL.GifImagePlugin, PIL.PngImagePlugin
 from jest_stream.errors import BadExampleError, UnsafeDataError
 from jest_stream.sources import TarSource
-from jest_stream.sources.decode import decode
+from jest_stream.views.decode import decode
 with open("/proc/self/statm") as statm:
     used = int(statm.read().split()[0]) * resource.getpagesize()
 limit = used + (200 << 20)

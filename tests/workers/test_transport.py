@@ -1,6 +1,6 @@
 """What worker processes send arrives whole, or is an error that leaves nothing open.
 
-pytest tests/sources/test_transport.py
+pytest tests/workers/test_transport.py
 """
 
 from __future__ import annotations
