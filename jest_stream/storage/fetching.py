@@ -95,7 +95,7 @@ class Fetcher:
         """Returns what a store lists, in one attempt: a listing cannot be resumed."""
         try:
             return await asyncio.wait_for(driver.matches(pattern), limit_s)
-        except asyncio.TimeoutError as error:
+        except TimeoutError as error:
             if type(error) is not asyncio.TimeoutError:
                 raise  # aiohttp's, of one request
         raise AttemptFailed("again", f"its listing has not ended after {limit_s:.0f} s")
@@ -134,7 +134,7 @@ class Fetcher:
             return await call()
         except (ConfigError, MemoryError):
             raise
-        except asyncio.TimeoutError as error:  # aiohttp's are of this kind, too
+        except TimeoutError as error:  # aiohttp's are of this kind, too
             failure = AttemptFailed("again", self._stalled(error))
         except Exception as error:
             failure = failure_of(error)
