@@ -178,7 +178,7 @@ class JESTDataset(IterableDataset[Any]):
                 f"JESTDataset(num_workers={worker.num_workers}) to read in worker processes."
             )
         pipeline = self._open()
-        if pipeline.at.epoch_step and not pipeline.at.is_resumed:  # the last epoch was broken off
+        if pipeline.run.epoch_step and not pipeline.run.is_resumed:  # the last epoch was broken off
             pipeline.begin_epoch()
         self._iterator_token = object()
         return JESTIterator(self, self._iterator_token)
@@ -364,7 +364,7 @@ class JESTDataset(IterableDataset[Any]):
             except BaseException:
                 pipeline.pause()
                 raise
-            has_ended = pipeline.at.epoch_step == 0
+            has_ended = pipeline.run.epoch_step == 0
             batch = None if columns is None else structured(columns, as_dict=self._as_dict)
         self._metrics.hand_over()
         return batch, has_ended

@@ -28,10 +28,17 @@ from jest_stream.config.sizes import Layout
 from jest_stream.errors import ConfigError, ResumeMismatchError, StalledError
 from jest_stream.metrics.metrics import Metrics
 from jest_stream.pipeline.device.streams import Ring
-from jest_stream.pipeline.state import Progress, deal, merge_states, state_of
-from jest_stream.pipeline.super_batches import Position, Window
+from jest_stream.pipeline.state import (
+    RunState,
+    checkpoint_of,
+    layout_to_resume,
+    merge_states,
+    position_of,
+    run_of,
+)
+from jest_stream.pipeline.super_batches import Position, RoundRobin
 from jest_stream.sources.reader import BlockReader
-from jest_stream.types import Cursor, Example
+from jest_stream.types import Example
 from jest_stream.views.columns import collate
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -79,26 +86,22 @@ class Rank:
             num_workers=0,
             timeout_s=10.0,
         )
-        self.window = Window(reader, position)
+        self.lanes = RoundRobin(reader, position)
 
     def take(self, size: int) -> list[str]:
         self.step += 1
         slot = Ring(torch.device("cpu")).slot()
-        keys: list[str] = self.window.take(size, slot=slot).columns["key"]
+        keys: list[str] = self.lanes.take(size, slot=slot).columns["key"]
         return keys
 
     def state(self) -> dict[str, Any]:
-        progress = Progress(
-            step=self.step,
-            epoch=0,
-            epoch_step=self.step,
-            epoch_batches=None,
-            position=self.window.position,
-            in_flight=[],
+        return checkpoint_of(
+            RunState(step=self.step, epoch_step=self.step),
+            self.lanes.position,
+            settings={"lanes": self.layout.num_lanes, "world_size": self.layout.world_size},
+            layout=self.layout,
             counters={**Metrics().state_dict(), "steps": self.step},
         )
-        own = {"lanes": self.layout.num_lanes, "world_size": self.layout.world_size}
-        return state_of(progress, own, self.layout, None)
 
 
 def ranks_of(source: Numbers, num_lanes: int, world_size: int, state: Any = None) -> list[Rank]:
@@ -106,11 +109,10 @@ def ranks_of(source: Numbers, num_lanes: int, world_size: int, state: Any = None
     for rank in range(world_size):
         layout = Layout(num_lanes=num_lanes, rank=rank, world_size=world_size)
         if state is None:
-            position = Position({lane: Cursor(0, 0, 0, 0) for lane in layout.lanes}, 0)
-            ranks.append(Rank(source, layout, position))
+            ranks.append(Rank(source, layout, Position.of_epoch(0, layout.lanes)))
         else:
-            progress = deal(state, layout)
-            ranks.append(Rank(source, layout, progress.position, progress.step))
+            step = run_of(state, layout).step
+            ranks.append(Rank(source, layout, position_of(state, layout), step))
     return ranks
 
 
@@ -149,7 +151,7 @@ def test_turns_are_kept_where_the_ranks_divide_them(turn: int, before: int, afte
     state = merge_states([rank.state() for rank in ranks])
     for rank in range(after):
         layout = Layout(num_lanes=12, rank=rank, world_size=after)
-        assert deal(state, layout).position.next_lane == turn // after
+        assert position_of(state, layout).next_lane == turn // after
 
 
 def test_a_merge_needs_every_rank_at_the_same_moment() -> None:
@@ -289,8 +291,7 @@ def test_two_ranks_resume_their_choices_from_their_own_or_the_merged_state(
 def saved(shards: list[str], **options: Any) -> dict[str, Any]:
     """The merged state of two ranks with batches of 4, without starting them."""
     state = copy.deepcopy(jest(shards, 8, **options).state_dict())
-    layout = state["layout"]
-    layout.update(world_size=2, batch_size=4, super_batch_size=[[0, 4]])
+    state["settings"].update(world_size=2, batch_size=4, super_batch_size=[[0, 4]])
     state["ranks"]["1"] = copy.deepcopy(state["ranks"]["0"])
     return state
 
@@ -321,21 +322,18 @@ def test_the_lanes_are_those_of_the_checkpoint(shards: list[str]) -> None:
     resumed = jest(shards, 8)
     resumed.load_state_dict(few.state_dict())
     assert [batch["key"] for batch in islice(resumed, 3)] == expected[2:]
-    assert resumed.state_dict()["layout"]["lanes"] == 2
+    assert resumed.state_dict()["settings"]["lanes"] == 2
 
 
 def test_lanes_that_the_ranks_cannot_share_are_refused(shards: list[str]) -> None:
     state = saved(shards)
-    state["layout"]["lanes"] = 7
+    state["settings"]["lanes"] = 7
     with pytest.raises(ResumeMismatchError, match="lanes=7 on 2 ranks, which 2 ranks cannot"):
         merged_on_two(state, shards)
 
 
 def merged_on_two(state: dict[str, Any], shards: list[str]) -> None:
-    from jest_stream.pipeline.state import lanes_to_resume
-
-    wanted = {**state["layout"], "lanes": None}
-    lanes_to_resume(state, wanted)
+    layout_to_resume(state, {**state["settings"], "lanes": None}, rank=0)
 
 
 def test_a_time_limit_that_is_none_is_refused(shards: list[str]) -> None:

@@ -1,7 +1,8 @@
-"""One run, step by step: what is read, scored, chosen and handed out, and when.
+"""One run, step by step: examples are read, scored, selected and handed out as batches.
 
-`build` wires the stages for one rank, `schedule` says which of them runs at which step, and `state`
-describes where a run is. Everything here runs in the training thread.
+`build` wires the stages for one rank and `schedule` runs them: `super_batches` reads, `selector`
+scores and selects, `batches` hands out, `state` says where the run is. All of it runs in the
+training thread.
 """
 
 from jest_stream.pipeline.batches import structured

@@ -29,11 +29,11 @@ from jest_stream.config import (
 from jest_stream.errors import ConfigError
 from jest_stream.metrics import Metrics
 from jest_stream.pipeline.batches import Batches
-from jest_stream.pipeline.embedder import Embedder
 from jest_stream.pipeline.models import Models, open_reference
 from jest_stream.pipeline.schedule import Pipeline
 from jest_stream.pipeline.selector import Selector
 from jest_stream.pipeline.two_sizes import TwoSizes
+from jest_stream.randomness import derive_seed
 from jest_stream.reference_cache import ReferenceCache
 from jest_stream.sources import num_lanes, open_source
 from jest_stream.views import (
@@ -178,17 +178,14 @@ class Plan:
         lanes = num_lanes(
             self._source.num_shards, self.sizes.stream_size * world_size, world_size, stream.lanes
         )
-        embedder = Embedder(
+        selector = Selector(
+            self.selection,
             self._models,
             scoring=self._scoring,
             refresh_every=stream.refresh_every,
-            metrics=metrics,
             finishes=finishes,
-        )
-        selector = Selector(
-            self.selection,
-            embedder,
-            loss=self._models.loss,
+            # By rank, since each rank chooses among candidates of its own.
+            key=derive_seed("selection", stream.seed, rank),
             metrics=metrics,
             with_reference=self._yields_reference,
         )
@@ -196,7 +193,7 @@ class Plan:
             self._views.late_views(stream, recipe, rank=rank),
             finishes,
             self._two_sizes,
-            embedder.reference_of if self._yields_reference else None,
+            selector.reference_of if self._yields_reference else None,
         )
         return Pipeline(
             stream,
@@ -205,7 +202,6 @@ class Plan:
             layout=Layout(num_lanes=lanes, rank=rank, world_size=world_size),
             score_view=self._views.score_view(self.selection, recipe),
             batches=batches,
-            embedder=embedder,
             selector=selector,
             metrics=metrics,
             devices=lambda: self._models.devices(*self._devices),

@@ -20,7 +20,7 @@ def shard_counts(source: Source) -> list[int] | None:
     """Returns how many examples each shard holds; None if the source does not know of all.
 
     Raises:
-      ConfigError: if what the source says cannot be right.
+      ConfigError: if the source's counts cannot be right.
     """
     counts: Sequence[int | None] | None = getattr(source, "num_examples", None)
     if counts is None or any(count is None for count in counts):
@@ -40,7 +40,7 @@ class PassLength:
     counts: list[int]
     """Examples of each shard."""
     sizes: Sizes
-    """What a step takes."""
+    """Of batches and super-batches."""
     seed: int
     """Of the deal and the orders."""
 
@@ -48,7 +48,7 @@ class PassLength:
     def of(
         cls, source: Source, config: StreamConfig, sizes: Sizes, world_size: int
     ) -> PassLength | None:
-        """Returns what is needed to end passes evenly; None where each rank may end as it likes.
+        """Returns the lengths that end passes evenly; None where each rank may end as it likes.
 
         Raises:
           ConfigError: if a pass could end on one rank while others wait for it.
@@ -73,7 +73,7 @@ class PassLength:
         return cls(counts=counts, sizes=sizes, seed=config.seed)
 
     def num_left(self, cursors: Mapping[int, Cursor], layout: Layout, epoch: int) -> int:
-        """Returns how many examples of a pass lie behind the cursors of some lanes."""
+        """Returns how many examples of a pass lie after the cursors of some lanes."""
         left = 0
         for lane, cursor in cursors.items():
             if cursor.epoch > epoch:  # the lane has ended
@@ -100,7 +100,7 @@ class PassLength:
         if len(cursors) < layout.num_lanes:
             raise ResumeMismatchError(
                 f"the checkpoint holds {len(cursors)} of {layout.num_lanes} lanes; where a pass "
-                f"ends on other ranks than before depends on all of them. Load what "
+                f"ends on other ranks than before depends on all of them. Load the state that "
                 f"gather_state_dict made."
             )
         return min(

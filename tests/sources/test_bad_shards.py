@@ -27,7 +27,7 @@ from jest_stream.errors import (
     UnsafeDataError,
 )
 from jest_stream.pipeline.device.streams import Ring
-from jest_stream.pipeline.super_batches import Position, Window
+from jest_stream.pipeline.super_batches import Position, RoundRobin
 from jest_stream.sources.iterable import IterableSource
 from jest_stream.sources.reader import Block, BlockReader
 from jest_stream.sources.tar import TarSource
@@ -191,10 +191,10 @@ def test_a_source_of_ones_own_says_what_may_be_skipped() -> None:
 
 def cut(reader: BlockReader, size: int) -> list[tuple[list[str], dict[str, int], Position]]:
     """Returns all super-batches: their keys, counts and where they start."""
-    window = Window(reader, Position(dict(reader.cursors), 0))
+    lanes = RoundRobin(reader, Position(dict(reader.cursors), 0))
     batches = []
     while True:
-        batch = window.take(size, slot=Ring(torch.device("cpu")).slot())
+        batch = lanes.take(size, slot=Ring(torch.device("cpu")).slot())
         batches.append((batch.columns.get("key", []), batch.counts, batch.start))
         if batch.size < size:
             return batches
@@ -218,8 +218,8 @@ def test_super_batches_count_skipped_shards_once_also_when_resumed_anywhere(
     assert total(counts) == {"shards_skipped": 1, "shards_skipped/truncated": 1}
     for number, (_, _, position) in enumerate(batches):
         reader = open_reader(TarSource(paths), cursors=position.cursors)
-        window = Window(reader, position)
-        resumed = window.take(5, slot=Ring(torch.device("cpu")).slot())
+        lanes = RoundRobin(reader, position)
+        resumed = lanes.take(5, slot=Ring(torch.device("cpu")).slot())
         assert resumed.columns.get("key", []) == batches[number][0]
         assert shards_only(resumed.counts) == counts[number]
         reader.close()

@@ -239,12 +239,12 @@ def test_super_batches_of_known_transforms_hold_uint8(shards: list[str]) -> None
     dataset = jest(shards, train_transform=train(24), lookahead=1)
     next(iter(dataset))
     assert dataset._pipeline is not None
-    columns = dataset._pipeline.at.in_flight[0].super_batch.columns
+    columns = dataset._pipeline.run.in_flight[0].super_batch.columns
     assert columns["image"].dtype == torch.uint8 and "raw_image" in columns
     dataset = jest(shards, train_transform=train(8), lookahead=1)
     next(iter(dataset))
     assert dataset._pipeline is not None
-    assert "raw_image" not in dataset._pipeline.at.in_flight[0].super_batch.columns
+    assert "raw_image" not in dataset._pipeline.run.in_flight[0].super_batch.columns
 
 
 def test_the_score_views_pixels_are_what_the_train_transform_is_given(shards: list[str]) -> None:

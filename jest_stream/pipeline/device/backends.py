@@ -1,7 +1,7 @@
-"""What scoring beside training needs of a device, and the device that needs none of it.
+"""The few calls that scoring beside training needs of a device, and a device without streams.
 
-`streams` works by these few calls alone, so that a test can put a device in their place that looks
-for missing waits.
+`streams` works by these calls alone: a test puts a model of a device in their place, which reports
+every access that no wait orders.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Event(Protocol):
         """Returns whether the device has got there."""
 
     def synchronize(self) -> None:
-        """Has the host wait until it has."""
+        """Has the host wait until the device has got there."""
 
     def elapsed_time(self, end_event: Any) -> float:
         """Returns the milliseconds up to a later event; both made by `Backend.mark`."""
@@ -33,11 +33,11 @@ class Stream(Protocol):
         """Has all that is queued from now on wait for the event."""
 
     def record_event(self) -> Any:
-        """Returns an `Event` behind all that is queued now."""
+        """Returns an `Event` that comes when all that is queued now is done."""
 
 
 class Backend(Protocol):
-    """What the protocol needs of a kind of device; tests have one that looks for missing waits."""
+    """The calls that `streams` makes of a kind of device."""
 
     overlaps: bool
     """Whether work is queued: if not, slots hold no memory."""
@@ -46,23 +46,23 @@ class Backend(Protocol):
         """Returns a new stream of the device."""
 
     def current_stream(self, device: torch.device | None = None) -> Stream:
-        """Returns the caller's stream on `device`, if there are streams there, else on ours."""
+        """Returns the caller's stream on `device`, if that has streams, else on this device."""
 
     def use(self, stream: Stream) -> AbstractContextManager[Any]:
-        """Queues what the block does on the stream."""
+        """Queues the block's work on the stream."""
 
     def mark(self, stream: Stream) -> Event:
         """Returns an event of now that times can be taken between."""
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Returns memory of the host that the device can copy to and from."""
+        """Returns host memory that the device can copy to and from."""
 
     def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Returns memory of the device, allocated on the current stream."""
 
 
 class _Idle:
-    """A stream without work, and an event in it that has come."""
+    """A stream without work, and at the same time an event that has come."""
 
     def wait_event(self, event: Any) -> None:
         """Does nothing."""
@@ -111,6 +111,4 @@ class DirectBackend:
         """Returns ordinary memory."""
         return torch.empty(shape, dtype=dtype)
 
-    def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Returns ordinary memory."""
-        return torch.empty(shape, dtype=dtype)
+    buffer = pinned

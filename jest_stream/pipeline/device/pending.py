@@ -1,48 +1,34 @@
-"""What was chosen, for those who need it on the device and for those who need it on the host.
+"""A selection that the device may still be computing, for its users on the device and on the host.
 
-`pack` puts the tensors of a `Selection` into one row of bytes, so that one copy brings them home.
+A `Selection` on the scoring device goes in; its rows of any columns come out. `Packing` puts its
+tensors into one row of bytes, so that one copy brings all of them to the host. Runs in the training
+thread. Shapes: b: batch size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from jest_stream.pipeline.device.backends import Event
 from jest_stream.types import Selection
+from jest_stream.views import Columns
 
-
-class Timer(Protocol):
-    """An event that times are taken from, as `torch.cuda.Event`."""
-
-    def elapsed_time(self, end_event: Timer) -> float:
-        """Returns the milliseconds up to a later one."""
-
-
-Marks = list[tuple[str, Timer, Timer]]
+Marks = list[tuple[str, Event, Event]]
 """Stages, each with its beginning and its end."""
 
 
-class Part(NamedTuple):
-    """One tensor of a `Selection` within the bytes of all of them."""
-
-    name: str
-    dtype: torch.dtype
-    shape: torch.Size
-    start: int
-    stop: int
-
-
-class Choice:
-    """Which candidates were chosen from a super-batch.
+class PendingSelection:
+    """The rows of a super-batch that make its sub-batch, as soon as they are known.
 
     Args:
-      selection: on the scoring device, or what gets it when it is first needed there. Its tensors
-        may be used within `Slot.handing_out` only.
-      read_back: waits for it and returns it in memory of the host. None: it is there.
+      selection: on the scoring device; or a function that makes it there when first needed. Its
+        tensors may be used within `Slot.handing_out` only.
+      read_back: waits for the selection and returns it in host memory. None: it is there already.
       has_come: tells, without a wait, whether `read_back` would not wait.
       marks: when the device worked on it.
     """
@@ -63,13 +49,13 @@ class Choice:
 
     @property
     def on_device(self) -> Selection:
-        """The choice on the scoring device. For use within `Slot.handing_out`."""
+        """The selection on the scoring device. For use within `Slot.handing_out`."""
         if not isinstance(self._on_device, Selection):
             self._on_device = self._on_device()
         return self._on_device
 
     def on_host(self) -> Selection:
-        """Returns the choice where the host can read it at once. On CUDA it is waited for."""
+        """Returns the selection in memory that the host can read. On CUDA this waits for it."""
         if self._known is None:
             self._known = self.on_device if self._read_back is None else self._read_back()
         return self._known
@@ -78,24 +64,46 @@ class Choice:
         """Returns whether `on_host` would return at once."""
         return self._known is not None or self._has_come is None or self._has_come()
 
-    def part(self, on_device: Tensor, on_host: Tensor) -> Choice:
-        """Returns some places of the draw order as a choice; what is said of all of it stays.
+    def part(self, on_device: Tensor, on_host: Tensor) -> PendingSelection:
+        """Returns the examples at some places of the draw order.
+
+        Only `indices` and `weights` are cut: the statistics are those of the whole draw.
 
         Args:
           on_device: the places, on the scoring device.
           on_host: the same, on the CPU.
         """
-        return Choice(
-            lambda: _rows(self.on_device, on_device),  # on a device it may be too early for that
+        return PendingSelection(
+            # Later, on the consumer's stream: here nothing has waited for the indices yet.
+            lambda: _rows(self.on_device, on_device),
             read_back=lambda: _rows(self.on_host(), on_host),
             has_come=self.is_known,
         )
 
+    def take_rows(self, columns: Columns) -> Columns:
+        """Returns the selected rows, on the device where each column lies."""
+        taken: Columns = {}
+        for name, column in columns.items():
+            if isinstance(column, Tensor):
+                taken[name] = column.index_select(0, self.on_device.indices.to(column.device))
+            else:
+                taken[name] = [column[i] for i in self.on_host().indices.tolist()]
+        return taken
+
+    def take_rows_on_host(self, columns: Columns) -> Columns:
+        """Returns the selected rows of columns whose tensors lie in host memory."""
+        indices = self.on_host().indices
+        chosen = indices.tolist()
+        return {
+            name: column[indices] if isinstance(column, Tensor) else [column[i] for i in chosen]
+            for name, column in columns.items()
+        }
+
     def weights(self, device: torch.device) -> Tensor:
-        """Returns the weights on `device`, in memory that nothing here writes to again."""
+        """Returns the `[b]` weights on `device`, in memory that nothing here writes to again."""
         weights = self.on_device.weights
         is_asynchronous = device.type != "cpu"  # towards the CPU it would be read too early
-        must_copy = self._read_back is not None  # the next choice will lie in the same place
+        must_copy = self._read_back is not None  # the slot's next selection overwrites these
         return weights.to(device, non_blocking=is_asynchronous, copy=must_copy)
 
     def device_seconds(self) -> dict[str, float]:
@@ -111,16 +119,29 @@ def _rows(selection: Selection, rows: Tensor) -> Selection:
     )
 
 
+class Part(NamedTuple):
+    """One tensor of a `Selection` within the bytes of all of them."""
+
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True)
 class Packing:
-    """Where each tensor of a selection lies in one row of bytes."""
+    """The place of each tensor of a selection in one row of bytes."""
 
     parts: Sequence[Part]
     num_bytes: int
 
     @classmethod
     def of(cls, selection: Selection) -> Packing:
-        """Returns a packing with the widest numbers first, so that all are aligned."""
+        """Returns a packing with the widest numbers first, which aligns all of them.
+
+        For example, 2 int64, 3 float32 and 1 bool lie at bytes 0, 16 and 28 of 29.
+        """
         tensors = [(field.name, getattr(selection, field.name)) for field in fields(Selection)]
         parts, start = [], 0
         for name, tensor in sorted(tensors, key=lambda entry: -entry[1].element_size()):
@@ -130,12 +151,12 @@ class Packing:
         return cls(parts, start)
 
     def pack(self, selection: Selection, *, out: Tensor) -> None:
-        """Writes the selection's bytes to `out`: one kernel."""
+        """Writes the selection's bytes to `out`, by one kernel."""
         rows = [getattr(selection, part.name).reshape(-1) for part in self.parts]
         torch.cat([row.view(torch.uint8) for row in rows], out=out)
 
     def unpack(self, packed: Tensor) -> Selection:
-        """Returns the selection whose tensors lie in these bytes: no copies."""
+        """Returns the selection whose tensors lie in these bytes, without a copy."""
         return Selection(
             **{
                 part.name: packed[part.start : part.stop].view(part.dtype).reshape(part.shape)
