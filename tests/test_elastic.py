@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.leaks import no_leaks  # noqa: F401
 from support.models import TinyTwoTower, to_tensor, tokenize
+from support.pairs import Pairs, key_of
 from support.ranks import on_ranks
 from support.shards import write_shards
 
@@ -38,7 +38,6 @@ from jest_stream.pipeline.state import (
 )
 from jest_stream.pipeline.super_batches import Position, RoundRobin
 from jest_stream.sources.reader import BlockReader
-from jest_stream.types import Example
 from jest_stream.views.columns import collate
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -47,30 +46,10 @@ UNIFORM = SelectionConfig(method="uniform")
 GLOBAL_BATCH = 8
 
 
-class Numbers:
-    """Shards of bare keys, `SHARD-INDEX`: a source of one's own, in memory."""
-
-    def __init__(self, lengths: list[int]) -> None:
-        self.num_examples = lengths
-        self.num_shards = len(lengths)
-        self.fingerprint = f"numbers {lengths}"
-
-    def shard_name(self, shard: int) -> str:
-        return f"shard {shard}"
-
-    def read(self, shard: int, *, offset: int = 0, index: int = 0) -> Iterator[tuple[Example, int]]:
-        for number in range(index, self.num_examples[shard]):
-            yield {"__key__": f"{shard}-{number}"}, 0
-
-
-def key_of(example: Example) -> dict[str, Any]:
-    return {"key": example["__key__"]}
-
-
 class Rank:
     """A rank of a simulated run: takes super-batches, and has a state."""
 
-    def __init__(self, source: Numbers, layout: Layout, position: Position, step: int = 0) -> None:
+    def __init__(self, source: Pairs, layout: Layout, position: Position, step: int = 0) -> None:
         self.layout, self.step = layout, step
         reader = BlockReader(
             source,
@@ -104,7 +83,7 @@ class Rank:
         )
 
 
-def ranks_of(source: Numbers, num_lanes: int, world_size: int, state: Any = None) -> list[Rank]:
+def ranks_of(source: Pairs, num_lanes: int, world_size: int, state: Any = None) -> list[Rank]:
     ranks = []
     for rank in range(world_size):
         layout = Layout(num_lanes=num_lanes, rank=rank, world_size=world_size)
@@ -124,7 +103,7 @@ def test_any_layouts_in_a_row_read_the_same_global_stream(data: st.DataObject) -
     worlds = st.sampled_from([n for n in (1, 2, 3, 4, 6, 12) if num_lanes % n == 0])
     size = 12 * data.draw(st.integers(1, 2), "global super-batch / 12")
     lengths = data.draw(st.lists(st.integers(1, 5), min_size=num_lanes, max_size=num_lanes + 3))
-    source = Numbers(lengths)
+    source = Pairs(lengths)
     one = ranks_of(source, num_lanes, 1)[0]
     state = None
     for _ in range(data.draw(st.integers(1, 4), "resumes")):
@@ -141,7 +120,7 @@ def test_any_layouts_in_a_row_read_the_same_global_stream(data: st.DataObject) -
 def test_turns_are_kept_where_the_ranks_divide_them(turn: int, before: int, after: int) -> None:
     if turn % before or turn % after:
         return
-    source = Numbers([9] * 12)
+    source = Pairs([9] * 12)
     ranks = ranks_of(source, 12, before)
     for rank in ranks:
         if turn:
@@ -155,7 +134,7 @@ def test_turns_are_kept_where_the_ranks_divide_them(turn: int, before: int, afte
 
 
 def test_a_merge_needs_every_rank_at_the_same_moment() -> None:
-    ranks = ranks_of(Numbers([4] * 4), 4, 2)
+    ranks = ranks_of(Pairs([4] * 4), 4, 2)
     states = [rank.state() for rank in ranks]
     assert merge_states(states) == merge_states(states[::-1])
     with pytest.raises(ResumeMismatchError, match="hold ranks 1, but the run has 2"):

@@ -37,8 +37,8 @@ from jest_stream.pipeline.super_batches import (
     SuperBatch,
     SuperBatchReader,
 )
-from jest_stream.types import Source
-from jest_stream.views import Columns, ScoreView
+from jest_stream.types import Example, Source
+from jest_stream.views import Columns
 
 
 class Pipeline:
@@ -64,7 +64,7 @@ class Pipeline:
         *,
         source: Source,
         layout: Layout,
-        score_view: ScoreView,
+        score_view: Callable[[Example], dict[str, Any]],
         batches: Batches,
         selector: Selector,
         metrics: Metrics,

@@ -8,7 +8,7 @@ Shapes: B: super-batch size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from jest_stream.config import Layout, Sizes, StreamConfig
 from jest_stream.pipeline.device import PendingSelection, Slot
 from jest_stream.sources import Block, BlockReader
-from jest_stream.types import Cursor, Source
-from jest_stream.views import Columns, ScoreView, collate, require_same_fields
+from jest_stream.types import Cursor, Example, Source
+from jest_stream.views import Columns, collate, require_same_fields
 
 _BLOCK_SIZE = 64  # examples of one lane handed over at once: more only adds latency
 
@@ -87,7 +87,7 @@ class SuperBatchReader:
         *,
         source: Source,
         layout: Layout,
-        prepare: ScoreView,
+        prepare: Callable[[Example], dict[str, Any]],
     ) -> None:
         self._config = config
         self._sizes = sizes
