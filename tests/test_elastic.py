@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.leaks import no_leaks  # noqa: F401
 from support.models import TinyTwoTower, to_tensor, tokenize
-from support.pairs import Pairs, key_of
+from support.pairs import Pairs, key_of, sizes_of, stream_config
 from support.ranks import on_ranks
 from support.shards import write_shards
 
@@ -36,9 +36,7 @@ from jest_stream.pipeline.state import (
     position_of,
     run_of,
 )
-from jest_stream.pipeline.super_batches import Position, RoundRobin
-from jest_stream.sources.reader import BlockReader
-from jest_stream.views.columns import collate
+from jest_stream.pipeline.super_batches import Position, SuperBatchReader
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -51,32 +49,22 @@ class Rank:
 
     def __init__(self, source: Pairs, layout: Layout, position: Position, step: int = 0) -> None:
         self.layout, self.step = layout, step
-        reader = BlockReader(
-            source,
-            lanes=layout.lanes,
-            num_lanes=layout.num_lanes,
-            seed=3,
-            cursors=position.cursors,
-            block_size=2,
-            prepare=key_of,
-            collate=collate,
-            end_epoch=None,
-            on_bad_example="raise",
-            num_workers=0,
-            timeout_s=10.0,
+        sizes = sizes_of(1, 2 * len(layout.lanes))  # blocks of 2 examples
+        self.reader = SuperBatchReader(
+            stream_config(seed=3), sizes, source=source, layout=layout, prepare=key_of
         )
-        self.lanes = RoundRobin(reader, position)
+        self.reader.go_to(position)
 
     def take(self, size: int) -> list[str]:
         self.step += 1
-        slot = Ring(torch.device("cpu")).slot()
-        keys: list[str] = self.lanes.take(size, slot=slot).columns["key"]
+        slot = Ring().slot()
+        keys: list[str] = self.reader.read(size, slot=slot, end_epoch=None).columns["key"]
         return keys
 
     def state(self) -> dict[str, Any]:
         return checkpoint_of(
             RunState(step=self.step, epoch_step=self.step),
-            self.lanes.position,
+            self.reader.position,
             settings={"lanes": self.layout.num_lanes, "world_size": self.layout.world_size},
             layout=self.layout,
             counters={**Metrics().state_dict(), "steps": self.step},

@@ -1,9 +1,8 @@
 """Examples in, super-batches out, each with the position in the stream where it starts.
 
-`SuperBatchReader` opens the lanes of a rank; `RoundRobin` deals their examples out, one example of
-each lane in turn, which makes the order independent of block sizes and worker processes. Examples
-that were read and not yet dealt out are at most one block per lane. Runs in the training thread.
-Shapes: B: super-batch size.
+Blocks come lane by lane; their examples are dealt out one of each lane in turn, which makes the
+order independent of block sizes and worker processes. Examples that were read and not yet dealt out
+are at most one block per lane. Runs in the training thread. Shapes: B: super-batch size.
 """
 
 from __future__ import annotations
@@ -70,13 +69,16 @@ class ScoredSuperBatch:
 
 
 class SuperBatchReader:
-    """Reads super-batches. Owns the block reader, and knows where both would start anew.
+    """Reads super-batches. Owns the lanes' readers, and the blocks not yet dealt out.
+
+    Lanes take turns, one example each: lanes 0 and 1 with examples a, b, c and x, y give a, x, b,
+    y, c, since a lane that has ended is passed over.
 
     Args:
       config: how to read.
       sizes: of the super-batches.
       source: where the shards are.
-      layout: names the lanes to read. May be replaced while nothing is open.
+      layout: names the lanes to read. May be replaced before a `go_to`.
       prepare: makes a row of an example.
     """
 
@@ -93,27 +95,35 @@ class SuperBatchReader:
         self._sizes = sizes
         self._source = source
         self._prepare = prepare
-        self._blocks: BlockReader | None = None
-        self._lanes: RoundRobin | None = None  # None: nothing was read since `go_to`
-        self._start = Position({}, 0)
         self._reported_shards: set[str] = set()  # bad ones that were logged: each is once
+        self._reader: BlockReader | None = None
         self.layout = layout
+        self.go_to(Position.of_epoch(0, layout.lanes))
 
     @property
     def position(self) -> Position:
         """Where the next super-batch to be read starts."""
-        return self._start if self._lanes is None else self._lanes.position
+        return Position(dict(self._cursors), self._next_lane)
 
     @property
     def is_open(self) -> bool:
         """Whether lanes were opened since the last `go_to`."""
-        return self._lanes is not None
+        return self._reader is not None
 
     def go_to(self, position: Position) -> None:
         """Closes the lanes and drops the examples read of them; reading goes on at `position`."""
         self.pause()
-        self._blocks = self._lanes = None
-        self._start = position
+        self._reader = None
+        self._lanes = sorted(position.cursors)
+        self._cursors, self._next_lane = dict(position.cursors), position.next_lane
+        self._blocks: dict[int, tuple[Block, int]] = {}  # lane -> block, examples taken of it
+        self._waiting: dict[int, list[Block]] = {lane: [] for lane in self._lanes}
+        self._ended: set[int] = set()
+
+    def pause(self) -> None:
+        """Stops workers and closes files. The next `read` goes on where the last one stopped."""
+        if self._reader is not None:
+            self._reader.close()
 
     def read(self, size: int, *, slot: Slot, end_epoch: int | None) -> SuperBatch:
         """Returns the next `size` examples; fewer where the stream ends.
@@ -123,70 +133,15 @@ class SuperBatchReader:
           slot: the memory to put them in.
           end_epoch: the epoch not to begin; None for endless lanes. Looked at when lanes open.
         """
-        if self._lanes is None:
-            self._lanes = self._open(end_epoch)
-        return self._lanes.take(size, slot=slot)
-
-    def pause(self) -> None:
-        """Stops workers and closes files. The next `read` goes on where the last one stopped."""
-        if self._blocks is not None:
-            self._blocks.close()
-
-    def _open(self, end_epoch: int | None) -> RoundRobin:
-        config, start = self._config, self._start
-        self._blocks = BlockReader(
-            self._source,
-            lanes=self.layout.lanes,
-            num_lanes=self.layout.num_lanes,
-            seed=config.seed,
-            cursors=start.cursors,
-            # No more of a lane than the largest super-batch takes of it: for 20 candidates of 5
-            # lanes blocks of 4.
-            block_size=max(1, min(_BLOCK_SIZE, self._sizes.largest // len(start.cursors))),
-            prepare=self._prepare,
-            collate=collate,
-            end_epoch=end_epoch,
-            on_bad_example=config.on_bad_example,
-            on_bad_shard=config.on_bad_shard,
-            max_bad_fraction=config.max_bad_fraction,
-            num_workers=config.num_workers,
-            timeout_s=config.timeout_s,
-            reported_shards=self._reported_shards,
-        )
-        return RoundRobin(self._blocks, start)
-
-
-class RoundRobin:
-    """Deals the examples of lanes out in turn. Owns the blocks not yet dealt out.
-
-    For example, lanes 0 and 1 with examples a, b, c and x, y give a, x, b, y, c: a lane that has
-    ended is passed over.
-    """
-
-    def __init__(self, blocks: BlockReader, start: Position) -> None:
-        self._reader = blocks
-        self._lanes = sorted(start.cursors)
-        self._cursors = dict(start.cursors)
-        self._next_lane = start.next_lane
-        self._blocks: dict[int, tuple[Block, int]] = {}  # lane -> block, examples taken of it
-        self._waiting: dict[int, list[Block]] = {lane: [] for lane in self._lanes}
-        self._ended: set[int] = set()
-        self._skipped: dict[str, int] = {}  # since the super-batch at hand was begun
-        self._counts: dict[str, int] = {}  # likewise
-
-    @property
-    def position(self) -> Position:
-        """Where the next super-batch starts."""
-        return Position(dict(self._cursors), self._next_lane)
-
-    def take(self, size: int, *, slot: Slot) -> SuperBatch:
-        """Returns the next `size` examples, in a slot; fewer where the stream ends."""
+        if self._reader is None:
+            self._reader = self._open(end_epoch)
         start = self.position
-        self._skipped, self._counts = {}, {}
+        self._skipped: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
         picks: list[tuple[Block, int]] = []
         while len(picks) < size:
             lane = self._lanes[self._next_lane]
-            if self._has_next(lane):
+            if self._has_next(lane, self._reader):
                 picks.append(self._next_of(lane))
             elif len(self._ended) == len(self._lanes):
                 break
@@ -202,6 +157,28 @@ class RoundRobin:
             counts=self._counts,
         )
 
+    def _open(self, end_epoch: int | None) -> BlockReader:
+        config = self._config
+        return BlockReader(
+            self._source,
+            lanes=self.layout.lanes,
+            num_lanes=self.layout.num_lanes,
+            seed=config.seed,
+            cursors=self._cursors,
+            # No more of a lane than the largest super-batch takes of it: for 20 candidates of 5
+            # lanes blocks of 4.
+            block_size=max(1, min(_BLOCK_SIZE, self._sizes.largest // len(self._lanes))),
+            prepare=self._prepare,
+            collate=collate,
+            end_epoch=end_epoch,
+            on_bad_example=config.on_bad_example,
+            on_bad_shard=config.on_bad_shard,
+            max_bad_fraction=config.max_bad_fraction,
+            num_workers=config.num_workers,
+            timeout_s=config.timeout_s,
+            reported_shards=self._reported_shards,
+        )
+
     def _next_of(self, lane: int) -> tuple[Block, int]:
         block, taken = self._blocks[lane]
         self._count_skipped(block, taken)
@@ -209,7 +186,7 @@ class RoundRobin:
         self._cursors[lane] = block.cursors[taken]
         return block, taken
 
-    def _has_next(self, lane: int) -> bool:
+    def _has_next(self, lane: int, reader: BlockReader) -> bool:
         """Returns whether the lane has an example to give; reads blocks until that is known."""
         while lane not in self._ended:
             # There are three cases:
@@ -226,7 +203,7 @@ class RoundRobin:
             elif self._waiting[lane]:
                 self._blocks[lane] = (self._waiting[lane].pop(0), 0)
             # 3. Blocks come in the reader's order, of any lane; none is left where all have ended.
-            elif (next_block := self._reader.read()) is None:
+            elif (next_block := reader.read()) is None:
                 self._ended.update(self._lanes)
             else:
                 self._waiting[next_block.lane].append(next_block)

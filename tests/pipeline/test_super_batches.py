@@ -12,7 +12,7 @@ from support.leaks import no_leaks  # noqa: F401
 from support.pairs import Pairs, alone, key_of, sizes_of, stream_config
 
 from jest_stream.pipeline.device.streams import Ring
-from jest_stream.pipeline.super_batches import Position, SuperBatch, SuperBatchReader
+from jest_stream.pipeline.super_batches import SuperBatch, SuperBatchReader
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -29,7 +29,6 @@ class Reading:
             layout=alone(len(lengths)),
             prepare=key_of,
         )
-        self.reader.go_to(Position.of_epoch(0, range(len(lengths))))
 
     def read(self, size: int) -> SuperBatch:
         return self.reader.read(size, slot=Ring().slot(), end_epoch=self.end_epoch)
