@@ -187,7 +187,7 @@ class Embedder:
                 refresh_every=self._refresh_every,
                 device=self._ring.device,
                 step=step,
-                has_spare=self._ring.backend.overlaps,  # written while the other one is read
+                has_spare=self._ring.backend is not None,  # written while the other one is read
                 scoring=self._scoring,
             )
             if self._restored is not None:

@@ -31,23 +31,21 @@ def small_rows(batch_size: int, num_small: int) -> list[int]:
 
 
 class TwoSizes:
-    """Cuts a sub-batch in two: the train view of most, the score view of some."""
+    """Cuts a sub-batch in two: the train view of most, the score view of some.
+
+    Args:
+      fraction: share that is trained at the score view.
+      batch_size: b; the share becomes a number of examples here.
+      scoring: how that view is scored.
+      finish: the work left to do to its pixels.
+
+    Raises:
+      ConfigError: unless both parts get an example.
+    """
 
     def __init__(
-        self,
-        fraction: float,
-        batch_size: int,
-        scoring: ScoringConfig,
-        finish: Finish | None = None,
+        self, fraction: float, batch_size: int, scoring: ScoringConfig, finish: Finish | None = None
     ) -> None:
-        """Raises `ConfigError` unless both parts get an example.
-
-        Args:
-          fraction: share that is trained at the score view.
-          batch_size: b; the share becomes a number of examples here.
-          scoring: how that view is scored.
-          finish: the work left to do to its pixels.
-        """
         num_small = round(fraction * batch_size)
         if not 0 < fraction < 1 or not 0 < num_small < batch_size:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The few calls that scoring beside training needs of a device, and a device without streams.
+"""The few calls that scoring beside training makes of a device that queues its work.
 
 `streams` works by these calls alone: a test puts a model of a device in their place, which reports
 every access that no wait orders.
@@ -6,7 +6,7 @@ every access that no wait orders.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -37,10 +37,7 @@ class Stream(Protocol):
 
 
 class Backend(Protocol):
-    """The calls that `streams` makes of a kind of device."""
-
-    overlaps: bool
-    """Whether work is queued: if not, slots hold no memory."""
+    """The calls that `streams` makes of a device."""
 
     def stream(self) -> Stream:
         """Returns a new stream of the device."""
@@ -59,56 +56,3 @@ class Backend(Protocol):
 
     def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Returns memory of the device, allocated on the current stream."""
-
-
-class _Idle:
-    """A stream without work, and at the same time an event that has come."""
-
-    def wait_event(self, event: Any) -> None:
-        """Does nothing."""
-
-    def record_event(self) -> _Idle:
-        """Returns an event that has come."""
-        return self
-
-    def query(self) -> bool:
-        """Returns True."""
-        return True
-
-    def synchronize(self) -> None:
-        """Does nothing."""
-
-    def elapsed_time(self, end_event: Any) -> float:
-        """Returns 0."""
-        return 0.0
-
-
-class DirectBackend:
-    """A device that computes when it is called, or that has one queue for all: no overlap."""
-
-    overlaps = False
-
-    def __init__(self) -> None:
-        self._idle = _Idle()
-
-    def stream(self) -> Stream:
-        """Returns a stream without work."""
-        return self._idle
-
-    def current_stream(self, device: torch.device | None = None) -> Stream:
-        """Returns a stream without work."""
-        return self._idle
-
-    def use(self, stream: Stream) -> AbstractContextManager[Any]:
-        """Does nothing."""
-        return nullcontext()
-
-    def mark(self, stream: Stream) -> Event:
-        """Returns an event that has come."""
-        return self._idle
-
-    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Returns ordinary memory."""
-        return torch.empty(shape, dtype=dtype)
-
-    buffer = pinned

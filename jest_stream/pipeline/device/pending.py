@@ -7,9 +7,8 @@ thread. Shapes: b: batch size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -119,47 +118,28 @@ def _rows(selection: Selection, rows: Tensor) -> Selection:
     )
 
 
-class Part(NamedTuple):
-    """One tensor of a `Selection` within the bytes of all of them."""
-
-    name: str
-    dtype: torch.dtype
-    shape: torch.Size
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
 class Packing:
-    """The place of each tensor of a selection in one row of bytes."""
+    """The place of each tensor of a selection in one row of bytes.
 
-    parts: Sequence[Part]
-    num_bytes: int
+    The widest numbers come first, which aligns all of them: 2 int64, 3 float32 and 1 bool lie at
+    bytes 0, 16 and 28 of 29.
+    """
 
-    @classmethod
-    def of(cls, selection: Selection) -> Packing:
-        """Returns a packing with the widest numbers first, which aligns all of them.
-
-        For example, 2 int64, 3 float32 and 1 bool lie at bytes 0, 16 and 28 of 29.
-        """
-        tensors = [(field.name, getattr(selection, field.name)) for field in fields(Selection)]
-        parts, start = [], 0
-        for name, tensor in sorted(tensors, key=lambda entry: -entry[1].element_size()):
-            stop = start + tensor.nbytes
-            parts.append(Part(name, tensor.dtype, tensor.shape, start, stop))
-            start = stop
-        return cls(parts, start)
+    def __init__(self, selection: Selection) -> None:
+        tensors = [(each.name, getattr(selection, each.name)) for each in fields(Selection)]
+        tensors.sort(key=lambda entry: -entry[1].element_size())
+        self._kinds = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors]
+        self._sizes = [tensor.nbytes for _, tensor in tensors]
+        self.num_bytes = sum(self._sizes)
 
     def pack(self, selection: Selection, *, out: Tensor) -> None:
         """Writes the selection's bytes to `out`, by one kernel."""
-        rows = [getattr(selection, part.name).reshape(-1) for part in self.parts]
+        rows = [getattr(selection, name).reshape(-1) for name, *_ in self._kinds]
         torch.cat([row.view(torch.uint8) for row in rows], out=out)
 
     def unpack(self, packed: Tensor) -> Selection:
         """Returns the selection whose tensors lie in these bytes, without a copy."""
+        parts = zip(self._kinds, torch.split(packed, self._sizes), strict=True)
         return Selection(
-            **{
-                part.name: packed[part.start : part.stop].view(part.dtype).reshape(part.shape)
-                for part in self.parts
-            }
+            **{name: part.view(dtype).reshape(shape) for (name, dtype, shape), part in parts}
         )

@@ -14,8 +14,8 @@ other streams touch is persistent, or made and used on one stream. Everything is
 training thread. The host waits for the device in one case only: for the selection of the batch at
 hand, after all kernels of later super-batches are queued.
 
-On other devices the same calls are made in the same order, and a slot holds nothing: columns are
-made afresh and moved at once.
+Other devices compute when they are called, or have one queue for all: there is nothing to guard,
+and a slot holds nothing. Columns are made afresh and moved at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jest_stream.pipeline.device.backends import Backend, DirectBackend, Event, Stream
+from jest_stream.pipeline.device.backends import Backend, Event, Stream
 from jest_stream.pipeline.device.pending import Marks, Packing, PendingSelection
 from jest_stream.types import Selection
 from jest_stream.views import Columns
@@ -41,8 +41,6 @@ _CPU = torch.device("cpu")
 
 class CudaBackend:
     """The protocol on a CUDA device."""
-
-    overlaps = True
 
     def __init__(self, device: torch.device) -> None:
         # Without a number the device is the current one: that may change, a stream's may not.
@@ -80,9 +78,9 @@ class CudaBackend:
         return torch.empty(shape, dtype=dtype, device=self._device)
 
 
-def backend_of(device: torch.device) -> Backend:
-    """Returns the backend of a device: only CUDA queues its work."""
-    return CudaBackend(device) if device.type == "cuda" else DirectBackend()
+def backend_of(device: torch.device) -> Backend | None:
+    """Returns the backend of a device that queues its work; None for one that does not."""
+    return CudaBackend(device) if device.type == "cuda" else None
 
 
 def moved(column: Any, device: torch.device) -> Any:
@@ -111,7 +109,7 @@ class Slot:
         On CUDA it is pinned, and no copy reads from it any more.
         """
         shape = (size, *like.shape[1:])
-        if not self._backend.overlaps:
+        if self._backend is None:
             return like.new_empty(shape)
         return self._room(name, shape, like.dtype)[0]
 
@@ -121,9 +119,9 @@ class Slot:
         Args:
           columns: tensors that were gathered in `column`, and lists.
         """
-        # There are two kinds of devices, and two kinds of columns:
+        # There are two cases:
         # 1. A device without a queue has no buffers to guard: tensors are moved at once.
-        if not self._backend.overlaps:
+        if self._backend is None:
             return {name: moved(column, self._ring.device) for name, column in columns.items()}
         # 2. On CUDA the copies wait for all former users of the slot: scoring and the gathering of
         #    its last batch may still read the device buffers that are overwritten here.
@@ -134,8 +132,7 @@ class Slot:
         try:
             with self._backend.use(copying):
                 for name, column in columns.items():
-                    # 2a. Tensors go to the device buffers; 2b. lists (keys, bytes) stay here.
-                    if isinstance(column, Tensor):
+                    if isinstance(column, Tensor):  # lists (keys, encoded images) stay on the host
                         filled[name] = self._rooms[name][1][: len(column)]
                         _copy_in_parts(filled[name], column)
         finally:  # if it failed, some copies are queued: the slot's next user waits for them
@@ -150,15 +147,21 @@ class Slot:
         Args:
           weights: names the weights that are read, see `Ring.writing`.
         """
-        ring, stream = self._ring, self._ring.scoring
+        ring = self._ring
+        # Under the caller's autocast, selection would sum in half precision: it needs float32.
+        in_float32 = torch.autocast(ring.device.type, enabled=False)
+        if self._backend is None:
+            with in_float32:
+                yield
+            return
+        stream = ring.scoring
         if self._filled is not None:  # the columns come by the copying stream
             stream.wait_event(self._filled)
         if ring.ready is not None:  # the weights are written by the training stream
             stream.wait_event(ring.ready)
         self._marks = []
         try:
-            # Under the caller's autocast, selection would sum in half precision: it needs float32.
-            with torch.autocast(ring.device.type, enabled=False), self._backend.use(stream):
+            with in_float32, self._backend.use(stream):
                 yield
         finally:  # if it failed, a part of it is queued and still reads slot and weights
             done = stream.record_event()
@@ -168,7 +171,7 @@ class Slot:
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Takes the time that the device needs for the block's work within `scoring`."""
-        if not self._backend.overlaps:
+        if self._backend is None:
             yield
             return
         begin = self._backend.mark(self._ring.scoring)
@@ -177,9 +180,9 @@ class Slot:
 
     def keep(self, selection: Selection) -> PendingSelection:
         """Returns a selection made within `scoring`, copied to memory that outlasts its use."""
-        if not self._backend.overlaps:
+        if self._backend is None:
             return PendingSelection(selection)
-        packing = Packing.of(selection)
+        packing = Packing(selection)
         pinned, packed = self._room("", (packing.num_bytes,), torch.uint8)
         packing.pack(selection, out=packed)
         self._selected = self._ring.scoring.record_event()
@@ -203,7 +206,7 @@ class Slot:
 
         To be called before `keep`, whose event the consumer waits for.
         """
-        if not self._backend.overlaps:
+        if self._backend is None:
             return rows
         kept = self._room(name, tuple(rows.shape), rows.dtype)[1]
         kept.copy_(rows)
@@ -211,11 +214,11 @@ class Slot:
 
     def restore(self, selection: Selection) -> PendingSelection:
         """Returns a selection of a former run, with its tensors on the CPU, as `keep` does."""
-        if not self._backend.overlaps:
+        if self._backend is None:
             tensors = {field.name: getattr(selection, field.name) for field in fields(Selection)}
             there = {name: moved(tensor, self._ring.device) for name, tensor in tensors.items()}
             return PendingSelection(Selection(**there))
-        packing = Packing.of(selection)
+        packing = Packing(selection)
         pinned, packed = self._room("", (packing.num_bytes,), torch.uint8)
         self.settle()  # an abandoned selection may still be on its way to the pinned memory
         packing.pack(selection, out=pinned)
@@ -230,6 +233,9 @@ class Slot:
 
         Memory that the block allocates belongs to the consumer.
         """
+        if self._backend is None:
+            yield
+            return
         consumer = self._backend.current_stream()
         if self._selected is not None:  # indices and weights are made on the scoring stream
             consumer.wait_event(self._selected)
@@ -261,6 +267,7 @@ class Slot:
             pinned, on_device = self._rooms[name]
             if pinned.dtype == dtype and pinned.shape[1:] == shape[1:] and len(pinned) >= size:
                 return pinned[:size], on_device[:size]
+        assert self._backend is not None
         # The memory replaced may still be in use, which is safe in both its parts. The device part
         # is the copying stream's, which waits for all users before it writes; the pinned part is
         # watched by its allocator until the copies from it are done.
@@ -284,7 +291,8 @@ class Ring:
     def _begin(self, device: torch.device) -> None:
         self.device = device
         self.backend = backend_of(device)
-        self.copying, self.scoring = self.backend.stream(), self.backend.stream()
+        if self.backend is not None:
+            self.copying, self.scoring = self.backend.stream(), self.backend.stream()
         self.ready: Event | None = None
         """After the last write to a model that scores."""
         self.readers: dict[object, Event] = {}
@@ -319,6 +327,9 @@ class Ring:
           weights: names the weights written, as in `Slot.scoring`: their readers are waited for.
           home: the device that the values come from: copies run on its current stream.
         """
+        if self.backend is None:
+            yield
+            return
         writer = self.backend.current_stream(home)
         if weights in self.readers:  # scoring may still read them
             writer.wait_event(self.readers.pop(weights))
@@ -331,7 +342,7 @@ class Ring:
 
     def drain(self) -> None:
         """Waits until the device has done all that was queued: models may be let go of then."""
-        if not self.backend.overlaps or self._is_finalizing():  # the driver may be gone
+        if self.backend is None or self._is_finalizing():  # the driver may be gone
             return
         for slot in self._slots:
             slot.settle()
