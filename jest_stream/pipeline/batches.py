@@ -75,14 +75,16 @@ class Batches:
           device: where the batch is wanted.
         """
         super_batch, selection = scored.super_batch, scored.selection
-        names = ("text", "key") if self._late is not None else ("image", "text", "key")
         small: Columns = {}
+        names = ("image", "text", "key")
         if self._late is not None:
             self.start(scored, step=step)
+            names = ("text", "key")  # the image comes from the train view
         if self._two_sizes is not None:
             selection, small_selection = self._two_sizes.split(selection)
             small = self._two_sizes.small(super_batch.columns, small_selection, device)
             small.update(self._reference(super_batch, small_selection, device, "small_reference"))
+        # Rows are taken where the candidates lie, then moved: b of B rows cross to another device.
         batch = selection.take_rows(columns_of(super_batch.columns, names))
         batch["weight"] = selection.weights(device)
         if self._late is not None:

@@ -82,7 +82,7 @@ class Embedder:
                 self._copy.refresh(step, force=True)
 
     def prepare(self, columns: Columns) -> None:
-        """Makes what `embed` needs for these columns, on the caller's current stream."""
+        """Makes the reference and the tables that `embed` reads, on the caller's current stream."""
         unmade = [
             name for name in self._finishes if name in columns and name not in self._has_table
         ]

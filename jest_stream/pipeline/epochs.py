@@ -1,8 +1,8 @@
-"""How many batches a pass gives, from the number of examples in each shard.
+"""The number of examples in each shard in, the number of batches that a pass gives out.
 
-With `repeat=False` lanes end with their data. Ranks own different lanes, so that one may hold a
-batch more than another; in a data-parallel run it would wait for the others for ever. Where the
-counts are known, every rank computes the same end instead, without asking the others.
+With `repeat=False` lanes end with their data. Ranks own different lanes, and one may hold a batch
+more than another; in a data-parallel run it would wait for the others for ever. Where the counts
+are known, every rank computes the same end instead, without asking the others. Pure functions.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ class PassLength:
                 continue
             shards = lane_shards(len(self.counts), layout.num_lanes, lane, self.seed)
             order = shard_order(shards, lane, self.seed, epoch)
+            # A lane of shards with 5, 4 and 6 examples, in its second shard after 3 of them, has
+            # 4 + 6 - 3 = 7 left.
             left += sum(self.counts[shard] for shard in order[cursor.shard :]) - cursor.num_before
         return left
 
@@ -90,7 +92,7 @@ class PassLength:
 
         Args:
           cursors: of all lanes, where they go on.
-          layout: who reads them.
+          layout: the ranks that read them.
           epoch: the pass.
           step: the step of the next batch.
 
@@ -103,6 +105,7 @@ class PassLength:
                 f"ends on other ranks than before depends on all of them. Load the state that "
                 f"gather_state_dict made."
             )
+        # The rank that has the fewest decides for all: the others leave out the rest.
         return min(
             self.sizes.num_batches(
                 self.num_left(

@@ -1,8 +1,8 @@
 """A selection that the device may still be computing, for its users on the device and on the host.
 
 A `Selection` on the scoring device goes in; its rows of any columns come out. `Packing` puts its
-tensors into one row of bytes, so that one copy brings all of them to the host. Runs in the training
-thread. Shapes: b: batch size.
+tensors into one row of bytes: one copy brings all of them to the host. Runs in the training thread.
+Shapes: b: batch size.
 """
 
 from __future__ import annotations
