@@ -76,10 +76,10 @@ class Batches:
         """
         super_batch, selection = scored.super_batch, scored.selection
         small: Columns = {}
-        names = ("image", "text", "key")
+        names = ["image", "text", "key"]
         if self._late is not None:
             self.start(scored, step=step)
-            names = ("text", "key")  # the image comes from the train view
+            names.remove("image")  # it comes from the train view
         if self._two_sizes is not None:
             selection, small_selection = self._two_sizes.split(selection)
             small = self._two_sizes.small(super_batch.columns, small_selection, device)
