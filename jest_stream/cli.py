@@ -133,8 +133,9 @@ def _add_cache(commands: Any) -> None:
 def _cache(options: argparse.Namespace) -> None:
     import torch
 
+    from jest_stream.config import DEFAULT_IMAGE_KEY, DEFAULT_TEXT_KEY
     from jest_stream.errors import IncompleteCacheError
-    from jest_stream.reference_cache import DEFAULT_IMAGE_KEY, DEFAULT_TEXT_KEY, ReferenceCache
+    from jest_stream.reference_cache import ReferenceCache
 
     # torchrun's; a device that names its number is taken as it is.
     local_rank = os.environ.get("LOCAL_RANK")

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from jest_stream.config.checks import as_integer, as_number, set_field
+from jest_stream.config.checks import as_integer, as_number, as_optional_integer, set_field
 from jest_stream.errors import ConfigError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ScoringConfig:
     """How the learner copy and a live reference embed the candidates; all of it can be combined."""
 
@@ -34,11 +34,12 @@ class ScoringConfig:
                 f"scoring.autocast_dtype must be torch.bfloat16, torch.float16 or None, got "
                 f"{self.autocast_dtype}"
             )
-        size = as_integer("scoring.micro_batch_size", self.micro_batch_size, 1)
-        set_field(self, "micro_batch_size", size)
-        for name in ("image_size", "patch_size"):
-            if (value := getattr(self, name)) is not None:
-                set_field(self, name, as_integer(f"scoring.{name}", value, 1))
+        micro_batch_size = as_integer("scoring.micro_batch_size", self.micro_batch_size, 1)
+        set_field(self, "micro_batch_size", micro_batch_size)
+        image_size = as_optional_integer("scoring.image_size", self.image_size, 1)
+        set_field(self, "image_size", image_size)
+        patch_size = as_optional_integer("scoring.patch_size", self.patch_size, 1)
+        set_field(self, "patch_size", patch_size)
         fraction = as_number("scoring.token_fraction", self.token_fraction)
         if not 0 < fraction <= 1:
             raise ConfigError(
@@ -51,13 +52,3 @@ class ScoringConfig:
     def changes_tokens(self) -> bool:
         """Whether an image of one size becomes fewer tokens than in training."""
         return self.patch_size is not None or self.token_fraction < 1
-
-
-def require_scoring(scoring: object) -> ScoringConfig:
-    """Returns `scoring`, or raises `ConfigError` if it is no `ScoringConfig`."""
-    if isinstance(scoring, ScoringConfig):
-        return scoring
-    raise ConfigError(
-        f"scoring must be a ScoringConfig, got {scoring!r}. Write for example "
-        f"ScoringConfig(autocast_dtype=torch.bfloat16)."
-    )

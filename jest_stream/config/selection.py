@@ -12,7 +12,15 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from jest_stream.config.checks import as_integer, as_number, finite, require_one_of, set_field
+from jest_stream.config.checks import (
+    as_integer,
+    as_number,
+    as_optional_integer,
+    finite,
+    require_one_of,
+    require_share,
+    set_field,
+)
 from jest_stream.errors import ConfigError
 
 Method = Literal["joint", "independent", "uniform"]
@@ -22,10 +30,10 @@ ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 Metadata = str | Callable[[Mapping[str, Any]], Any]
 """A member of the example or an entry of its `json`; or a function of the decoded example."""
 
-_SCORES = ("learnability", "easy_reference", "hard_learner")
+SCORE_NAMES = ("learnability", "easy_reference", "hard_learner")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Term:
     """A number that an example brings along, such as its quality, added to its score."""
 
@@ -43,7 +51,7 @@ class Term:
             )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TargetSimilarity:
     """How close an example is, for the reference, to examples of what the model is meant for.
 
@@ -78,7 +86,7 @@ class TargetSimilarity:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Quota:
     """How much of a sub-batch one group of examples must, may or should make up.
 
@@ -94,11 +102,10 @@ class Quota:
     """Target share: floor and cap in one."""
 
     def __post_init__(self) -> None:
-        for name, value in (("floor", self.floor), ("cap", self.cap), ("share", self.share)):
-            if name == "share" and value is None:
-                continue
-            if not 0 <= as_number(f"Quota.{name}", value) <= 1:
-                raise ConfigError(f"Quota.{name} must be a share in [0, 1], got {value}")
+        require_share("Quota.floor", self.floor)
+        require_share("Quota.cap", self.cap)
+        if self.share is not None:
+            require_share("Quota.share", self.share)
         if self.share is not None and (self.floor, self.cap) != (0, 1):
             raise ConfigError(
                 f"Quota.share={self.share} is floor and cap in one, got floor={self.floor} and "
@@ -118,7 +125,7 @@ class Quota:
         return self.cap if self.share is None else self.share
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SelectionConfig:
     """How a sub-batch is chosen from a super-batch."""
 
@@ -161,12 +168,12 @@ class SelectionConfig:
         require_one_of("selection.method", self.method, ("joint", "independent", "uniform"))
         require_one_of("selection.loss", self.loss, ("auto", "sigmoid", "softmax"))
         if not callable(self.score):
-            require_one_of("selection.score", self.score, _SCORES, "or a function of two tiles")
-        integers = {"num_chunks": 1, "num_sweeps": 0, "start_step": 0}
-        for name, least in integers.items():
-            set_field(self, name, as_integer(f"selection.{name}", getattr(self, name), least))
-        if self.stop_step is not None:
-            set_field(self, "stop_step", as_integer("selection.stop_step", self.stop_step, 0))
+            require_one_of("selection.score", self.score, SCORE_NAMES, "or a function of two tiles")
+        set_field(self, "num_chunks", as_integer("selection.num_chunks", self.num_chunks, 1))
+        set_field(self, "num_sweeps", as_integer("selection.num_sweeps", self.num_sweeps, 0))
+        set_field(self, "start_step", as_integer("selection.start_step", self.start_step, 0))
+        stop_step = as_optional_integer("selection.stop_step", self.stop_step, 0)
+        set_field(self, "stop_step", stop_step)
         if self.stop_step is not None and self.stop_step <= self.start_step:
             raise ConfigError(
                 f"selection.stop_step={self.stop_step} is not after "
@@ -243,13 +250,3 @@ def _require_groups(group_by: object, quotas: Mapping[Hashable, Quota] | None) -
             f"decoded example, got {group_by!r}"
         )
     require_quotas(quotas)
-
-
-def require_rule(selection: object) -> SelectionConfig:
-    """Returns `selection`, or raises `ConfigError` if it is no `SelectionConfig`."""
-    if isinstance(selection, SelectionConfig):
-        return selection
-    raise ConfigError(
-        f"selection must be a SelectionConfig, got {selection!r}. Write for example "
-        f"SelectionConfig(method='uniform'), or **preset('uniform')."
-    )

@@ -18,7 +18,7 @@ FilterRatio = float | Mapping[int, float]
 """The share of each super-batch that is discarded; or by first step: `{0: 0.5, 1000: 0.8}`."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
     """How the stream is laid out over lanes and ranks."""
 
@@ -36,7 +36,7 @@ class Layout:
         return list(range(rank, self.num_lanes, self.world_size))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
     """Sizes of the super-batches of a run. Made by `resolve_sizes`."""
 

@@ -1,4 +1,4 @@
-"""How remote shards are read."""
+"""How remote shards are read: cache, read-ahead, time-outs, retries, options of the drivers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jest_stream.config.checks import as_integer, as_number, set_field
 from jest_stream.errors import ConfigError
 
 SCHEMES = ("s3", "gs", "http", "https", "hf")
@@ -16,7 +17,7 @@ SCHEMES = ("s3", "gs", "http", "https", "hf")
 _LEAST_READ_AHEAD = 1 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StorageConfig:
     """How shards are read that do not lie on a local disk. Nothing here concerns local paths."""
 
@@ -43,14 +44,21 @@ class StorageConfig:
         if self.cache_folder is not None:
             if not self.cache_folder:
                 raise ConfigError("StorageConfig.cache_folder is empty; pass a folder, or None.")
-            object.__setattr__(self, "cache_folder", os.fspath(self.cache_folder))
-        _require_int("cache_bytes", self.cache_bytes, 1)
-        _require_int("read_ahead_bytes", self.read_ahead_bytes, _LEAST_READ_AHEAD)
-        for name in ("connect_timeout_s", "stall_timeout_s", "retry_timeout_s"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+            set_field(self, "cache_folder", os.fspath(self.cache_folder))
+        for name, num_bytes, least in (
+            ("cache_bytes", self.cache_bytes, 1),
+            ("read_ahead_bytes", self.read_ahead_bytes, _LEAST_READ_AHEAD),
+        ):
+            checked = as_integer(f"StorageConfig.{name}", num_bytes, least, "a number of bytes")
+            set_field(self, name, checked)
+        for name, seconds in (
+            ("connect_timeout_s", self.connect_timeout_s),
+            ("stall_timeout_s", self.stall_timeout_s),
+            ("retry_timeout_s", self.retry_timeout_s),
+        ):
+            if not 0 < as_number(f"StorageConfig.{name}", seconds) < math.inf:
                 raise ConfigError(
-                    f"StorageConfig.{name} must be a number of seconds above 0, got {value!r}"
+                    f"StorageConfig.{name} must be a number of seconds above 0, got {seconds!r}"
                 )
         for scheme, options in self.options.items():
             if scheme not in SCHEMES or scheme == "https":
@@ -63,10 +71,3 @@ class StorageConfig:
                     f"StorageConfig.options[{scheme!r}] must be a dict of fsspec options, got "
                     f"{type(options).__name__}."
                 )
-
-
-def _require_int(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(
-            f"StorageConfig.{name} must be a number of bytes of at least {least:,}, got {value!r}"
-        )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jest_stream.config import ScoringConfig, finite
+from jest_stream.config import ScoringConfig
 from jest_stream.errors import ConfigError
 from jest_stream.pipeline.device import PendingSelection, moved
 from jest_stream.views import Columns, Finish, columns_of, put_view, scaled, view_of
@@ -64,7 +64,7 @@ class TwoSizes:
     @classmethod
     def of(
         cls,
-        fraction: object,
+        fraction: float,
         batch_size: int,
         scoring: ScoringConfig,
         *,
@@ -76,10 +76,9 @@ class TwoSizes:
         Raises:
           ConfigError: for a share that cannot be, or where both views are the same.
         """
-        share = finite("score_view_fraction", fraction)
-        if share == 0:
+        if fraction == 0:
             return None
-        two_sizes = cls(share, batch_size, scoring, finish)
+        two_sizes = cls(fraction, batch_size, scoring, finish)
         if not has_train_view and scoring.image_size is None and not scoring.changes_tokens:
             raise ConfigError(two_sizes._no_smaller("the score view is the train view"))
         return two_sizes

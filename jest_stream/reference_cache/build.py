@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from jest_stream.config import Limits, StorageConfig, as_device, as_integer
+from jest_stream.config import Key, Limits, StorageConfig, Transform, as_device, as_integer
 from jest_stream.errors import ConfigError, ReferenceMismatchError
 from jest_stream.reference_cache import fingerprints
 from jest_stream.reference_cache.files import EmbeddingsFile, arrow_or_error, key_hashes
@@ -46,7 +46,7 @@ from jest_stream.scoring import ReferenceModel, two_tower
 from jest_stream.sources import IterableSource
 from jest_stream.storage import Storage, redacted
 from jest_stream.types import Embeddings, Source
-from jest_stream.views import Columns, Key, ScoreView, Transform, view_of
+from jest_stream.views import Columns, ScoreView, view_of
 
 RECORD = re.compile(r"\d{5,}\.json")
 """Names of the records of finished shards."""

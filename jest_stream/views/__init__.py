@@ -7,7 +7,6 @@ score view. What selection wants to know of an
 example's metadata travels along, as `term` and `group`.
 """
 
-from jest_stream.config import DEFAULT_LIMITS, Limits
 from jest_stream.views.columns import (
     REFERENCE,
     Columns,
@@ -21,28 +20,21 @@ from jest_stream.views.columns import (
 )
 from jest_stream.views.compose import Finish
 from jest_stream.views.late import LateViews
-from jest_stream.views.metadata import Key
-from jest_stream.views.recipe import Recipe, ReducedDecoding, TrainViewFrom, make_recipe
-from jest_stream.views.rows import Row, Transform, add_view
+from jest_stream.views.recipe import Recipe, make_recipe
+from jest_stream.views.rows import Row, add_view
 from jest_stream.views.scaling import scaled
 from jest_stream.views.score import ScoreView
 from jest_stream.views.train import TrainView
 
 __all__ = [
     "Columns",
-    "DEFAULT_LIMITS",
     "Finish",
-    "Key",
     "LateViews",
-    "Limits",
     "REFERENCE",
     "Recipe",
-    "ReducedDecoding",
     "Row",
     "ScoreView",
     "TrainView",
-    "TrainViewFrom",
-    "Transform",
     "View",
     "add_view",
     "collate",

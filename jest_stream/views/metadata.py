@@ -9,13 +9,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from jest_stream.config import Metadata, Term
+from jest_stream.config import Key, Metadata, Term
 from jest_stream.errors import BadExampleError, ConfigError
 from jest_stream.views.decode import Decoded
-
-Key = Metadata
-"""Alternatives such as `"jpg;png"`, the first present member counts; or a function of the example,
-which sees decoded members."""
 
 
 def find(decoded: Decoded, key: Key, argument: str, reason: str) -> Any:

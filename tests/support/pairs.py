@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from jest_stream.config.sizes import Layout, Sizes
-from jest_stream.config.stream import StreamConfig
+from jest_stream.config import Layout, Sizes, StreamConfig
 from jest_stream.errors import BadExampleError
 from jest_stream.types import Example
 
