@@ -78,7 +78,7 @@ class SuperBatchReader:
       config: how to read.
       sizes: of the super-batches.
       source: where the shards are.
-      layout: names the lanes to read. May be replaced before a `go_to`.
+      layout: names the lanes to read. May be replaced while none is open.
       prepare: makes a row of an example.
     """
 
@@ -119,6 +119,8 @@ class SuperBatchReader:
         self._blocks: dict[int, tuple[Block, int]] = {}  # lane -> block, examples taken of it
         self._waiting: dict[int, list[Block]] = {lane: [] for lane in self._lanes}
         self._ended: set[int] = set()
+        self._skipped: dict[str, int] = {}  # since the super-batch at hand was begun
+        self._counts: dict[str, int] = {}  # likewise
 
     def pause(self) -> None:
         """Stops workers and closes files. The next `read` goes on where the last one stopped."""
@@ -136,8 +138,7 @@ class SuperBatchReader:
         if self._reader is None:
             self._reader = self._open(end_epoch)
         start = self.position
-        self._skipped: dict[str, int] = {}
-        self._counts: dict[str, int] = {}
+        self._skipped, self._counts = {}, {}
         picks: list[tuple[Block, int]] = []
         while len(picks) < size:
             lane = self._lanes[self._next_lane]
