@@ -164,11 +164,11 @@ class Pipeline:
             # 3. Otherwise one more is scored, unless enough are in flight.
             if not run.to_restore and num_ready > self._lookahead():
                 return
-            start = self._reader.position
+            position = self._reader.position
             try:
                 scored = self._restore(run.to_restore[0]) if run.to_restore else self._score_next()
             except Exception as error:
-                self._reader.go_to(start)
+                self._reader.go_to(position)
                 self._error = error
             else:
                 if scored is not None:
@@ -195,7 +195,7 @@ class Pipeline:
                     f"ended after {step - run.step + run.epoch_step}. Correct the counts."
                 )
             run.tail = super_batch
-            self._reader.go_to(super_batch.start)  # a checkpoint taken now finds the same tail
+            self._reader.go_to(super_batch.position)  # a checkpoint taken now finds the same tail
             return None
         return self._selector.select(super_batch, batch_size=batch_size, step=step, now=run.step)
 
@@ -222,7 +222,7 @@ class Pipeline:
     def _hand_out(self, scored: ScoredSuperBatch) -> Columns:
         """Returns the selected rows, gathered on the stream that the training loop uses."""
         if not scored.selection.on_host().is_finite:  # on a CPU it raised when scoring
-            self._go_to(scored.super_batch.start)  # to be selected from again
+            self._go_to(scored.super_batch.position)  # to be selected from again
             raise NonFiniteError(
                 f"scoring for step {self.run.step} gave NaN or infinity. Check the learner (has "
                 f"training diverged?), the reference and the autocast dtype."

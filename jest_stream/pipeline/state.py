@@ -104,7 +104,7 @@ def checkpoint_of(
         for scored in run.in_flight
     ]
     if run.in_flight:  # they are read again
-        position = run.in_flight[0].super_batch.start
+        position = run.in_flight[0].super_batch.position
     return {
         "version": VERSION,
         "settings": dict(settings),

@@ -49,8 +49,8 @@ class SuperBatch:
     """The owner of their memory."""
     size: int
     """B: the number of candidates."""
-    start: Position
-    """Where reading it again would start."""
+    position: Position
+    """Where it starts: where reading it again would begin."""
     skipped: dict[str, int]
     """Bad examples left out on the way, by reason."""
     counts: dict[str, int] = field(default_factory=dict)
@@ -137,7 +137,7 @@ class SuperBatchReader:
         """
         if self._reader is None:
             self._reader = self._open(end_epoch)
-        start = self.position
+        position = self.position
         self._skipped, self._counts = {}, {}
         picks: list[tuple[Block, int]] = []
         while len(picks) < size:
@@ -153,7 +153,7 @@ class SuperBatchReader:
             on_host=gathered,
             slot=slot,
             size=len(picks),
-            start=start,
+            position=position,
             skipped=self._skipped,
             counts=self._counts,
         )

@@ -79,11 +79,11 @@ def test_going_to_the_start_of_a_super_batch_reads_it_and_all_after_it_again() -
     """Three of two lanes: the second one starts in the middle of a round."""
     reading = Reading([4, 5])
     super_batches = [reading.read(3) for _ in range(3)]
-    assert [each.start.next_lane for each in super_batches] == [0, 1, 0]
+    assert [each.position.next_lane for each in super_batches] == [0, 1, 0]
     for number, super_batch in enumerate(super_batches):
-        reading.reader.go_to(super_batch.start)
+        reading.reader.go_to(super_batch.position)
         assert not reading.reader.is_open
-        assert reading.reader.position == super_batch.start
+        assert reading.reader.position == super_batch.position
         for later in super_batches[number:]:
             assert reading.keys(3) == later.columns["key"]
 

@@ -209,7 +209,7 @@ def cut(reader: SuperBatchReader, size: int) -> list[tuple[list[str], dict[str, 
     batches = []
     while True:
         batch = reader.read(size, slot=Ring().slot(), end_epoch=1)
-        batches.append((batch.columns.get("key", []), batch.counts, batch.start))
+        batches.append((batch.columns.get("key", []), batch.counts, batch.position))
         if batch.size < size:
             return batches
 

@@ -344,7 +344,7 @@ def test_what_was_not_finite_is_not_made(shards: list[str]) -> None:
         on_host=columns,
         slot=Ring(torch.device("cpu")).slot(),
         size=6,
-        start=Position({}, 0),
+        position=Position({}, 0),
         skipped={},
     )
     indices = torch.tensor([9, 9])  # beyond the candidates
