@@ -34,9 +34,9 @@ class Reference(NamedTuple):
 
     model: nn.Module | ReferenceCache | None
     transform: Transform | None
-    """None: it sees the learner's images, or, being a cache, none."""
+    """None: it shares the learner's view of the image, or, being a cache, needs none."""
     tokenizer: Transform | None
-    """None: likewise for texts."""
+    """None: likewise for the text."""
 
 
 def open_reference(
