@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
@@ -64,9 +63,10 @@ _HOW_TO_KNOW = (
 class JESTDataset(IterableDataset[Any]):
     """Streams jointly selected sub-batches, for `DataLoader(dataset, batch_size=None)`.
 
-    Each step reads a super-batch of B candidates, scores every image-text pair in it by the
-    learner's loss minus the reference's, and hands out the b examples that the learner can still
-    learn most from together (JEST, Evans et al. 2024, https://arxiv.org/abs/2406.17711):
+    Each step reads a super-batch of B candidates, scores the image-text pairs in it by the
+    learner's loss minus the reference's, and hands out b of them, chosen for the most that the
+    learner can still learn from them together (JEST, Evans et al. 2024,
+    https://arxiv.org/abs/2406.17711):
 
         dataset = JESTDataset("pairs-*.tar", learner=model, reference="open_clip:ViT-B-32/openai",
                               transform=preprocess_val, tokenizer=tokenizer, batch_size=256)
@@ -80,9 +80,9 @@ class JESTDataset(IterableDataset[Any]):
     says otherwise; each `iter()` continues it.
 
     Args:
-      source: tar shards (a path, a brace or glob pattern, or a list of them), a Parquet or tar
-        repository of the Hub (`"hf://datasets/org/name"`), a dataset of `datasets`, a `TarSource`
-        or another `Source`, or any iterable of example dicts or of `(image, text)` pairs.
+      source: tar shards (a path, a brace or glob pattern, or a list of them), a repository of the
+        Hub (`"hf://datasets/org/name"`), a dataset of `datasets`, a `TarSource` or another
+        `Source`, or any iterable of example dicts or of `(image, text)` pairs.
       storage: how remote shards are read: cache folder, read-ahead, time-outs, retries.
 
       learner: the model being trained, with `encode_image`, `encode_text` and `logit_scale` as in
@@ -129,7 +129,7 @@ class JESTDataset(IterableDataset[Any]):
       seed: of the order of examples, the choice and the train view.
       num_workers: processes that read, decode and transform, and as many more for a
         `train_transform`. 0: the training process does.
-      lanes: shards read side by side. Default: a number up to 64 that divides the super-batch.
+      lanes: shards read side by side. Default: up to 64, if possible a divisor of the super-batch.
       device: where batches lie. Default: the learner's device, else the reference's, else the CPU.
       scoring_device: where the learner copy and the reference run. Default: `device`.
 
@@ -261,7 +261,9 @@ class JESTDataset(IterableDataset[Any]):
                 f"JESTDataset(num_workers={worker.num_workers}) to read in worker processes."
             )
         pipeline = self._open()
-        if pipeline.run.epoch_step and not pipeline.run.is_resumed:  # the last epoch was broken off
+        # After a loop that was broken off in an epoch comes the next one; a checkpoint just
+        # loaded finishes its epoch first.
+        if pipeline.run.epoch_step and not pipeline.run.is_resumed:
             pipeline.begin_epoch()
         self._iterator_token = object()
         return JESTIterator(self, self._iterator_token)
@@ -270,10 +272,10 @@ class JESTDataset(IterableDataset[Any]):
         """Returns `num_batches`.
 
         Raises:
-          TypeError: where that is not known, as for an endless stream.
+          TypeError: if that is not known, as for an endless stream.
         """
         num_batches = self._num_batches()
-        if num_batches is None:
+        if num_batches is None:  # TypeError is the answer that list() and DataLoader understand
             raise TypeError(f"this JESTDataset has no length; {_HOW_TO_KNOW}")
         return num_batches
 
@@ -281,11 +283,11 @@ class JESTDataset(IterableDataset[Any]):
     def num_batches(self) -> int:
         """Batches per epoch on this rank; the same on every rank.
 
-        With `repeat=False` it is known before if the source knows its counts and nothing is
-        skipped. After a resume within an epoch, that epoch gives what is left of it.
+        With `repeat=False` it is known beforehand if the source knows its counts and nothing is
+        skipped. After a resume within an epoch, that epoch gives the rest of its batches.
 
         Raises:
-          ConfigError: where nobody knows, as for an endless stream.
+          ConfigError: if the number is not known, as for an endless stream.
         """
         num_batches = self._num_batches()
         if num_batches is None:
@@ -294,43 +296,46 @@ class JESTDataset(IterableDataset[Any]):
 
     @property
     def num_samples(self) -> int:
-        """Examples per epoch that are handed out, over all ranks; raises as `num_batches` does."""
+        """Examples handed out per epoch by all ranks together; raises as `num_batches` does."""
         return self.num_batches * self._settings.sizes.batch_size * rank_and_world_size()[1]
 
     def _num_batches(self) -> int | None:
-        # Asked for before there are ranks, a length that was given must not settle how many.
+        # Trainers ask for the length early. Where it was given, the pipeline must not be built for
+        # it: that would fix the number of ranks before torch.distributed has started.
         return self._settings.stream.steps_per_epoch or self._open().num_batches()
 
     def set_epoch(self, epoch: int) -> None:
-        """Tells which epoch the next `iter()` is, as trainers do before each one.
+        """Sets the epoch of the next `iter()`, as trainers do before each one.
 
-        With `repeat=False` it goes to the start of that pass, unless the dataset is there already
-        or a checkpoint of that pass was just loaded, which then goes on where it was.
+        There are three cases:
 
-        A stream goes on wherever it is, whatever the epoch, and so does a loaded checkpoint. Only
-        where nothing was drawn and nothing loaded does it begin elsewhere: each lane in its pass
-        number `epoch`, at step `epoch * steps_per_epoch`. So a trainer that resumes without this
-        dataset's state is not given the data of its first epoch again; for the exact place, load
-        the state.
+        1. With `repeat=False` the dataset goes to the start of that pass, unless it is there
+           already, or a checkpoint of that pass was just loaded: then it goes on where it is.
+        2. A stream, or a loaded checkpoint of one, goes on where it is in any epoch.
+        3. A stream of which nothing was drawn or loaded begins each lane in its pass number
+           `epoch`, at step `epoch * steps_per_epoch`. So a trainer that resumes without this
+           dataset's state does not get the data of its first epoch again. For the exact place,
+           load the state.
         """
         self._open().set_epoch(as_integer("epoch", epoch, 0))
 
     def refresh(self) -> None:
-        """Copies the learner's weights now, whatever `refresh_every` says."""
+        """Copies the learner's weights now, beside the copies of `refresh_every`."""
         self._open().refresh()
 
     def metrics(self) -> dict[str, float | int]:
-        """Returns what happened so far, as a flat dict for any logger.
+        """Returns counters, last values, times and FLOPs so far, as a flat dict for any logger.
 
-        The first call that finds a model or a size of views for the first time runs one example
-        through the model, to count its FLOPs; nothing of it changes but that its forward hooks
-        see that example. FLOPs are NaN before the first batch, and for what cannot be counted.
+        To count FLOPs, it runs one example through a model when it meets that model, or a new size
+        of its views, for the first time; the model's forward hooks see that example, and nothing
+        else of it changes. FLOPs are NaN before the first batch, and of models that cannot be
+        counted.
         """
         self._price()
         return self._metrics.as_dict()
 
     def cost(self) -> RunCost:
-        """Returns what the run paid so far on this rank, and what that means: `print` it.
+        """Returns the price of the run so far on this rank, with its meaning: `print` it.
 
         FLOPs are counted as in `metrics()`: ask once before `close()`, which lets go of the models.
         """
@@ -338,12 +343,12 @@ class JESTDataset(IterableDataset[Any]):
         return self._metrics.cost()
 
     def state_dict(self, *, include_learner_copy: bool = False) -> dict[str, Any]:
-        """Returns what resumes the stream behind the last batch handed out.
+        """Returns the state that resumes the stream after the last batch handed out.
 
         Plain numbers and strings, loadable with `weights_only=True`; of this rank only, see
         `gather_state_dict` for all. Resuming is exact with `refresh_every=1` or at a refresh; else
-        with `include_learner_copy=True`, which adds the copy's weights. A closed dataset still has
-        the state in which it was closed, without the copy.
+        with `include_learner_copy=True`, which adds the copy's weights. A closed dataset still
+        returns the state in which it was closed, without the copy.
         """
         is_kept = self._is_closed and self._pipeline is not None and not include_learner_copy
         pipeline = self._pipeline if is_kept else self._open()
@@ -353,9 +358,9 @@ class JESTDataset(IterableDataset[Any]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to where `state_dict()` was taken. Nothing is read before the next batch.
 
-        Takes the state that this rank saved; or what `gather_state_dict` gave, which any number
-        of ranks can load, as long as they read as much per step together as the former ones did.
-        Then the super-batches in flight are read and chosen from anew: no example is lost or
+        Takes the state that this rank saved, or the merged one of `gather_state_dict`, which any
+        number of ranks can load, as long as they read as much per step together as the former ones
+        did. Then the super-batches in flight are read and chosen from anew: no example is lost or
         repeated.
 
         Raises:
@@ -366,8 +371,8 @@ class JESTDataset(IterableDataset[Any]):
     def close(self) -> None:
         """Stops workers, closes files and connections, lets go of the models.
 
-        May be called again. A `Source` that was passed is left open: others may read from it. What
-        the run cost is logged by the logger `jest_stream`, at level INFO.
+        May be called again. A `Source` that was passed is left open: others may read from it. The
+        logger `jest_stream` logs the cost of the run, at level INFO.
         """
         if not self._is_closed and self._pipeline is not None and _LOG.isEnabledFor(logging.INFO):
             _LOG.info("%r has ended.\n%s", self, self.cost())
@@ -387,12 +392,7 @@ class JESTDataset(IterableDataset[Any]):
         if hasattr(self, "_metrics"):  # the constructor may have failed before
             self._release()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -404,7 +404,7 @@ class JESTDataset(IterableDataset[Any]):
         return f"<JESTDataset {' | '.join(parts)}>"
 
     def __bool__(self) -> bool:
-        """Returns True: without it, truth would be asked of a length that may not exist."""
+        """Returns True: else `if dataset:` would ask for a length that may not exist."""
         return True
 
     def __reduce__(self) -> NoReturn:
@@ -441,13 +441,13 @@ class JESTDataset(IterableDataset[Any]):
         return self._iterator_token is token
 
     def _next(self) -> tuple[Any, bool]:
-        """One batch in the user's structure, None at the end of a pass; whether the epoch ended."""
+        """Returns a batch, or None at the end of a pass, and whether the epoch has ended."""
         with self._metrics.timed("yielding"):
             pipeline = self._open()
             try:
                 columns = pipeline.next_batch()
             except BaseException:
-                pipeline.pause()
+                pipeline.pause()  # the loop may never come back: leave no process, no open file
                 raise
             has_ended = pipeline.run.epoch_step == 0
             as_dict = self._settings.batch.as_dict

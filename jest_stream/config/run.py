@@ -1,8 +1,8 @@
 """All settings of one run, as `JESTDataset` makes them of its arguments.
 
 `RunSettings` holds the configs that users make themselves (selection, scoring, storage) and those
-that gather single arguments: `ViewConfig`, and here `StreamConfig` and `BatchConfig`. Whoever made
-one has checked it; nothing is checked again further down.
+that gather single arguments: `ViewConfig`, and here `StreamConfig` and `BatchConfig`. Each is
+checked when it is made, and nothing of it again further down.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OnBadShard = Literal["raise", "skip"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamConfig:
-    """How the stream is read and how far ahead it is scored. `JESTDataset` explains the fields."""
+    """Settings for reading the stream and scoring it ahead. `JESTDataset` explains the fields."""
 
     refresh_every: int
     lookahead: int | None

@@ -1,4 +1,4 @@
-"""How candidates are embedded for scoring, by learner copy and reference alike."""
+"""`ScoringConfig`: the settings for embedding candidates, of learner copy and reference alike."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from jest_stream.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoringConfig:
-    """How the learner copy and a live reference embed the candidates; all of it can be combined."""
+    """Settings for embedding candidates by learner copy and live reference. All can be combined."""
 
     autocast_dtype: torch.dtype | None = None
     """`torch.bfloat16` or `torch.float16` to score under autocast."""
     micro_batch_size: int = 256
-    """Examples per forward pass: memory against launches."""
+    """Examples per forward pass: a larger one takes more memory and launches fewer kernels."""
     image_size: int | None = None
     """Pixels per side of the images that are scored. A larger score view is scaled down, and a
-    vision transformer gets its position embeddings resampled. None: as `transform` gives them."""
+    vision transformer's position embeddings are resampled. None: the size of the score view."""
     patch_size: int | None = None
-    """Pixels per side of a patch: fewer tokens at the same view. The patch embedding is resampled
-    from the learner's (FlexiViT). None: the model's own."""
+    """Pixels per side of a patch; larger patches make fewer tokens of the same view. The patch
+    embedding is resampled from the learner's (FlexiViT, https://arxiv.org/abs/2212.08013). None:
+    the model's own."""
     token_fraction: float = 1.0
-    """Share of the image tokens that is kept, in (0, 1]. The same places for every image, evenly
-    spread over it; class and register tokens stay."""
+    """Share of the image tokens that is kept, in (0, 1]: the same places of every image, evenly
+    spread; class and register tokens stay."""
 
     def __post_init__(self) -> None:
         if self.autocast_dtype not in (None, torch.bfloat16, torch.float16):
@@ -50,5 +51,5 @@ class ScoringConfig:
 
     @property
     def changes_tokens(self) -> bool:
-        """Whether an image of one size becomes fewer tokens than in training."""
+        """Whether an image becomes fewer tokens than an image of its size in training."""
         return self.patch_size is not None or self.token_fraction < 1

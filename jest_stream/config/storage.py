@@ -1,4 +1,4 @@
-"""How remote shards are read: cache, read-ahead, time-outs, retries, options of the drivers."""
+"""`StorageConfig`: the settings for reading remote shards, and the schemes of their addresses."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _LEAST_READ_AHEAD = 1 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StorageConfig:
-    """How shards are read that do not lie on a local disk. Nothing here concerns local paths."""
+    """Settings for reading remote shards. None of them concerns local paths."""
 
     cache_folder: str | None = None
-    """Where shards are kept once read, for later epochs and other processes; None: nowhere. Objects
+    """Folder that keeps the shards read, for later epochs and other processes; None: none. Objects
     of servers that send no ETag are not kept, since a change would not be noticed."""
     cache_bytes: int = 64 << 30
     """Most bytes that the cache folder may hold."""
@@ -32,13 +32,13 @@ class StorageConfig:
     connect_timeout_s: float = 10.0
     """Longest wait for a connection."""
     stall_timeout_s: float = 30.0
-    """Longest wait for a next byte."""
+    """Longest wait for the next byte."""
     retry_timeout_s: float = 120.0
     """Longest time over all attempts of one read. A failed attempt is repeated, where that can
-    help, after a pause that doubles; what has arrived is not read again."""
+    help, after a pause that doubles; bytes that have arrived are not read again."""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
-    """What fsspec's driver of a scheme is given, such as `{"s3": {"anon": True}}`; `"http"` is for
-    `https://` too. Not shown in the repr, since it may hold secrets."""
+    """Arguments of fsspec's drivers by scheme, such as `{"s3": {"anon": True}}`; `"http"` is for
+    `https://` too. Not in the repr, since they may hold secrets."""
 
     def __post_init__(self) -> None:
         if self.cache_folder is not None:

@@ -1,7 +1,7 @@
 """Building a run: settings, source and models in, a `Pipeline` out.
 
-`open_inputs` opens the source and the reference when the dataset is made, so that mistakes show at
-once. `build` wires the stages at the first use, when the ranks are known. Runs in the training
+`open_inputs` opens the source and the reference when the dataset is made: mistakes show at once.
+`build` wires the stages at the first use, when the ranks are known. Runs in the training
 thread; no example is read here.
 """
 

@@ -34,9 +34,9 @@ class Reference(NamedTuple):
 
     model: nn.Module | ReferenceCache | None
     transform: Transform | None
-    """None: it sees the learner's images, or, being a cache, none."""
+    """None: it shares the learner's view of the image, or, being a cache, needs none."""
     tokenizer: Transform | None
-    """None: likewise for texts."""
+    """None: likewise for the text."""
 
 
 def open_reference(
@@ -50,7 +50,7 @@ def open_reference(
 
     Args:
       reference: a module, a `ReferenceCache`, the address of one, the name of a model (see
-        `scoring.named`), or None.
+        `scoring.load_reference`), or None.
       views: the user's, with those that a cache must have been built with.
       storage: how a cache is read.
       opened: closes a cache that is opened here.
