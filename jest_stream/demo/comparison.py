@@ -17,7 +17,7 @@ CLEAR = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class CurvePoint:
     """What a run had cost and what its model could do, at one test."""
 
     steps: int
@@ -33,17 +33,17 @@ class Standing:
     """By domain."""
 
 
-Curve = Sequence[Standing]
+Curve = Sequence[CurvePoint]
 """The tests of one run, the untrained model first."""
 
-COSTS: dict[str, Callable[[Standing], float]] = {
-    "steps": lambda standing: standing.steps,
-    "FLOPs": lambda standing: standing.flops,
-    "wall time": lambda standing: standing.seconds,
+COSTS: dict[str, Callable[[CurvePoint], float]] = {
+    "steps": lambda point: point.steps,
+    "FLOPs": lambda point: point.flops,
+    "wall time": lambda point: point.seconds,
 }
 
 
-def compare(uniform: Curve, jest: Curve) -> dict[str, Standing]:
+def compare(uniform: Curve, jest: Curve) -> dict[str, CurvePoint]:
     """Returns the end of the uniform run, and where JEST stood at equal steps, FLOPs and time."""
     rows = {"uniform": uniform[-1]}
     for name, cost in COSTS.items():
@@ -52,7 +52,7 @@ def compare(uniform: Curve, jest: Curve) -> dict[str, Standing]:
     return rows
 
 
-def table(rows: Mapping[str, Standing]) -> str:
+def table(rows: Mapping[str, CurvePoint]) -> str:
     """Returns the rows as an aligned Markdown table."""
     domains = list(next(iter(rows.values())).accuracy)
     cells = [["", "steps", "scored", "trained", "TFLOP", "seconds"]]
@@ -115,7 +115,7 @@ def _judge(uniform: Curve, jest: Curve, domain: str, num_pairs: int) -> str:
     return f"{domain}: {conclusion}. JEST is {_listed(found)}. {_catching_up(end, jest, domain)}"
 
 
-def _catching_up(uniform: Standing, jest: Curve, domain: str) -> str:
+def _catching_up(uniform: CurvePoint, jest: Curve, domain: str) -> str:
     """Says when JEST was first as good as the uniform run in the end."""
     goal = uniform.accuracy[domain].at_5
     reached = [at for at in jest if at.steps > 0 and at.accuracy[domain].at_5 >= goal]

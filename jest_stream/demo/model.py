@@ -94,7 +94,7 @@ class VisionTransformer(nn.Module):
         num_patches = IMAGE_SIZE // patch_size
         self.patches = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
         self.positions = nn.Parameter(torch.randn(1, width, num_patches, num_patches) * 0.02)
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(TransformerLayer(width) for _ in range(depth)))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, embedding_dim))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class VisionTransformer(nn.Module):
         return embeddings
 
 
-class Block(nn.Module):
+class TransformerLayer(nn.Module):
     """Attention and a two-layer perceptron, each added to what comes in."""
 
     def __init__(self, width: int, head_width: int = 32) -> None:

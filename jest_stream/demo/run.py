@@ -23,7 +23,7 @@ import torch
 from jest_stream.config import Method, SelectionConfig
 from jest_stream.dataset import JESTDataset
 from jest_stream.demo import data
-from jest_stream.demo.comparison import Curve, Standing, compare, table, verdict
+from jest_stream.demo.comparison import Curve, CurvePoint, compare, table, verdict
 from jest_stream.demo.data import Pairs
 from jest_stream.demo.model import HashTokenizer, TwoTowerModel
 from jest_stream.demo.plot import save_plot
@@ -119,7 +119,7 @@ class _Run:
         from tqdm import tqdm
 
         self.name = name
-        self.curve: list[Standing] = []
+        self.curve: list[CurvePoint] = []
         self._dataset = dataset
         test_every = max(1, steps // TESTS_PER_RUN)
         self._training = train(model, dataset, sets, steps=steps, test_every=test_every)
@@ -140,7 +140,7 @@ class _Run:
         self._bar.close()
 
     def _note(self, point: Point) -> None:
-        self.curve.append(_standing(point, self._dataset.cost()))
+        self.curve.append(_curve_point(point, self._dataset.cost()))
         news = f"R@5 emoji {point.target.at_5:.1f} %, others {point.others.at_5:.1f} %"
         self._bar.set_postfix_str(news)
         if self._bar.disable:
@@ -157,8 +157,8 @@ def _alternate(runs: list[_Run]) -> None:
         runs = [run for run in runs if run.advance()]
 
 
-def _standing(point: Point, cost: RunCost) -> Standing:
-    return Standing(
+def _curve_point(point: Point, cost: RunCost) -> CurvePoint:
+    return CurvePoint(
         steps=point.step,
         scored=cost.samples_scored,
         trained=cost.samples_trained,

@@ -16,7 +16,15 @@ from jest_stream.metrics import Accounting, Metrics
 from jest_stream.pipeline.device import Choice, moved
 from jest_stream.pipeline.super_batches import Scored, SuperBatch, take_rows, take_rows_on_host
 from jest_stream.pipeline.two_sizes import TwoSizes, small_part
-from jest_stream.views import REFERENCE, Columns, Finish, LateViews, columns_of, put_view, view_of
+from jest_stream.views import (
+    REFERENCE,
+    Columns,
+    LateViews,
+    PixelTable,
+    columns_of,
+    put_view,
+    view_of,
+)
 
 
 class Batches:
@@ -32,7 +40,7 @@ class Batches:
     def __init__(
         self,
         late: LateViews | None,
-        finishes: Mapping[str, Finish],
+        finishes: Mapping[str, PixelTable],
         two_sizes: TwoSizes | None = None,
         reference_of: Callable[[Columns], dict[str, Tensor]] | None = None,
     ) -> None:

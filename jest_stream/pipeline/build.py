@@ -156,7 +156,7 @@ class Plan:
                 self.sizes.batch_size,
                 self._scoring,
                 has_train_view=views.train_transform is not None,
-                finish=self._recipe.finishes().get("image"),
+                finish=self._recipe.pixel_tables().get("image"),
             )
             self._models = Models(
                 self.selection,
@@ -174,7 +174,7 @@ class Plan:
     def build(self, metrics: Metrics, *, rank: int, world_size: int) -> Pipeline:
         """Returns what reads, scores and hands out on this rank."""
         stream, recipe = self.stream, self._recipe
-        finishes = recipe.finishes()
+        finishes = recipe.pixel_tables()
         lanes = num_lanes(
             self._source.num_shards, self.sizes.stream_size * world_size, world_size, stream.lanes
         )

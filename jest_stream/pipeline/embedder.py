@@ -21,7 +21,7 @@ from jest_stream.pipeline.device import Ring, Slot
 from jest_stream.pipeline.models import Models
 from jest_stream.scoring import Input, LearnerCopy, Pixels, ReferenceModel, embed_once, two_tower
 from jest_stream.types import Embeddings
-from jest_stream.views import REFERENCE, Columns, Finish, scaled, view_of
+from jest_stream.views import REFERENCE, Columns, PixelTable, scaled, view_of
 
 
 class Embedder:
@@ -42,7 +42,7 @@ class Embedder:
         scoring: ScoringConfig,
         refresh_every: int,
         metrics: Metrics,
-        finishes: Mapping[str, Finish],
+        finishes: Mapping[str, PixelTable],
     ) -> None:
         self._models = models
         self._scoring = scoring

@@ -16,7 +16,7 @@ from jest_stream.config import ScoringConfig, finite
 from jest_stream.errors import ConfigError
 from jest_stream.pipeline.device import Choice, moved
 from jest_stream.pipeline.super_batches import take_rows
-from jest_stream.views import Columns, Finish, columns_of, put_view, scaled, view_of
+from jest_stream.views import Columns, PixelTable, columns_of, put_view, scaled, view_of
 
 _PREFIX = "small_"
 
@@ -37,7 +37,7 @@ class TwoSizes:
         fraction: float,
         batch_size: int,
         scoring: ScoringConfig,
-        finish: Finish | None = None,
+        finish: PixelTable | None = None,
     ) -> None:
         """Raises `ConfigError` unless both parts get an example.
 
@@ -70,7 +70,7 @@ class TwoSizes:
         scoring: ScoringConfig,
         *,
         has_train_view: bool,
-        finish: Finish | None = None,
+        finish: PixelTable | None = None,
     ) -> TwoSizes | None:
         """Returns what cuts sub-batches; None if all are trained at one size (fraction 0).
 

@@ -36,7 +36,7 @@ from jest_stream.reference_cache.progress import ProgressLine
 from jest_stream.reference_cache.reading import Group, ReadSettings, read_groups
 from jest_stream.reference_cache.shard import (
     Embed,
-    Progress,
+    ShardProgress,
     ShardWork,
     part_file,
     record_file,
@@ -286,7 +286,7 @@ class Build:
                     embed=embed,
                     micro_batch_size=self._header.micro_batch_size,
                     part_size=part_size,
-                    begun=begun.get(shard, Progress()),
+                    begun=begun.get(shard, ShardProgress()),
                     build=self._header.build,
                 )
             self._take(group, progress)
@@ -308,9 +308,9 @@ class Build:
         name = self._source.shard_name(shard)
         return name if "://" in name else name.rpartition("/")[2] or name
 
-    def _begun(self, shard: int, names: set[str]) -> Progress:
+    def _begun(self, shard: int, names: set[str]) -> ShardProgress:
         """Returns what is finished of a shard that is cached in parts."""
-        progress = Progress()
+        progress = ShardProgress()
         part_size = self._header.part_size
         while (name := part_file(shard, len(progress.parts), part_size)) + ".json" in names:
             record = self._read_record(f"{name}.json")
@@ -324,7 +324,7 @@ class Build:
                 build=self._header.build,
             )
             keys = [key for i in range(len(file.starts) - 1) for key in file.batch(i).keys]
-            progress = Progress(
+            progress = ShardProgress(
                 parts=(*progress.parts, part),
                 num_read=record.num_read,
                 skipped=record.skipped,

@@ -22,7 +22,7 @@ from jest_stream.reference_cache.rows import ShardRows
 from jest_stream.types import REFERENCE_ROW, Example, Source
 
 
-class Shelf(Protocol):
+class EmbeddingStore(Protocol):
     """Where the embeddings of shards are taken from: a `ReferenceCache`."""
 
     @property
@@ -59,7 +59,7 @@ class JoinedSource:
       ReferenceMismatchError: if a shard of the source is not in the cache.
     """
 
-    def __init__(self, source: Source, cache: Shelf) -> None:
+    def __init__(self, source: Source, cache: EmbeddingStore) -> None:
         self._source = source
         self._cache = cache
         self._places = _places(source, cache)
@@ -153,7 +153,7 @@ def short_name(name: str) -> str:
     return name.rpartition("/")[2] or name
 
 
-def _places(source: Source, cache: Shelf) -> list[int]:
+def _places(source: Source, cache: EmbeddingStore) -> list[int]:
     """Returns, per shard of the source, which shard of the cache it is."""
     if source.fingerprint == cache.source and source.num_shards == len(cache.shards):
         return list(range(source.num_shards))

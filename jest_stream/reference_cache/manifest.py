@@ -62,7 +62,7 @@ class Header:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class PartRecord:
     """One Arrow file."""
 
     file: str
@@ -85,7 +85,7 @@ class ShardRecord:
     """Examples that it holds, unusable ones too."""
     skipped: Mapping[str, int]
     """Examples that were left out, by reason."""
-    parts: tuple[Part, ...]
+    parts: tuple[PartRecord, ...]
     index: str | None = None
     """File that finds keys among several parts."""
 
@@ -172,7 +172,7 @@ def parse_record(content: Mapping[str, Any], url: str) -> ShardRecord:
     """Returns the shard in a JSON object; `CacheDamagedError` if it is none."""
     try:
         parts = tuple(
-            Part(**{field.name: part[field.name] for field in fields(Part)})
+            PartRecord(**{field.name: part[field.name] for field in fields(PartRecord)})
             for part in content["parts"]
         )
         names = [field.name for field in fields(ShardRecord) if field.name != "parts"]

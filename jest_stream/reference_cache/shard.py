@@ -21,7 +21,7 @@ from jest_stream.reference_cache.files import (
     sorted_index,
     write_index,
 )
-from jest_stream.reference_cache.manifest import Part, ShardRecord, dump_record
+from jest_stream.reference_cache.manifest import PartRecord, ShardRecord, dump_record
 from jest_stream.reference_cache.reading import Group
 from jest_stream.storage import Storage
 from jest_stream.types import Embeddings
@@ -41,10 +41,10 @@ def part_file(shard: int, part: int, part_size: int | None) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class ShardProgress:
     """How much of a shard is in finished parts."""
 
-    parts: tuple[Part, ...] = ()
+    parts: tuple[PartRecord, ...] = ()
     num_read: int = 0
     skipped: Mapping[str, int] = field(default_factory=dict)
     hashes: tuple[Any, ...] = ()
@@ -76,7 +76,7 @@ class ShardWork:
         embed: Embed,
         micro_batch_size: int,
         part_size: int | None,
-        begun: Progress,
+        begun: ShardProgress,
         build: str,
     ) -> None:
         self._shard, self._name = shard, name
@@ -175,14 +175,14 @@ class ShardWork:
         writer, self._writer = self._writer, None
         name = part_file(self._shard, len(self._begun.parts), self._part_size)
         dimension = writer.dimension
-        part = Part(
+        part = PartRecord(
             file=f"{name}.arrow",
             num_examples=writer.num_examples,
             num_bytes=writer.commit(),
             dimension=dimension,
         )
         hashes, self._hashes = np.concatenate(self._hashes), []
-        self._begun = Progress(
+        self._begun = ShardProgress(
             parts=(*self._begun.parts, part),
             num_read=num_read,
             skipped=skipped,
@@ -199,7 +199,7 @@ class ShardWork:
             )
             self._write(f"{name}.json", dump_record(partial))
 
-    def _write_index(self, progress: Progress) -> str | None:
+    def _write_index(self, progress: ShardProgress) -> str | None:
         """Refuses keys that come twice; writes where each key is, if there are several parts."""
         hashes = np.concatenate([key_hashes([]), *progress.hashes])
         sizes = [part.num_examples for part in progress.parts]

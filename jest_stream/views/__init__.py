@@ -19,7 +19,7 @@ from jest_stream.views.columns import (
     require_same_fields,
     view_of,
 )
-from jest_stream.views.compose import Finish
+from jest_stream.views.compose import PixelTable
 from jest_stream.views.late import LateViews
 from jest_stream.views.metadata import Key
 from jest_stream.views.recipe import Recipe, ReducedDecoding, TrainViewFrom, make_recipe
@@ -31,7 +31,7 @@ from jest_stream.views.train import TrainView
 __all__ = [
     "Columns",
     "DEFAULT_LIMITS",
-    "Finish",
+    "PixelTable",
     "Key",
     "LateViews",
     "Limits",

@@ -79,7 +79,7 @@ class Reduction:
         return 1
 
 
-class Finish:
+class PixelTable:
     """What is left to do to uint8 pixels: the end of a transform, as a table of its values.
 
     Args:
@@ -115,7 +115,7 @@ class Finish:
 
 
 @dataclass(frozen=True)
-class Recognised:
+class SplitCompose:
     """A known transform, taken apart. Makes uint8 pixels where it can."""
 
     head: tuple[Transform, ...]
@@ -138,11 +138,11 @@ class Recognised:
         assert self.resize is not None
         return self._pixels(_run(self.head[self.num_before + 1 :], self.resize.apply(reduced)))
 
-    def finish(self) -> Finish | None:
+    def pixel_table(self) -> PixelTable | None:
         """Returns what is left to do to the pixels; None if nothing is."""
         if not self.tail:
             return None
-        return Finish(self.tail, takes_pictures=self.takes_pictures)
+        return PixelTable(self.tail, takes_pictures=self.takes_pictures)
 
     def _pixels(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -156,7 +156,7 @@ class Recognised:
         return _run(self.tail, value)
 
 
-def recognise(transform: Transform | None) -> Recognised | None:
+def split_compose(transform: Transform | None) -> SplitCompose | None:
     """Returns a `Compose` of torchvision taken apart; None for anything else.
 
     It stays whole if its end cannot be told from its beginning, and gives then what it always did.
@@ -170,7 +170,7 @@ def recognise(transform: Transform | None) -> Recognised | None:
     head, tail = tuple(steps[:start]), tuple(steps[start:])
     takes_pictures = any(_is(step, _CONVERTING) for step in tail)
     try:
-        table = Finish(tail, takes_pictures=takes_pictures).table(3, torch.device("cpu"))
+        table = PixelTable(tail, takes_pictures=takes_pictures).table(3, torch.device("cpu"))
     except Exception:  # as it does on every image: the transform shall say so itself
         return None
     num_before = 0
@@ -178,8 +178,8 @@ def recognise(transform: Transform | None) -> Recognised | None:
         num_before += 1
     resize = _resize_of(head[num_before]) if num_before < len(head) else None
     if table.dtype == torch.uint8:  # pixels are all that it gives
-        return Recognised(tuple(steps), resize=resize, num_before=num_before)
-    return Recognised(head, tail, takes_pictures, resize, num_before)
+        return SplitCompose(tuple(steps), resize=resize, num_before=num_before)
+    return SplitCompose(head, tail, takes_pictures, resize, num_before)
 
 
 def as_picture(pixels: Tensor) -> Any:

@@ -37,7 +37,7 @@ _MAX_SENT = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class ViewRequest:
     """Views to be made, or, on the way back, that were made."""
 
     step: int
@@ -55,9 +55,9 @@ class MakeTask:
     view: TrainView
 
     def run(self, owner: Owner, notes: Notes) -> None:
-        """Answers each order with the views, or with what went wrong."""
+        """Answers each request with the views, or with what went wrong."""
         while owner.wants_more:
-            order: Order = owner.receive()
+            request: ViewRequest = owner.receive()
             place = 0
 
             def note(step: int, position: int) -> None:
@@ -68,9 +68,9 @@ class MakeTask:
 
             try:
                 views = self.view(
-                    order.items, step=order.step, positions=order.positions, note=note
+                    request.items, step=request.step, positions=request.positions, note=note
                 )
-                made = Order(step=order.step, positions=order.positions, items=views)
+                made = ViewRequest(step=request.step, positions=request.positions, items=views)
                 message = dump(made)
             except Exception as error:
                 message = dump_failure(error, place=place)
@@ -187,18 +187,18 @@ class LateViews:
             for step in sorted(self._chosen.keys() - self._sent):
                 if len(self._sent) >= _MAX_SENT:
                     return
-                for worker, order in zip(self._workers, self._orders(step), strict=True):
-                    worker.send(dump(order, is_inline=False))
+                for worker, request in zip(self._workers, self._requests(step), strict=True):
+                    worker.send(dump(request, is_inline=False))
                 self._sent.add(step)
         except BaseException:
             self.pause()
             raise
 
-    def _orders(self, step: int) -> list[Order]:
+    def _requests(self, step: int) -> list[ViewRequest]:
         """Returns the shares of the workers: every n-th each."""
         chosen, num_workers = self._chosen[step], len(self._workers)
         return [
-            Order(
+            ViewRequest(
                 step=step,
                 positions=range(number, len(chosen["key"]), num_workers),
                 items={name: column[number::num_workers] for name, column in chosen.items()},
@@ -226,7 +226,7 @@ class LateViews:
         return view_of(views, "image")
 
 
-def _joined(parts: list[Order], chosen: Columns) -> View:
+def _joined(parts: list[ViewRequest], chosen: Columns) -> View:
     """Returns the views of all workers in the order of the batch; each is copied once."""
     keyed = [{"key": chosen["key"][part.positions.start :], **part.items} for part in parts]
     require_same_fields(keyed, argument=ARGUMENT)

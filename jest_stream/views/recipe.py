@@ -16,7 +16,7 @@ from torch import Tensor
 
 from jest_stream.errors import ConfigError
 from jest_stream.randomness import isolated_rng
-from jest_stream.views.compose import Finish, Recognised, Reduction, recognise
+from jest_stream.views.compose import PixelTable, Reduction, SplitCompose, split_compose
 from jest_stream.views.metadata import Key
 from jest_stream.views.rows import Transform
 
@@ -26,7 +26,7 @@ ReducedDecoding = bool | Literal["auto"]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How views are made. Transforms that are known are taken apart (`Recognised`)."""
+    """How views are made. Transforms that are known are taken apart (`SplitCompose`)."""
 
     transform: Transform | None
     reference_transform: Transform | None
@@ -36,7 +36,7 @@ class Recipe:
     reduction: Reduction | None
     """How far images may be reduced while they are decoded for scoring. None: not at all."""
 
-    def finishes(self) -> dict[str, Finish]:
+    def pixel_tables(self) -> dict[str, PixelTable]:
         """Returns what is left to do to the pixels of each view that is uint8 on its way."""
         transforms = {
             "image": self.transform,
@@ -44,9 +44,9 @@ class Recipe:
             "train": self.train_transform,
         }
         found = {
-            name: transform.finish()
+            name: transform.pixel_table()
             for name, transform in transforms.items()
-            if isinstance(transform, Recognised)
+            if isinstance(transform, SplitCompose)
         }
         return {name: finish for name, finish in found.items() if finish is not None}
 
@@ -80,7 +80,7 @@ def make_recipe(
     Raises:
       ConfigError: for what was asked for and cannot be.
     """
-    known = {name: recognise(transform) or transform for name, transform in transforms.items()}
+    known = {name: split_compose(transform) or transform for name, transform in transforms.items()}
     origin = _origin(known, train_view_from)
     is_reduced = origin == "encoded" if reduced_decoding == "auto" else reduced_decoding
     reduction = _reduction(known, image_key) if is_reduced else None
@@ -112,7 +112,7 @@ def _origin(
         return None
     if wanted != "auto":
         return wanted
-    if not isinstance(known["transform"], Recognised):
+    if not isinstance(known["transform"], SplitCompose):
         return "encoded"
     # Decoding the chosen once more would cost more than it saves.
     score, train = (_made(known[name]) for name in ("transform", "train_transform"))
@@ -129,7 +129,7 @@ def _reduction(known: Mapping[str, Any], image_key: Key) -> Reduction | None:
         transform = known[name]
         if transform is None and name == "reference_transform":
             continue
-        if not isinstance(transform, Recognised) or transform.resize is None:
+        if not isinstance(transform, SplitCompose) or transform.resize is None:
             return None
         resizes.append(transform.resize)
     return Reduction(tuple(resizes))

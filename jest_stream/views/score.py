@@ -11,7 +11,7 @@ import torch
 from jest_stream.config import DEFAULT_LIMITS, Limits, Metadata, Term
 from jest_stream.types import REFERENCE_ROW, Example
 from jest_stream.views.checksums import checksums, require_same
-from jest_stream.views.compose import Recognised, Reduction
+from jest_stream.views.compose import Reduction, SplitCompose
 from jest_stream.views.decode import Decoded, Reduced, decode
 from jest_stream.views.metadata import Key, find, group_of, number_of
 from jest_stream.views.rows import Row, Transform, add_view, as_rgb, raw_image
@@ -36,7 +36,7 @@ class ScoreView:
     limits: Limits = DEFAULT_LIMITS
     """The largest members that are decoded."""
     reduction: Reduction | None = None
-    """How far JPEGs are reduced while they are decoded. Then the transforms are `Recognised`."""
+    """How far JPEGs are reduced while they are decoded. Then the transforms are `SplitCompose`."""
     for_cache: bool = False
     """Whether checksums of image and text travel along, for a cache to hold."""
 
@@ -86,6 +86,6 @@ class ScoreView:
 
 def _viewed(transform: Transform | None, image: Any) -> Any:
     if isinstance(image, Reduced):
-        assert isinstance(transform, Recognised)
+        assert isinstance(transform, SplitCompose)
         return transform.of_reduced(image)
     return image if transform is None else transform(image)
