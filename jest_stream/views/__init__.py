@@ -17,6 +17,7 @@ from jest_stream.views.columns import (
     gather_rows,
     put_view,
     require_same_fields,
+    tensors_of,
     view_of,
 )
 from jest_stream.views.compose import PixelTable
@@ -52,5 +53,6 @@ __all__ = [
     "put_view",
     "require_same_fields",
     "scaled",
+    "tensors_of",
     "view_of",
 ]

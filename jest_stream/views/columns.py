@@ -112,6 +112,21 @@ def view_of(columns: Columns, name: str) -> View:
     return {key[len(prefix) :]: columns[key] for key in columns if key.startswith(prefix)}
 
 
+def tensors_of(columns: Columns, name: str, taker: str) -> Tensor | dict[str, Tensor]:
+    """Returns the view `name` as a model takes it.
+
+    Raises:
+      ConfigError: for a text that no tokenizer turned into a tensor; names the `taker`.
+    """
+    view = view_of(columns, name)
+    if isinstance(view, list):
+        raise ConfigError(
+            f"{name} of example {columns['key'][0]!r} is a {type(view[0]).__name__}, but {taker} "
+            f"takes tensors. Pass tokenizer=, a function that turns the text into one."
+        )
+    return view
+
+
 def put_view(columns: Columns, name: str, view: View) -> None:
     """Replaces the view `name` of the columns; the inverse of `view_of`."""
     for key in [key for key in columns if key == name or key.startswith(name + "/")]:
