@@ -1,6 +1,6 @@
 """`ReferenceCache`: the reference embeddings of a source, on local disk or in an object store.
 
-Opens what `build` made: checks its manifest, hands out the rows of a shard, and joins them to the
+Opens the files that `build` made: checks its manifest, hands out the rows of a shard, and joins them to the
 examples of a source. Runs in whichever process reads; opens files when they are asked for.
 """
 

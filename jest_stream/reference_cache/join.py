@@ -26,14 +26,23 @@ class EmbeddingStore(Protocol):
     """The members of a `ReferenceCache` that a join reads; explained there."""
 
     @property
-    def path(self) -> str: ...
+    def path(self) -> str:
+        """Address of the cache, without secrets."""
+
     @property
-    def source(self) -> str: ...
+    def source(self) -> str:
+        """Fingerprint of the source that was cached."""
+
     @property
-    def is_by_key(self) -> bool: ...
+    def is_by_key(self) -> bool:
+        """Whether its source has no shards, so that examples are matched by key alone."""
+
     @property
-    def shards(self) -> Sequence[ShardRecord]: ...
-    def open_shard(self, shard: int, *, first: int) -> ShardRows: ...
+    def shards(self) -> Sequence[ShardRecord]:
+        """The records of the shards."""
+
+    def open_shard(self, shard: int, *, first: int) -> ShardRows:
+        """Returns a reader of a shard's embeddings, from example `first` on."""
 
 
 class JoinedSource:
@@ -101,7 +110,7 @@ class JoinedSource:
                     yield self._not_cached(example["__key__"], name, record), next_offset
                 else:
                     yield {**example, REFERENCE_ROW: found}, next_offset
-        # A stream may hold some of what was cached, as those of several ranks do, or repeat it.
+        # A stream may hold some of the cached examples, as those of several ranks do, or repeat them.
         if index != record.num_read and not self._cache.is_by_key:
             difference = f"it held {record.num_read:,} examples, and holds {index:,}"
             raise _changed(name, self._cache.path, difference)
