@@ -1,7 +1,7 @@
 """`ReferenceCache`: the reference embeddings of a source, on local disk or in an object store.
 
-Opens the files that `build` made: checks its manifest, hands out the rows of a shard, and joins them to the
-examples of a source. Runs in whichever process reads; opens files when they are asked for.
+Opens the files that `build` made: checks the manifest, hands out the rows of a shard, and joins
+them to the examples of a source. Files are opened by the process that reads them, when it does.
 """
 
 from __future__ import annotations

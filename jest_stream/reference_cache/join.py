@@ -110,7 +110,8 @@ class JoinedSource:
                     yield self._not_cached(example["__key__"], name, record), next_offset
                 else:
                     yield {**example, REFERENCE_ROW: found}, next_offset
-        # A stream may hold some of the cached examples, as those of several ranks do, or repeat them.
+        # A stream may hold some of the cached examples, as those of several ranks do, or repeat
+        # them.
         if index != record.num_read and not self._cache.is_by_key:
             difference = f"it held {record.num_read:,} examples, and holds {index:,}"
             raise _changed(name, self._cache.path, difference)

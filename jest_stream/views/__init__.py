@@ -1,10 +1,9 @@
-"""What is made of an example: the score view of every candidate, the train view of the chosen.
+"""Examples to tensors: the score view of every candidate, the train view of the chosen.
 
 `ScoreView` turns one example into a row, `collate` stacks rows into columns; both run where the
 examples are read, in worker processes if there are any. `TrainView` makes the random view of the
 few that were chosen, `LateViews` has it made ahead of time, and `scaled` makes a smaller one of the
-score view. What selection wants to know of an
-example's metadata travels along, as `term` and `group`.
+score view. The metadata that selection needs travel along as `term` and `group`.
 """
 
 from jest_stream.config import DEFAULT_LIMITS, Limits
