@@ -9,23 +9,24 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jest_stream.errors import JESTError
 
 _DEMO = """\
-Train a small image-text model on real icons and emoji twice, on uniform batches and on jointly
-selected ones, and compare the two: at equal steps, equal FLOPs and equal wall time.
+Train on real icons with and without selection, and compare. A small image-text model is trained
+twice, on uniform batches and on jointly selected ones; the two are compared at equal steps, equal
+FLOPs and equal wall time.
 
 example:
   jest-stream demo --steps 400 --seed 1 --out my_demo
 """
 
 _INDEX = """\
-Count the examples of tar shards and write a manifest, which then serves as the source. With its
-counts, repeat=False works on several ranks, and a shard that was cut is noticed.
+Count the examples of tar shards and write a manifest. It then serves as the source: with counts,
+repeat=False works on several ranks, and a shard that was cut is noticed.
 
 example:
   jest-stream index "pairs-{00000..00999}.tar" --out sizes.json
@@ -42,6 +43,8 @@ examples:
   torchrun --nproc-per-node 8 -m jest_stream.cli cache "pairs-*.tar" --reference my_model \\
       --out cache --device cuda
 """
+
+_SOURCE = "shards: paths, patterns or addresses"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,26 +65,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jest-stream",
-        description="Joint example selection. jest-stream COMMAND --help shows examples.",
+        description="Joint example selection. Examples: jest-stream COMMAND --help",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_demo(_added(commands, "demo", "train on real icons with and without selection", _DEMO))
-    _add_index(_added(commands, "index", "count the examples of shards", _INDEX))
-    _add_cache(_added(commands, "cache", "embed a source with a reference model, once", _CACHE))
+
+    def _add(name: str, run: Callable[[argparse.Namespace], None], description: str) -> Any:
+        command = commands.add_parser(
+            name,
+            help=description.partition(".")[0],
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        return command
+
+    _add_demo_options(_add("demo", _demo, _DEMO))
+    _add_index_options(_add("index", _index, _INDEX))
+    _add_cache_options(_add("cache", _cache, _CACHE))
     return parser
 
 
-def _added(commands: Any, name: str, summary: str, description: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return command
-
-
-def _add_demo(demo: argparse.ArgumentParser) -> None:
+def _add_demo_options(demo: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--steps", type=int, default=None, help="training steps of each run (default 400)"
     )
@@ -91,17 +95,15 @@ def _add_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--filter-ratio", type=float, default=0.8, help="share of candidates to drop (default 0.8)"
     )
-    demo.set_defaults(run=_demo)
 
 
-def _add_index(index: argparse.ArgumentParser) -> None:
-    _add_source(index)
+def _add_index_options(index: argparse.ArgumentParser) -> None:
+    index.add_argument("source", nargs="+", help=_SOURCE)
     index.add_argument("--out", type=Path, required=True, help="the manifest, a .json file")
-    index.set_defaults(run=_index)
 
 
-def _add_cache(cache: argparse.ArgumentParser) -> None:
-    _add_source(cache)
+def _add_cache_options(cache: argparse.ArgumentParser) -> None:
+    cache.add_argument("source", nargs="+", help=_SOURCE)
     cache.add_argument(
         "--reference",
         required=True,
@@ -130,11 +132,6 @@ def _add_cache(cache: argparse.ArgumentParser) -> None:
         default="raise",
         help="skip leaves out and counts examples that cannot be read (default raise)",
     )
-    cache.set_defaults(run=_cache)
-
-
-def _add_source(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", nargs="+", help="shards: paths, patterns or addresses")
 
 
 def _cache(options: argparse.Namespace) -> None:

@@ -47,7 +47,7 @@ def run_demo(
     *,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Returns what it writes to `results.json`: settings, curves and the verdict.
+    """Returns the content of `results.json`: settings, curves and the verdict.
 
     Args:
       steps: training steps of each run. Default: 400.
@@ -55,7 +55,7 @@ def run_demo(
       out: folder for the results, made if need be.
       device: where to train and score.
       filter_ratio: share of the candidates that JEST drops.
-      cache_dir: where the pictures are unpacked. Default: the user's cache folder.
+      cache_dir: folder to unpack the pictures in. Default: the user's cache folder.
 
     Raises:
       ConfigError: for settings that cannot work.
@@ -105,7 +105,7 @@ def price_of_training(model: TwoTowerModel, pairs: Pairs) -> float:
 
 
 class _Run:
-    """One training run: its stream, how far it is, and what its tests said."""
+    """One training run: its stream, its progress bar and the points of its curve."""
 
     def __init__(
         self,
@@ -148,11 +148,9 @@ class _Run:
 
 
 def _alternate(runs: list[_Run]) -> None:
-    """Advances the runs by turns, from test to test.
-
-    One after the other, a machine that slows down meanwhile (heat, other work) would make the
-    second run look slow.
-    """
+    """Advances the runs by turns, from test to test."""
+    # One after the other, a machine that slows down meanwhile (heat, other work) would make the
+    # second run look slow.
     while runs:
         runs = [run for run in runs if run.advance()]
 
@@ -206,10 +204,8 @@ def _checked(steps: int, device: str, folder: Path) -> Path:
 
 @contextmanager
 def _shared_cores(device: str) -> Iterator[int]:
-    """Yields how many processes should read, and leaves the other cores to torch meanwhile.
-
-    More threads than cores make both slow: three on two cores halve the speed.
-    """
+    """Yields the number of processes that should read; torch gets the other cores meanwhile."""
+    # More threads than cores make both slow: three on two cores halve the speed.
     cores = os.cpu_count() or 1
     num_workers = max(1, min(4, cores // 2))
     num_threads = torch.get_num_threads()

@@ -21,7 +21,7 @@ from jest_stream.pipeline.device import Ring, Slot
 from jest_stream.pipeline.models import Models
 from jest_stream.scoring import Input, LearnerCopy, Pixels, ReferenceModel, embed_once, two_tower
 from jest_stream.types import Embeddings
-from jest_stream.views import REFERENCE, Columns, PixelTable, scaled, view_of
+from jest_stream.views import REFERENCE, Columns, PixelTable, scaled, tensors_of
 
 
 class Embedder:
@@ -220,7 +220,7 @@ class Embedder:
     def _embed_learner(self, columns: Columns) -> Embeddings | None:
         if self._copy is None:
             return None
-        image, text = self._scored_view(columns, "image"), _scorable(columns, "text")
+        image, text = self._scored_view(columns, "image"), tensors_of(columns, "text", "scoring")
         found = self._copy.embed(
             image,
             text,
@@ -240,7 +240,7 @@ class Embedder:
         # A view of its own, or else the one that it shares with the learner.
         own_image, own_text = _has(columns, "reference_image"), _has(columns, "reference_text")
         image = self._scored_view(columns, "reference_image" if own_image else "image")
-        text = _scorable(columns, "reference_text" if own_text else "text")
+        text = tensors_of(columns, "reference_text" if own_text else "text", "scoring")
         found = self._reference.embed(
             image,
             text,
@@ -252,7 +252,7 @@ class Embedder:
 
     def _scored_view(self, columns: Columns, name: str) -> Input:
         """A view at the size that is scored; of uint8 pixels, what is left to do to each slice."""
-        view = _scorable(columns, name)
+        view = tensors_of(columns, name, "scoring")
         side, finish = self._scoring.image_size, self._finishes.get(name)
         if finish is None or not isinstance(view, Tensor) or view.dtype != torch.uint8:
             return scaled(view, side)
@@ -272,16 +272,6 @@ def _embed_by_reference(
     if reference is None:
         raise ConfigError("the run that was resumed had a live reference, this one has none.")
     return ReferenceModel(reference, scoring=scoring).embed(image, text)
-
-
-def _scorable(columns: Columns, name: str) -> Tensor | dict[str, Tensor]:
-    view = view_of(columns, name)
-    if isinstance(view, list):
-        raise ConfigError(
-            f"{name} of example {columns['key'][0]!r} is a {type(view[0]).__name__}, but scoring "
-            f"takes tensors. Pass tokenizer=, a function that turns the text into one."
-        )
-    return view
 
 
 def _shaped(view: Input) -> Tensor | Mapping[str, Tensor]:
