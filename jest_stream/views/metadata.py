@@ -21,13 +21,18 @@ Key = Metadata
 example, given its members decoded."""
 
 
+def present_member(example: Mapping[str, Any], key: str) -> str | None:
+    """Returns the first of the alternatives in `key` that an example has; None if it has none."""
+    return next((name for name in key.split(";") if name in example), None)
+
+
 def find(decoded: Decoded, key: Key, argument: str, reason: str) -> Any:
     """Returns the member that `key` means; raises `BadExampleError` if there is none."""
     if callable(key):
         return key(decoded)
-    for name in key.split(";"):
-        if name in decoded:
-            return decoded[name]
+    name = present_member(decoded, key)
+    if name is not None:
+        return decoded[name]
     known = sorted(name for name in decoded if not name.startswith("__"))
     problem = f"has no member for {argument}={key!r}, only {known}"
     raise _bad(decoded, f"{problem} (should {argument} be one of these?)", reason)

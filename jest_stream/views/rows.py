@@ -13,7 +13,7 @@ from jest_stream.config import Limits
 from jest_stream.errors import ConfigError
 from jest_stream.types import Example
 from jest_stream.views.decode import Decoded
-from jest_stream.views.metadata import Key
+from jest_stream.views.metadata import Key, present_member
 
 Row = dict[str, Any]
 Transform = Callable[[Any], Any]
@@ -29,10 +29,9 @@ def as_rgb(image: Any, limits: Limits) -> Any:
 
 def raw_image(example: Example, key: Key, image: Any) -> tuple[str, Any]:
     """Returns the image as it was read, after the name of its member, which tells the decoder."""
-    if callable(key):
-        return "image", image
-    name = next(name for name in key.split(";") if name in example)
-    return name, example[name]
+    name = "image" if callable(key) else present_member(example, key)
+    assert name is not None  # else the image would not have been found
+    return name, image if callable(key) else example[name]
 
 
 def add_view(row: Row, name: str, view: Any, argument: str = "") -> None:

@@ -13,7 +13,7 @@ from jest_stream.types import REFERENCE_ROW, Example
 from jest_stream.views.checksums import checksums, require_same
 from jest_stream.views.compose import Reduction, SplitCompose
 from jest_stream.views.decode import Decoded, Reduced, decode
-from jest_stream.views.metadata import Key, find, group_of, number_of
+from jest_stream.views.metadata import Key, find, group_of, number_of, present_member
 from jest_stream.views.rows import Row, Transform, add_view, as_rgb, raw_image
 
 
@@ -77,7 +77,7 @@ class ScoreView:
         """Returns the picture; `Reduced` only where no function of the user's is given it."""
         key = self.keys[0]
         if self.reduction is not None and isinstance(key, str):
-            name = next((name for name in key.split(";") if name in example), None)
+            name = present_member(example, key)
             if name is not None:
                 image = decode(example, name, self.limits, shrink=self.reduction)
                 return image if isinstance(image, Reduced) else as_rgb(image, self.limits)

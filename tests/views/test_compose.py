@@ -1,4 +1,4 @@
-"""Known transforms are taken apart and put together again: bit for bit what they were.
+"""Known transforms are split in two and give the same image together, bit for bit.
 
 pytest tests/views/test_compose.py
 """
@@ -92,7 +92,7 @@ KNOWN: dict[str, Callable[[], Any]] = {
 
 
 def both(transform: Any, image: Image.Image) -> tuple[Any, Any, SplitCompose]:
-    """Returns what the transform makes, what its parts make, and these."""
+    """Returns the image of the transform, that of its two parts together, and the parts."""
     parts = split_compose(transform)
     assert parts is not None
     with isolated_rng("same"):

@@ -1,4 +1,4 @@
-"""What views are made of: decided once, by the transforms alone, and shown.
+"""The origin of views is decided once, by the transforms alone, and shown.
 
 pytest tests/views/test_recipe.py
 """
