@@ -137,8 +137,9 @@ def _add_cache_options(cache: argparse.ArgumentParser) -> None:
 def _cache(options: argparse.Namespace) -> None:
     import torch
 
+    from jest_stream.config import DEFAULT_IMAGE_KEY, DEFAULT_TEXT_KEY
     from jest_stream.errors import IncompleteCacheError
-    from jest_stream.reference_cache import DEFAULT_IMAGE_KEY, DEFAULT_TEXT_KEY, ReferenceCache
+    from jest_stream.reference_cache import ReferenceCache
 
     # torchrun numbers the processes of a machine: each takes the GPU of its number, unless the
     # user named one.

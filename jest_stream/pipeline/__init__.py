@@ -5,7 +5,7 @@ describes where a run is. Everything here runs in the training thread.
 """
 
 from jest_stream.pipeline.batches import structured
-from jest_stream.pipeline.build import Plan
+from jest_stream.pipeline.build import RunInputs, build, describe, open_inputs
 from jest_stream.pipeline.distributed import gather_state_dict, rank_and_world_size
 from jest_stream.pipeline.iterator import JESTIterator
 from jest_stream.pipeline.schedule import Pipeline
@@ -13,8 +13,11 @@ from jest_stream.pipeline.schedule import Pipeline
 __all__ = [
     "JESTIterator",
     "Pipeline",
-    "Plan",
+    "RunInputs",
+    "build",
+    "describe",
     "gather_state_dict",
+    "open_inputs",
     "rank_and_world_size",
     "structured",
 ]

@@ -4,12 +4,10 @@
 `join` adds to each example its embeddings while its shard is read.
 """
 
-from jest_stream.reference_cache.cache import DEFAULT_IMAGE_KEY, DEFAULT_TEXT_KEY, ReferenceCache
+from jest_stream.reference_cache.cache import ReferenceCache
 from jest_stream.reference_cache.join import JoinedSource
 
 __all__ = [
-    "DEFAULT_IMAGE_KEY",
-    "DEFAULT_TEXT_KEY",
     "JoinedSource",
     "ReferenceCache",
 ]

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jest_stream.config import Limits, StorageConfig
+from jest_stream.config import (
+    DEFAULT_IMAGE_KEY,
+    DEFAULT_TEXT_KEY,
+    Key,
+    Limits,
+    StorageConfig,
+    Transform,
+)
 from jest_stream.errors import ConfigError, IncompleteCacheError, ShardChangedError
 from jest_stream.reference_cache.build import Build
 from jest_stream.reference_cache.expectations import Expected, require_expected, require_keys
@@ -39,10 +46,6 @@ from jest_stream.scoring import load_reference
 from jest_stream.sources import open_source
 from jest_stream.storage import Storage, folder_address, redacted, scheme_of
 from jest_stream.types import Embeddings, ObjectInfo, Source
-from jest_stream.views import Key, Transform
-
-DEFAULT_IMAGE_KEY = "jpg;jpeg;png;webp;gif;image"
-DEFAULT_TEXT_KEY = "txt;text"
 
 
 class ReferenceCache:

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from jest_stream.config import Key
 from jest_stream.errors import ConfigError, ReferenceMismatchError
 from jest_stream.reference_cache import fingerprints
 from jest_stream.reference_cache.fingerprints import ViewFingerprint
 from jest_stream.reference_cache.manifest import Header
 from jest_stream.scoring import is_named, load_reference
-from jest_stream.views import Key
 
 Expected = nn.Module | str | os.PathLike[str] | Mapping[str, Any]
 """The reference, as a module or by name; or some of `"reference"`, `"transform"` and `"tokenizer"`,

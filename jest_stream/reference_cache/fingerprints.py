@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jest_stream.config import Transform
 from jest_stream.errors import ConfigError
 from jest_stream.randomness import isolated_rng
 from jest_stream.scoring import unwrap
-from jest_stream.views import Row, Transform, add_view
+from jest_stream.views import Row, add_view
 
 ViewFingerprint = list[dict[str, Any]]
 """Per probe its `probe` name and `outputs`: name, shape, dtype and sampled values of each tensor;

@@ -11,19 +11,20 @@ from dataclasses import dataclass
 import torch
 
 from jest_stream.config import (
+    Key,
     Limits,
     OnBadExample,
     StorageConfig,
+    Transform,
     as_device,
     as_integer,
     as_number,
     require_one_of,
 )
 from jest_stream.errors import ConfigError
-from jest_stream.views import Key, Transform
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BuildSettings:
     """How a cache is built; `ReferenceCache` explains the fields.
 

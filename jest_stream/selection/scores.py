@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from jest_stream.config import ScoreFunction
+from jest_stream.config import SCORE_NAMES, ScoreFunction
 from jest_stream.errors import ConfigError
 
 
@@ -45,11 +45,7 @@ easy_reference = WeightedScore(0.0, -1.0)
 hard_learner = WeightedScore(1.0, 0.0)
 """What the learner gets wrong, noise included. Needs no reference."""
 
-_BY_NAME = {
-    "learnability": learnability,
-    "easy_reference": easy_reference,
-    "hard_learner": hard_learner,
-}
+_BY_NAME = dict(zip(SCORE_NAMES, (learnability, easy_reference, hard_learner), strict=True))
 
 
 def resolve_score(score: str | ScoreFunction) -> ScoreFunction:

@@ -6,7 +6,6 @@ few that were chosen, `LateViews` has it made ahead of time, and `scaled` makes 
 score view. The metadata that selection needs travel along as `term` and `group`.
 """
 
-from jest_stream.config import DEFAULT_LIMITS, Limits
 from jest_stream.views.columns import (
     REFERENCE,
     Columns,
@@ -21,28 +20,21 @@ from jest_stream.views.columns import (
 )
 from jest_stream.views.compose import PixelTable
 from jest_stream.views.late import LateViews
-from jest_stream.views.metadata import Key
-from jest_stream.views.recipe import Recipe, ReducedDecoding, TrainViewFrom, make_recipe
-from jest_stream.views.rows import Row, Transform, add_view
+from jest_stream.views.recipe import Recipe, make_recipe
+from jest_stream.views.rows import Row, add_view
 from jest_stream.views.scaling import scaled
 from jest_stream.views.score import ScoreView
 from jest_stream.views.train import TrainView
 
 __all__ = [
     "Columns",
-    "DEFAULT_LIMITS",
     "PixelTable",
-    "Key",
     "LateViews",
-    "Limits",
     "REFERENCE",
     "Recipe",
-    "ReducedDecoding",
     "Row",
     "ScoreView",
     "TrainView",
-    "TrainViewFrom",
-    "Transform",
     "View",
     "add_view",
     "collate",

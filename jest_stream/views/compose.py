@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jest_stream.config import Transform
 from jest_stream.views.decode import Reduced
-from jest_stream.views.rows import Transform
 
 _LIBRARIES = ("torchvision.transforms", "open_clip.transform", "timm.data")
 _CONVERTING = frozenset("ToTensor PILToTensor ToImage MaybeToTensor MaybePILToTensor".split())

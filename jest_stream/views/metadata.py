@@ -12,13 +12,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from jest_stream.config import Metadata, Term
+from jest_stream.config import Key, Metadata, Term
 from jest_stream.errors import BadExampleError, ConfigError
 from jest_stream.views.decode import Decoded, place_of, title_of
-
-Key = Metadata
-"""Alternatives such as `"jpg;png"`, of which the first present member counts; or a function of the
-example, given its members decoded."""
 
 
 def present_member(example: Mapping[str, Any], key: str) -> str | None:

@@ -14,14 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jest_stream.config import Key, ReducedDecoding, TrainViewFrom, Transform
 from jest_stream.errors import ConfigError
 from jest_stream.randomness import isolated_rng
 from jest_stream.views.compose import PixelTable, Reduction, SplitCompose, split_compose
-from jest_stream.views.metadata import Key
-from jest_stream.views.rows import Transform
-
-TrainViewFrom = Literal["auto", "encoded", "score_view"]
-ReducedDecoding = bool | Literal["auto"]
 
 
 @dataclass(frozen=True, kw_only=True)

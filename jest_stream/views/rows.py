@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from jest_stream.config import Limits
+from jest_stream.config import Key, Limits
 from jest_stream.errors import ConfigError
 from jest_stream.types import Example
 from jest_stream.views.decode import Decoded
-from jest_stream.views.metadata import Key, present_member
+from jest_stream.views.metadata import present_member
 
 Row = dict[str, Any]
-Transform = Callable[[Any], Any]
 
 
 def as_rgb(image: Any, limits: Limits) -> Any:

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from jest_stream.config import DEFAULT_LIMITS, Limits, Metadata, Term
+from jest_stream.config import DEFAULT_LIMITS, Key, Limits, Metadata, Term, Transform
 from jest_stream.types import REFERENCE_ROW, Example
 from jest_stream.views.checksums import checksums, require_same
 from jest_stream.views.compose import Reduction, SplitCompose
 from jest_stream.views.decode import Decoded, Reduced, decode
-from jest_stream.views.metadata import Key, find, group_of, number_of, present_member
-from jest_stream.views.rows import Row, Transform, add_view, as_rgb, raw_image
+from jest_stream.views.metadata import find, group_of, number_of, present_member
+from jest_stream.views.rows import Row, add_view, as_rgb, raw_image
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jest_stream.config import DEFAULT_LIMITS, Limits
+from jest_stream.config import DEFAULT_LIMITS, Limits, Transform
 from jest_stream.errors import ConfigError, UserCodeError
 from jest_stream.randomness import isolated_rng, seed_globally
 from jest_stream.views.columns import Columns, collate, columns_of
 from jest_stream.views.compose import as_picture
 from jest_stream.views.decode import Decoded
-from jest_stream.views.rows import Row, Transform, add_view, as_rgb
+from jest_stream.views.rows import Row, add_view, as_rgb
 
 ARGUMENT = "train_transform"
 """The user's name for the transform that makes it."""
