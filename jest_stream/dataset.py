@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
@@ -262,7 +261,9 @@ class JESTDataset(IterableDataset[Any]):
                 f"JESTDataset(num_workers={worker.num_workers}) to read in worker processes."
             )
         pipeline = self._open()
-        if pipeline.at.epoch_step and not pipeline.at.is_resumed:  # the last epoch was broken off
+        # After a loop that was broken off in an epoch comes the next one; a checkpoint just
+        # loaded finishes its epoch first.
+        if pipeline.at.epoch_step and not pipeline.at.is_resumed:
             pipeline.begin_epoch()
         self._iterator_token = object()
         return JESTIterator(self, self._iterator_token)
@@ -391,12 +392,7 @@ class JESTDataset(IterableDataset[Any]):
         if hasattr(self, "_metrics"):  # the constructor may have failed before
             self._release()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

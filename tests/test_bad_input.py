@@ -1,4 +1,4 @@
-"""Bad input gets a named error that says what, got, why and the fix; or is skipped and counted.
+"""Bad input raises an error that names the rule, the value and the fix; or is skipped and counted.
 
 pytest tests/test_bad_input.py
 """

@@ -1,4 +1,4 @@
-"""`JESTDataset` yields exactly what the rule selects, in the loops that users write.
+"""`JESTDataset` yields exactly the examples that the rule selects, in the loops that users write.
 
 pytest tests/test_dataset.py
 """

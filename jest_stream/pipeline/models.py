@@ -50,7 +50,7 @@ def open_reference(
 
     Args:
       reference: a module, a `ReferenceCache`, the address of one, the name of a model (see
-        `scoring.named`), or None.
+        `scoring.load_reference`), or None.
       views: the user's, with those that a cache must have been built with.
       storage: how a cache is read.
       opened: closes a cache that is opened here.
