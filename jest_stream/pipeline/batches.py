@@ -16,7 +16,15 @@ from jest_stream.metrics import Metrics
 from jest_stream.pipeline.device import PendingSelection, moved
 from jest_stream.pipeline.super_batches import ScoredSuperBatch, SuperBatch
 from jest_stream.pipeline.two_sizes import TwoSizes, small_part
-from jest_stream.views import REFERENCE, Columns, Finish, LateViews, columns_of, put_view, view_of
+from jest_stream.views import (
+    REFERENCE,
+    Columns,
+    LateViews,
+    PixelTable,
+    columns_of,
+    put_view,
+    view_of,
+)
 
 
 class Batches:
@@ -24,7 +32,7 @@ class Batches:
 
     Args:
       late: makes the image that is trained on. None: it is the score view.
-      finishes: the work left to do to pixels, by their view: `image`, `train`.
+      pixel_tables: the work left to do to pixels, by their view: `image`, `train`.
       two_sizes: leaves a part of each batch at the score view. None: all get the train view.
       reference_of: makes the entry `reference` of rows of the columns. None: batches have none.
     """
@@ -32,12 +40,12 @@ class Batches:
     def __init__(
         self,
         late: LateViews | None,
-        finishes: Mapping[str, Finish],
+        pixel_tables: Mapping[str, PixelTable],
         two_sizes: TwoSizes | None = None,
         reference_of: Callable[[Columns], dict[str, Tensor]] | None = None,
     ) -> None:
         self._late = late
-        self._finish = finishes.get("image" if late is None else "train")
+        self._pixel_table = pixel_tables.get("image" if late is None else "train")
         self._two_sizes = two_sizes
         self._reference_of = reference_of
 
@@ -92,8 +100,10 @@ class Batches:
         batch = {name: moved(column, device) for name, column in batch.items()}
         batch.update(self._reference(super_batch, selection, device, "reference"))
         image = batch.get("image")
-        if self._finish is not None and isinstance(image, Tensor):
-            batch["image"] = self._finish(image)  # of b rows instead of B, on the batch's device
+        if self._pixel_table is not None and isinstance(image, Tensor):
+            batch["image"] = self._pixel_table(
+                image
+            )  # of b rows instead of B, on the batch's device
         if self._two_sizes is not None:
             batch.update(small)
             self._two_sizes.check(batch)

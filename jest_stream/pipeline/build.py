@@ -85,7 +85,7 @@ def open_inputs(
             settings.sizes.batch_size,
             settings.scoring,
             has_train_view=views.train_transform is not None,
-            finish=recipe.finishes().get("image"),
+            pixel_table=recipe.pixel_tables().get("image"),
         )
         models = Models(selection, learner, found.model, with_reference=batch.with_reference)
         # Last, since it is the dearest: it may list a bucket or read a manifest of all shards.
@@ -118,7 +118,7 @@ def build(
 ) -> Pipeline:
     """Returns the pipeline that reads, scores and hands out on this rank."""
     stream, batch = settings.stream, settings.batch
-    recipe, models, finishes = inputs.recipe, inputs.models, inputs.recipe.finishes()
+    recipe, models, pixel_tables = inputs.recipe, inputs.models, inputs.recipe.pixel_tables()
     # Lanes are dealt to all ranks together: a super-batch of all W ranks, W * B examples, takes
     # equally many of each lane.
     global_size = settings.sizes.stream_size * world_size
@@ -128,7 +128,7 @@ def build(
         models,
         scoring=settings.scoring,
         refresh_every=stream.refresh_every,
-        finishes=finishes,
+        pixel_tables=pixel_tables,
         # By rank, since each rank selects among candidates of its own.
         key=derive_seed("selection", stream.seed, rank),
         metrics=metrics,
@@ -136,7 +136,7 @@ def build(
     )
     batches = Batches(
         _late_views(settings, recipe, rank=rank),
-        finishes,
+        pixel_tables,
         inputs.two_sizes,
         selector.reference_of if batch.with_reference else None,
     )

@@ -20,7 +20,7 @@ from jest_stream.pipeline.device import Ring
 from jest_stream.pipeline.models import Models
 from jest_stream.scoring import Input, LearnerCopy, Pixels, ReferenceModel, embed_once, two_tower
 from jest_stream.types import Embeddings
-from jest_stream.views import REFERENCE, Columns, Finish, scaled, view_of
+from jest_stream.views import REFERENCE, Columns, PixelTable, scaled, tensors_of
 
 
 class Embedder:
@@ -32,7 +32,7 @@ class Embedder:
       scoring: how they embed.
       refresh_every: steps between copies of the learner's weights.
       metrics: where rows are counted.
-      finishes: the work left to do to pixels, by the name of their view.
+      pixel_tables: the work left to do to pixels, by the name of their view.
     """
 
     def __init__(
@@ -43,15 +43,15 @@ class Embedder:
         scoring: ScoringConfig,
         refresh_every: int,
         metrics: Metrics,
-        finishes: Mapping[str, Finish],
+        pixel_tables: Mapping[str, PixelTable],
     ) -> None:
         self._models = models
         self._ring = ring
         self._scoring = scoring
         self._refresh_every = refresh_every
         self._metrics = metrics
-        self._finishes = finishes
-        self._has_table: set[str] = set()  # views whose finish has a table on the device
+        self._pixel_tables = pixel_tables
+        self._has_table: set[str] = set()  # views whose pixel_table has a table on the device
         self._micro_batch_size = scoring.micro_batch_size  # smaller once memory has run out
         self._copy: LearnerCopy | None = None
         self._reference: ReferenceModel | None = None
@@ -84,12 +84,12 @@ class Embedder:
     def prepare(self, columns: Columns) -> None:
         """Makes the reference and the tables that `embed` reads, on the caller's current stream."""
         unmade = [
-            name for name in self._finishes if name in columns and name not in self._has_table
+            name for name in self._pixel_tables if name in columns and name not in self._has_table
         ]
         if unmade:  # batches use the tables too, on the caller's stream
             with self._ring.writing(None):
                 for name in unmade:
-                    self._finishes[name].table(columns[name].shape[1], self._ring.device)
+                    self._pixel_tables[name].table(columns[name].shape[1], self._ring.device)
             self._has_table.update(unmade)
         if self._models.reference is not None and self._reference is None:
             with self._ring.writing(None, two_tower(self._models.reference).device):
@@ -223,7 +223,10 @@ class Embedder:
         image_name: str,
         text_name: str,
     ) -> Embeddings:
-        image, text = self._scored_view(columns, image_name), _scorable(columns, text_name)
+        image, text = (
+            self._scored_view(columns, image_name),
+            tensors_of(columns, text_name, "scoring"),
+        )
         found = model.embed(
             image,
             text,
@@ -239,12 +242,12 @@ class Embedder:
 
         Of uint8 pixels it returns `Pixels`, which are finished and scaled slice by slice.
         """
-        view = _scorable(columns, name)
-        side, finish = self._scoring.image_size, self._finishes.get(name)
-        if finish is None or not isinstance(view, Tensor) or view.dtype != torch.uint8:
+        view = tensors_of(columns, name, "scoring")
+        side, pixel_table = self._scoring.image_size, self._pixel_tables.get(name)
+        if pixel_table is None or not isinstance(view, Tensor) or view.dtype != torch.uint8:
             return scaled(view, side)
         size = tuple(view.shape[2:]) if side is None else (side, side)
-        return Pixels(view, lambda rows: scaled(finish(rows), side), size)
+        return Pixels(view, lambda rows: scaled(pixel_table(rows), side), size)
 
 
 def _embed_at_score_size(
@@ -259,13 +262,3 @@ def _embed_by_reference(
     if reference is None:
         raise ConfigError("the run that was resumed had a live reference, this one has none.")
     return ReferenceModel(reference, scoring=scoring).embed(image, text)
-
-
-def _scorable(columns: Columns, name: str) -> Tensor | dict[str, Tensor]:
-    view = view_of(columns, name)
-    if isinstance(view, list):
-        raise ConfigError(
-            f"{name} of example {columns['key'][0]!r} is a {type(view[0]).__name__}, but scoring "
-            f"takes tensors. Pass tokenizer=, a function that turns the text into one."
-        )
-    return view

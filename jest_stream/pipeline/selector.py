@@ -31,7 +31,7 @@ from jest_stream.selection import (
     uniform_selection,
 )
 from jest_stream.types import Embeddings, Selection
-from jest_stream.views import REFERENCE, Columns, Finish
+from jest_stream.views import REFERENCE, Columns, PixelTable
 
 
 class Selector:
@@ -42,7 +42,7 @@ class Selector:
       models: learner and reference, as far as the rule needs them.
       scoring: how they embed.
       refresh_every: steps between copies of the learner's weights.
-      finishes: the work left to do to pixels, by the name of their view.
+      pixel_tables: the work left to do to pixels, by the name of their view.
       key: names the noise of this rank; with a step and a candidate's place it names a draw.
       metrics: where scores are counted and timed.
       with_reference: whether the reference's embeddings are to stay with the candidates.
@@ -55,7 +55,7 @@ class Selector:
         *,
         scoring: ScoringConfig,
         refresh_every: int,
-        finishes: Mapping[str, Finish],
+        pixel_tables: Mapping[str, PixelTable],
         key: int,
         metrics: Metrics,
         with_reference: bool = False,
@@ -72,7 +72,7 @@ class Selector:
             scoring=scoring,
             refresh_every=refresh_every,
             metrics=metrics,
-            finishes=finishes,
+            pixel_tables=pixel_tables,
         )
         self._targets: dict[int, Tensor] = {}  # of terms, on the device
         self._has_failed = False  # the learner may have been mended since: copy it anew

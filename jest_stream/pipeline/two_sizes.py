@@ -16,7 +16,7 @@ from torch import Tensor
 from jest_stream.config import ScoringConfig
 from jest_stream.errors import ConfigError
 from jest_stream.pipeline.device import PendingSelection, moved
-from jest_stream.views import Columns, Finish, columns_of, put_view, scaled, view_of
+from jest_stream.views import Columns, PixelTable, columns_of, put_view, scaled, view_of
 
 _PREFIX = "small_"
 
@@ -37,14 +37,18 @@ class TwoSizes:
       fraction: share that is trained at the score view.
       batch_size: b; the share becomes a number of examples here.
       scoring: how that view is scored.
-      finish: the work left to do to its pixels.
+      pixel_table: the work left to do to its pixels.
 
     Raises:
       ConfigError: unless both parts get an example.
     """
 
     def __init__(
-        self, fraction: float, batch_size: int, scoring: ScoringConfig, finish: Finish | None = None
+        self,
+        fraction: float,
+        batch_size: int,
+        scoring: ScoringConfig,
+        pixel_table: PixelTable | None = None,
     ) -> None:
         num_small = round(fraction * batch_size)
         if not 0 < fraction < 1 or not 0 < num_small < batch_size:
@@ -57,7 +61,7 @@ class TwoSizes:
         self._rest = torch.tensor(sorted(set(range(batch_size)) - set(small)))
         self._small = torch.tensor(small)
         self._places: dict[torch.device, tuple[Tensor, Tensor]] = {}  # both, by device
-        self._finish = finish
+        self._pixel_table = pixel_table
         self._fraction = fraction
         self._scoring = scoring
 
@@ -69,7 +73,7 @@ class TwoSizes:
         scoring: ScoringConfig,
         *,
         has_train_view: bool,
-        finish: Finish | None = None,
+        pixel_table: PixelTable | None = None,
     ) -> TwoSizes | None:
         """Returns the cut; None if all examples are trained at one size (fraction 0).
 
@@ -78,7 +82,7 @@ class TwoSizes:
         """
         if fraction == 0:
             return None
-        two_sizes = cls(fraction, batch_size, scoring, finish)
+        two_sizes = cls(fraction, batch_size, scoring, pixel_table)
         if not has_train_view and scoring.image_size is None and not scoring.changes_tokens:
             raise ConfigError(two_sizes._no_smaller("the score view is the train view"))
         return two_sizes
@@ -103,8 +107,8 @@ class TwoSizes:
         """
         rows = selection.take_rows(columns_of(candidates, ("image", "text", "key")))
         view: Any = view_of(rows, "image")
-        if self._finish is not None and isinstance(view, Tensor):
-            view = self._finish(view)
+        if self._pixel_table is not None and isinstance(view, Tensor):
+            view = self._pixel_table(view)
         put_view(rows, "image", scaled(view, self._scoring.image_size))
         rows["weight"] = selection.weights(device)
         return {_PREFIX + name: moved(column, device) for name, column in rows.items()}

@@ -1,7 +1,7 @@
 """Reference embeddings of a whole source, made once and read in step with its shards.
 
 `build` embeds a source, shard by shard, into Arrow files beside a manifest; `cache` opens them;
-`join` puts each example's embeddings beside it while its shard is read.
+`join` adds to each example its embeddings while its shard is read.
 """
 
 from jest_stream.reference_cache.cache import ReferenceCache

@@ -171,7 +171,7 @@ def one_shape_a_process(image: Any) -> Tensor:
 
 
 def test_shapes_that_differ_between_workers_are_the_train_transforms() -> None:
-    """What each of them makes is consistent."""
+    """Each of them makes consistent views."""
     views = late(one_shape_a_process, num_workers=4)
     views.start(chosen(), step=0)
     with pytest.raises(ConfigError, match=SHAPES):

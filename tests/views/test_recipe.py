@@ -1,4 +1,4 @@
-"""What views are made of: decided once, by the transforms alone, and shown.
+"""The origin of views is decided once, by the transforms alone, and shown.
 
 pytest tests/views/test_recipe.py
 """
@@ -24,7 +24,7 @@ from torchvision import transforms as v1
 from jest_stream import JESTDataset, SelectionConfig
 from jest_stream.config import Limits
 from jest_stream.errors import BadExampleError, ConfigError, UnsafeExampleError
-from jest_stream.views.compose import Recognised
+from jest_stream.views.compose import SplitCompose
 from jest_stream.views.decode import Reduced, decode
 from jest_stream.views.recipe import Recipe, make_recipe
 from jest_stream.views.score import ScoreView
@@ -126,7 +126,7 @@ def test_a_reduced_view_has_the_geometry_of_the_full_one_and_nearly_its_pixels(
 ) -> None:
     transform = image_transform(96, is_train=False, resize_mode=mode)
     made = recipe(transform, train(224))
-    assert made.reduction is not None and isinstance(made.transform, Recognised)
+    assert made.reduction is not None and isinstance(made.transform, SplitCompose)
     example = {"jpg": drawn(*size)}
     image = decode(example, "jpg", shrink=made.reduction)
     assert isinstance(image, Reduced) and image.full_size == size
