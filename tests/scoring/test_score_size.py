@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from jest_stream import ScoringConfig
 from jest_stream.errors import ResumeMismatchError
-from jest_stream.scoring.encoders import two_tower
 from jest_stream.scoring.learner import LearnerCopy
 from jest_stream.scoring.reference import ReferenceModel
+from jest_stream.scoring.two_tower import two_tower
 
 SIZES = [
     {"image_size": 32},
