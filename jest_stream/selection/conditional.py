@@ -109,13 +109,13 @@ class ConditionalScores(ABC):
 
     @abstractmethod
     def _part(self, chosen: Sequence[Embeddings]) -> Tensor:
-        """Returns what a chunk adds to the running sums."""
+        """Returns the part of the running sums that a chunk contributes."""
 
 
 class _PairSums(ConditionalScores):
     """Exact for the sigmoid loss: S_kk + sum over chosen j of (S_kj + S_jk).
 
-    The batch's score is the sum of all its S_ij, so this is what k adds to it.
+    The batch's score is the sum of all its S_ij; candidate k adds just these terms to it.
     """
 
     def __init__(self, models: Sequence[Embeddings], *, forgets: bool) -> None:
@@ -196,7 +196,21 @@ class OwnSigmoidScores(_PairSums):
         scores.add_(score_tile(self._score, learner, reference)[:, 0], alpha=factor)
 
 
-class SoftmaxScores(ConditionalScores):
+class _LogSums(ConditionalScores):
+    """Holds log2 of each candidate's sums of e^logit over the chosen, for softmax losses."""
+
+    def __init__(
+        self, models: Sequence[Embeddings], weights: Sequence[float], *, forgets: bool = False
+    ) -> None:
+        super().__init__(models, Window(_no_sums(models), _added_sums, forgets=forgets))
+        self._weights = weights
+        self._own = [own_logits(model, with_bias=False) for model in models]
+
+    def _part(self, chosen: Sequence[Embeddings]) -> Tensor:
+        return _log_sums(self.models, chosen)
+
+
+class SoftmaxScores(_LogSums):
     """The candidate's own softmax loss (Eq. 1), its denominators running over the chosen examples.
 
     Of image k: log(sum over chosen j of e^{x_kj}) - x_kk, averaged with the same of its text; the
@@ -207,13 +221,6 @@ class SoftmaxScores(ConditionalScores):
     Conditioned on all, this is the softmax loss of the whole super-batch: an example then stands in
     its own denominator, as in training.
     """
-
-    def __init__(
-        self, models: Sequence[Embeddings], weights: Sequence[float], *, forgets: bool = False
-    ) -> None:
-        super().__init__(models, Window(_no_sums(models), _added_sums, forgets=forgets))
-        self._weights = weights
-        self._own = [own_logits(model, with_bias=False) for model in models]
 
     def scores(self) -> Tensor:
         """Returns the weighted losses against the chosen: `[B]`."""
@@ -232,11 +239,8 @@ class SoftmaxScores(ConditionalScores):
             sums.add_(given[model], alpha=weight)
         return total.add_(sums.sum(0), alpha=LN2 / 2)
 
-    def _part(self, chosen: Sequence[Embeddings]) -> Tensor:
-        return _log_sums(self.models, chosen)
 
-
-class ExactSoftmaxScores(ConditionalScores):
+class ExactSoftmaxScores(_LogSums):
     """The candidate's exact addition to the summed softmax loss of the batch chosen so far.
 
     Its own loss within the grown batch, and its addition to the losses of those chosen: with Z_j
@@ -249,16 +253,14 @@ class ExactSoftmaxScores(ConditionalScores):
     def __init__(
         self, models: Sequence[Embeddings], weights: Sequence[float], *, forgets: bool = False
     ) -> None:
-        super().__init__(models, Window(_no_sums(models), _added_sums, forgets=forgets))
-        self._weights = weights
-        self._own = [own_logits(model, with_bias=False) / LN2 for model in models]
+        super().__init__(models, weights, forgets=forgets)
         self._chosen: list[Sequence[Embeddings]] = []
 
     def scores(self) -> Tensor:
         """Returns the scores given all chunks: `[B]`. Recomputes the part that depends on all."""
         total, given, added = torch.zeros_like(self._own[0]), self._given.joined(), self._added()
         for model, weight in enumerate(self._weights):
-            own = self._own[model]
+            own = self._own[model] / LN2
             # log(sum over chosen j of e^{x_kj} + e^{x_kk}) - x_kk, for image and text
             own_losses = (torch.logaddexp2(given[model], own) - own).sum(0) * LN2
             total.add_(own_losses + added[model], alpha=weight / 2)
@@ -273,9 +275,6 @@ class ExactSoftmaxScores(ConditionalScores):
         """Takes the oldest chunk out of the batch again."""
         super().forget()
         del self._chosen[0]
-
-    def _part(self, chosen: Sequence[Embeddings]) -> Tensor:
-        return _log_sums(self.models, chosen)
 
     def _added(self) -> Tensor:
         """Returns each candidate's addition to the losses of those chosen, by model: `[M, B]`."""

@@ -23,7 +23,7 @@ class WeightedScore:
     learner_weight: float
     """Factor on the learner's loss. 0: no learner is needed."""
     reference_weight: float
-    """Factor on the reference's loss; negative to prefer what the reference finds easy."""
+    """Factor on the reference's loss; negative to prefer pairs that the reference finds easy."""
 
     def __post_init__(self) -> None:
         weights = (self.learner_weight, self.reference_weight)
