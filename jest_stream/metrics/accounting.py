@@ -33,7 +33,7 @@ View = Tensor | Mapping[str, Tensor]
 Pass = Callable[[View, View], object]
 """One forward pass of a model without gradients: images and texts in."""
 Shapes = tuple[tuple[str, str, tuple[int, ...]], ...]
-"""Name, dtype and size of a row of each tensor; a size of -1 where there is no tensor."""
+"""Name, dtype and size of a row of each tensor; a size of -1 for values that are no tensors."""
 
 _PREFIX = "flops/"
 _SELECTION = _PREFIX + "selection"
@@ -141,6 +141,7 @@ class Accounting:
         """Goes on counting from `state`, in which other counters may be too."""
         self._selection = state.get(_SELECTION, 0)
         self._rows, self._scored = Counter(), None
+        # Names are such as `flops/learner [["image", "float32", [3, 224, 224]], ...]`.
         for name, count in state.items():
             role, _, shapes = name.removeprefix(_PREFIX).partition(" ")
             if self.owns(name) and name != _SELECTION:
@@ -177,7 +178,9 @@ class Accounting:
 
     def _unpriced(self) -> set[tuple[Model, Shapes]]:
         needed: set[tuple[Model, Shapes]] = set()
-        has_small = any(role == "small" for role, _ in self._rows)  # then forwards are compared
+        # Where the user states the FLOPs of training, its rows need no price, but for one case:
+        # with small rows among them, `_spared` compares forward passes.
+        has_small = any(role == "small" for role, _ in self._rows)
         for role, shapes in self._rows:
             if role not in ("trained", "small") or self.is_training_estimated or has_small:
                 needed.add((_MODEL_OF[role], shapes))

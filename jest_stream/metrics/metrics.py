@@ -120,7 +120,7 @@ class Metrics:
     def timed(self, stage: str) -> Iterator[None]:
         """Adds the wall time of the block to a stage: data, scoring, selecting, yielding.
 
-        Stages nest: the inner one's time is not counted in the outer one, so that they add up.
+        Stages nest: the inner one's time is not counted in the outer one.
         On CUDA this is the host's time, without the work that it only enqueued: see
         `add_device_seconds`.
         """
@@ -210,6 +210,8 @@ class Metrics:
                 self._of_source[name] = count
 
     def _switch_to(self, stage: str | None) -> None:
+        # One clock runs at a time: a stage within another stops the outer one, and their times add
+        # up to the wall clock's.
         now = time.perf_counter()
         if self._stage is not None:
             self._seconds[self._stage] += now - self._since

@@ -88,7 +88,7 @@ class LearnerCopy(FrozenModel):
 
     @property
     def read_now(self) -> int:
-        """Names the set of weights that `embed` uses; the same one if there is but one."""
+        """Names the set of weights that `embed` uses; the same one without a spare."""
         return id(self.tower)
 
     @property

@@ -38,9 +38,8 @@ class PositionMap:
 
     def __call__(self, positions: Tensor) -> Tensor:
         """Returns `[..., T', W]` of `[..., T, W]`."""
-        return self._matrix.on(positions.device, positions.float(), is_left=True).to(
-            positions.dtype
-        )
+        resampled = self._matrix.on(positions.device, positions.float(), is_left=True)
+        return resampled.to(positions.dtype)
 
 
 class PatchMap:

@@ -89,11 +89,13 @@ class ScoreSize:
 
     def _blames(self, size: Size) -> bool:
         """Returns whether images of this size are a likely cause of a failure."""
-        if self.own_size is not None:
+        if self.own_size is not None:  # a known tower, left as it was
             return self.takes is None and size != self.own_size
+        # An unknown model: the user asked for another size, or it declares one, as a pair or a side.
         return self.wanted is not None or self.declared not in (None, size, size[0])
 
     def _mismatch(self, size: Size, takes: Size) -> str:
+        # image_size of scoring is one number: it can only help where both sizes are square.
         if self.wanted is not None or takes[0] != takes[1] or size[0] != size[1]:
             fix = "Let transform give images of the size that is scored"
         elif size[0] < takes[0]:
@@ -289,6 +291,8 @@ def _checked_sizes(tower: Tower, scoring: ScoringConfig, role: str) -> tuple[Siz
 
 
 def _maps(tower: Tower, image_size: Size, patch_size: Size) -> dict[str, Resampling]:
+    # 1. Another patch size changes the convolution. 2. Another grid changes the position embedding;
+    # 224 pixels in patches of 16 and 448 in patches of 32 are the same grid of 14 x 14.
     maps: dict[str, Resampling] = {}
     if patch_size != tower.patch_size:
         name = plain(tower.full(f"{tower.patches}.weight"))

@@ -155,6 +155,7 @@ def two_tower(module: nn.Module, *, role: str = "learner") -> TwoTower:
             f"scored. {_ACCEPTED}."
         )
     tower = TwoTower(inner, image_method, text_method, role)
+    # Raised here rather than in the first scoring pass.
     _scalar(inner, "logit_scale", role)
     if tower.has_bias:
         _scalar(inner, "logit_bias", role)
@@ -264,12 +265,14 @@ def _weight_dtype(module: nn.Module) -> torch.dtype | None:
     position embeddings and the logit scale in float32.
     """
     for layer in module.modules():
+        # Quantised layers hold integers, which say nothing of the inputs' precision.
         if isinstance(layer, nn.Conv2d | nn.Linear) and layer.weight.is_floating_point():
             return layer.weight.dtype
     return None
 
 
 def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    # Integers are tokens: the embedding layer wants them as they are.
     is_autocast = torch.is_autocast_enabled(value.device.type)
     if dtype is None or is_autocast or not value.is_floating_point():
         return value
