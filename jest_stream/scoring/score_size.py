@@ -91,7 +91,7 @@ class ScoreSize:
         """Returns whether images of this size are a likely cause of a failure."""
         if self.own_size is not None:  # a known tower, left as it was
             return self.takes is None and size != self.own_size
-        # An unknown model: the user asked for another size, or it declares one, as a pair or a side.
+        # An unknown model: the user asked for a size, or it declares another (a pair or a side).
         return self.wanted is not None or self.declared not in (None, size, size[0])
 
     def _mismatch(self, size: Size, takes: Size) -> str:

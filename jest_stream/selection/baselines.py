@@ -85,9 +85,7 @@ def independent_selection(
         raise ConfigError(f"negatives must be 'none' or 'super_batch', got {negatives!r}")
     candidates = check_candidates(learner, reference, score=score, loss=loss)
     batch_size = check_batch_size(batch_size, candidates.num_examples)
-    scores = conditional_scores(
-        candidates.learner, candidates.reference, score=candidates.score, loss=loss
-    )
+    scores = conditional_scores(candidates)
     if negatives == "super_batch":
         scores.condition_on_all()
     return draw(scores, candidates, sizes=[batch_size], rule=rule, key=key, step=step)

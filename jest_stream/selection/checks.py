@@ -35,6 +35,8 @@ class Candidates:
     """float32; None where the score does not need it."""
     score: ScoreFunction
     """The function to maximise."""
+    loss: str
+    """Family of the pair losses: "sigmoid" or "softmax"."""
     num_examples: int
     """B."""
     device: torch.device
@@ -87,6 +89,7 @@ def check_candidates(
         learner=prepared.get("learner"),
         reference=prepared.get("reference"),
         score=function,
+        loss=loss,
         num_examples=next(iter(sizes.values())),
         device=device,
         is_finite=is_finite,

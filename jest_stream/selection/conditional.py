@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from jest_stream.config import ScoreFunction
+from jest_stream.selection.checks import Candidates
 from jest_stream.selection.losses import (
     LN2,
     add_exponentials,
@@ -291,32 +292,24 @@ class ExactSoftmaxScores(_LogSums):
 
 
 def conditional_scores(
-    learner: Embeddings | None,
-    reference: Embeddings | None,
-    *,
-    score: ScoreFunction,
-    loss: str,
-    exact_marginal: bool = False,
-    forgets: bool = False,
+    candidates: Candidates, *, exact_marginal: bool = False, forgets: bool = False
 ) -> ConditionalScores:
     """Returns the scores with nothing chosen yet.
 
     Args:
-      learner: float32, or None where the score gives it no weight.
-      reference: likewise.
-      score: a `WeightedScore` or, with the sigmoid loss only, any function of two tiles.
-      loss: "sigmoid" or "softmax".
       exact_marginal: of the softmax loss; the sigmoid's is exact anyway.
       forgets: whether chunks will be forgotten, for which the sums of each must be kept.
     """
+    learner, reference, score = candidates.learner, candidates.reference, candidates.score
+    # 1. A function of the user's needs both models, and the losses of single pairs.
     if not isinstance(score, WeightedScore):
-        assert learner is not None and reference is not None and loss == "sigmoid"
+        assert learner is not None and reference is not None and candidates.loss == "sigmoid"
         return OwnSigmoidScores((learner, reference), score, forgets=forgets)
-    # A model of weight 0 is left out: none of its products is made.
+    # 2. In a weighted sum a model of weight 0 is left out: none of its products is made.
     both = ((learner, score.learner_weight), (reference, score.reference_weight))
     counted = [(model, weight) for model, weight in both if model is not None and weight != 0]
     models, weights = [model for model, _ in counted], [weight for _, weight in counted]
-    if loss == "sigmoid":
+    if candidates.loss == "sigmoid":
         return SigmoidScores(models, weights, forgets=forgets)
     kind = ExactSoftmaxScores if exact_marginal else SoftmaxScores
     return kind(models, weights, forgets=forgets)

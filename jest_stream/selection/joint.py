@@ -120,12 +120,7 @@ def joint_selection(
     if len(sizes) == 1:  # a sweep draws a chunk given the others, and one chunk has none
         num_sweeps = 0
     conditional = conditional_scores(
-        candidates.learner,
-        candidates.reference,
-        score=candidates.score,
-        loss=loss,
-        exact_marginal=exact_marginal,
-        forgets=num_sweeps > 0,
+        candidates, exact_marginal=exact_marginal, forgets=num_sweeps > 0
     )
     return draw(
         conditional, candidates, sizes=sizes, rule=rule, num_sweeps=num_sweeps, key=key, step=step
