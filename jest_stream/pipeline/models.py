@@ -124,7 +124,7 @@ def open_reference(
 
     Args:
       reference: a module, a `ReferenceCache`, the address of one, the name of a model (see
-        `scoring.named_reference`), or None.
+        `scoring.named`), or None.
       transform: what the user gave as the reference's own. With a cache it says what the cache
         must have been built with.
       tokenizer: likewise.

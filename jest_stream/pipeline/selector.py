@@ -160,7 +160,7 @@ class Selector:
                 learner,
                 reference,
                 batch_size=batch_size,
-                num_chunks=config.num_chunks,
+                num_chunks=min(config.num_chunks, batch_size),
                 num_sweeps=config.num_sweeps,
                 score=config.score,
                 loss=self._loss,
