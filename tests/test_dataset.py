@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from jest_stream import Embeddings, IterableSource, ReferenceCache, SelectionConfig, select_jointly
-from jest_stream.scoring.encoders import two_tower
+from jest_stream.scoring.two_tower import two_tower
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
