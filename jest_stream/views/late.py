@@ -20,14 +20,14 @@ from jest_stream.workers import (
     Failure,
     Finalizer,
     Job,
+    Message,
     Notes,
-    Owner,
+    ParentConnection,
     Place,
     Watchdog,
     Worker,
     WorkerTraceback,
-    dump,
-    dump_failure,
+    failure_message,
     start_workers,
     stop_workers,
 )
@@ -54,10 +54,10 @@ class MakeTask:
 
     view: TrainView
 
-    def run(self, owner: Owner, notes: Notes) -> None:
+    def run(self, parent: ParentConnection, notes: Notes) -> None:
         """Answers each request with the views, or with the error that prevented them."""
-        while owner.wants_more:
-            request: ViewRequest = owner.receive()
+        while parent.wants_more:
+            request: ViewRequest = parent.receive()
             place = 0
 
             def note(step: int, position: int) -> None:
@@ -71,11 +71,11 @@ class MakeTask:
                     request.items, step=request.step, positions=request.positions, note=note
                 )
                 made = ViewRequest(step=request.step, positions=request.positions, items=views)
-                message = dump(made)
+                message = Message(made)
             except Exception as error:
-                message = dump_failure(error, place=place)
+                message = failure_message(error, position=place)
             try:
-                message.send(owner.connection)
+                message.send(parent.connection)
             except OSError:  # nobody waits for it any more
                 sys.exit(1)
 
@@ -188,7 +188,7 @@ class LateViews:
                 if len(self._sent) >= _MAX_SENT:
                     return
                 for worker, request in zip(self._workers, self._requests(step), strict=True):
-                    worker.send(dump(request, is_inline=False))
+                    worker.send(Message(request, is_inline=False))
                 self._sent.add(step)
         except BaseException:
             self.pause()
@@ -212,7 +212,7 @@ class LateViews:
         failures = [m for m in messages if isinstance(m, Failure)]
         if failures:
             # The error of the earliest example, as without workers.
-            first = min(failures, key=lambda failure: failure.place)
+            first = min(failures, key=lambda failure: failure.position)
             try:
                 raise first.error from WorkerTraceback(first.traceback)
             finally:
