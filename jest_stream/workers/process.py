@@ -1,7 +1,9 @@
-"""One worker process, from both sides: how it is started, watched and ended, whatever it does.
+"""A worker process, from both sides: how it is started, watched and ended.
 
-A `Task` travels to the process and runs there, with a socket of its own to the training process.
-Nothing is shared between workers: a socket ends when its worker does.
+A `Task` travels to the process and runs there, with a socket to the training process. Workers share
+nothing with each other: with a queue for all, a worker killed while writing would leave the reader
+waiting. A socket ends when its worker does, and the next message is known to come from its lane's
+owner. `Worker` is the training process's side and runs in its training thread.
 """
 
 from __future__ import annotations
@@ -26,26 +28,26 @@ from jest_stream.workers.transport import Message, receive
 from jest_stream.workers.watch import Notes, Place, end_with_parent
 
 _STOP_TIMEOUT_S = 3.0
-# Terminals and schedulers send them to every process of a job, to interrupt it or have it save a
-# checkpoint. That is for the training process, whose handlers a worker inherits.
+# Terminals and schedulers send these to every process of a job, to interrupt it or have it save a
+# checkpoint. The training process answers them; a worker inherits its handlers, and ignores them.
 _FOR_TRAINING = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Task(Protocol):
-    """What a worker process does. Travels to it."""
+    """The work of one worker process. Travels to it."""
 
     def run(self, parent: ParentConnection, notes: Notes) -> None:
-        """Works until `parent.wants_more` is False; notes what it is at."""
+        """Works until `parent.wants_more` is False; notes each example before it is begun."""
 
 
 class Job(NamedTuple):
-    """What a worker process is started for."""
+    """A task, and how messages call it."""
 
     name: str
-    """How messages call the worker, such as "worker 0 of 2"."""
+    """The worker's name in messages, such as "worker 0 of 2"."""
     task: Task
     describe: Callable[[Place | None], str]
-    """For messages: what the worker does, and what it was at last. Stays in this process."""
+    """Says in messages how the worker is occupied, by its last note. Stays in this process."""
 
 
 class Worker:
@@ -53,7 +55,7 @@ class Worker:
 
     Args:
       context: of `torch.multiprocessing`, with the start method.
-      job: what it does.
+      job: its work and name.
     """
 
     def __init__(self, context: Any, job: Job) -> None:
@@ -72,7 +74,7 @@ class Worker:
         self._process.daemon = True
 
     def start(self) -> None:
-        """Starts the process. From before on, its owner must be able to `join` it.
+        """Starts the process. Its owner must know it by then, to `join` it even if this fails.
 
         Raises:
           WorkerDiedError: if it cannot be started.
@@ -88,7 +90,7 @@ class Worker:
         """Returns the worker's next message.
 
         Raises:
-          WorkerDiedError: if it is gone, with what it was at.
+          WorkerDiedError: if it is gone, with the example it was at.
           StalledError: if it gave nothing for `timeout_s`, with its stacks.
         """
         try:
@@ -104,7 +106,7 @@ class Worker:
             raise
 
     def answer(self) -> None:
-        """Tells the worker that a message of its was taken.
+        """Tells the worker that one of its messages was taken.
 
         Raises:
           WorkerDiedError: if it is gone.
@@ -116,9 +118,9 @@ class Worker:
             raise
 
     def send(self, message: Message) -> None:
-        """Sends a message that is in memory of its own; to a worker that is gone, nothing.
+        """Sends a message that is not inline. To a worker that is gone it sends nothing.
 
-        That it is gone is said by the `receive` that waits for its answer.
+        The `receive` that waits for the answer then raises.
         """
         try:
             message.send(self._connection)
@@ -126,7 +128,7 @@ class Worker:
             pass
 
     def ask_to_stop(self) -> None:
-        """Lets the process end, whatever it is doing."""
+        """Asks the process to end."""
         if self._has_process:
             self._process.terminate()
 
@@ -154,8 +156,8 @@ class Worker:
             return False
 
     def _title(self) -> str:
-        what = self._describe(self._notes.place)
-        return f"{self._name} (process {self._process.pid}), which {what},"
+        occupation = self._describe(self._notes.place)
+        return f"{self._name} (process {self._process.pid}), which {occupation},"
 
     def _check(self, cause: BaseException) -> None:
         """Raises if the process is gone; else the error is ours."""
@@ -164,6 +166,9 @@ class Worker:
             self._raise_died(cause)
 
     def _raise_died(self, cause: BaseException) -> NoReturn:
+        # The reason is guessed by how the process ended. There are five cases:
+        # 1. It exited by itself. 2. A signal ended it. 3. It never ran our code, which a main
+        # script without a guard causes. 4. SIGKILL: the system's memory killer sends it. 5. SIGSEGV.
         status = self._process.exitcode
         how, why = f"ended with status {status}", "A transform that calls exit?"
         if status < 0:
@@ -181,7 +186,7 @@ class Worker:
 
 _GUARD = (
     "Where workers are not forked, each imports the main script anew, and must not start the "
-    'training again: put what the script does under if __name__ == "__main__":, or see above for '
+    'training again: put the body of the script under if __name__ == "__main__":, or see above for '
     "the error of that import."
 )
 
@@ -212,7 +217,7 @@ def stop_workers(workers: list[Worker], owner_pid: int) -> None:
         deadline = time.monotonic() + _STOP_TIMEOUT_S
         for worker in workers:
             worker.join(deadline)
-    except BaseException:  # Ctrl-C: those that are left are killed
+    except BaseException:  # Ctrl-C: a deadline of 0 kills those that are left
         for worker in workers:
             worker.join(0)
         raise
@@ -221,7 +226,7 @@ def stop_workers(workers: list[Worker], owner_pid: int) -> None:
 
 
 def start_workers(workers: list[Worker], jobs: Sequence[Job]) -> None:
-    """Starts a process for each job and puts them into `workers`, whose owner stops them.
+    """Starts a process for each job and puts it into `workers`, whose owner stops them all.
 
     Raises:
       ConfigError: if a task cannot be sent to a process, as some start methods need.
@@ -236,11 +241,11 @@ def start_workers(workers: list[Worker], jobs: Sequence[Job]) -> None:
 
 
 class ParentConnection:
-    """The training process, as a worker sees it.
+    """The connection to the training process, in a worker.
 
     Args:
-      connection: to it; blocks.
-      is_stopped: whether this process was asked to end.
+      connection: a blocking socket.
+      is_stopped: tells whether this process was asked to end.
     """
 
     def __init__(self, connection: socket.socket, is_stopped: Callable[[], bool]) -> None:
@@ -256,7 +261,7 @@ class ParentConnection:
         return not self._is_stopped()
 
     def wait(self) -> None:
-        """Returns when the training process has sent something, or has closed the connection."""
+        """Waits until the training process has sent something, or has closed the connection."""
         self._poll.poll()
 
     def receive(self) -> Any:
@@ -271,39 +276,39 @@ class ParentConnection:
 def work(
     connection: socket.socket, inherited: socket.socket | None, notes: Notes, task: Task
 ) -> None:
-    """What a worker process does: its task, until it is stopped.
+    """Runs the task of a worker process, until it is stopped. The process begins here.
 
     Args:
       connection: to the training process.
       inherited: the other end of it, where the worker was forked.
-      notes: what it is at.
-      task: what it does.
+      notes: where the task notes its examples.
+      task: the work.
     """
     is_stopped = False
     if inherited is not None:
         inherited.close()  # the connection ends when the training process lets go of it
 
     def leave(*_: object) -> None:
-        """Unwinds, so that nothing is left behind."""
+        """Unwinds the task, which then closes its files."""
         nonlocal is_stopped
-        is_stopped = True  # what is raised here may be swallowed: Cython's imports do
+        is_stopped = True  # SystemExit alone may be swallowed: Cython's imports do
         sys.exit()
 
     signal.set_wakeup_fd(-1)  # inherited, it would tell an event loop of the training process
     signal.signal(signal.SIGTERM, leave)
     for number in _FOR_TRAINING:
         signal.signal(number, signal.SIG_IGN)
-    # What was inherited is never collected here: its destructors may touch the GPU.
+    # Inherited objects are never collected here: their destructors may touch the GPU.
     gc.freeze()
     torch.set_num_threads(1)
     notes.begin()
-    # Whatever the task waits for meanwhile, such as a transform that hangs.
+    # A thread looks, since the task itself may hang, in a transform for example.
     end_with_parent()
     task.run(ParentConnection(connection, lambda: is_stopped), notes)
 
 
 def _require_picklable(task: object) -> None:
-    """Demands what starting a process needs where it is not forked."""
+    """Raises unless the task can be sent to a process that is not forked."""
     try:
         ForkingPickler.dumps(task)
     except Exception as error:

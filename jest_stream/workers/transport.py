@@ -18,6 +18,7 @@ import struct
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
@@ -64,10 +65,8 @@ class Message:
     """
 
     def __init__(self, value: object, *, is_inline: bool = True) -> None:
-        buffers: list[memoryview] = []
-        pickled = io.BytesIO()
-        _Pickler(pickled, 5, buffer_callback=lambda each: buffers.append(each.raw())).dump(value)
-        parts: list[Any] = [pickled.getbuffer(), *buffers]
+        buffers: list[pickle.PickleBuffer] = []
+        parts: list[Any] = [_pickled(value, buffers.append), *(each.raw() for each in buffers)]
         sizes = [part.nbytes for part in parts]
         pieces: list[Any] = []
         for piece in [struct.pack(f"!{len(sizes)}Q", *sizes), *parts]:
@@ -110,7 +109,7 @@ def failure_message(error: Exception, *, position: int = 0) -> Message:
     """Returns an error as a message; as a `RuntimeError` where it cannot travel itself."""
     text = "".join(traceback.format_exception(error))
     try:
-        arrived = pickle.loads(pickle.dumps(error))  # some can be sent but not received
+        arrived = pickle.loads(_pickled(error))  # some can be pickled, but not unpickled
         if type(arrived) is type(error) and str(arrived) == str(error):
             return Message(Failure(error, text, position))
     except Exception:
@@ -215,19 +214,34 @@ def _write(memory: int, data: Any) -> None:
         view = view[os.write(memory, view) :]
 
 
+def _pickled(
+    value: object, take_buffer: Callable[[pickle.PickleBuffer], object] | None = None
+) -> memoryview:
+    """Returns the pickled object; the bytes of tensors and arrays go to `take_buffer`, if given."""
+    file = io.BytesIO()
+    _Pickler(file, 5, buffer_callback=take_buffer).dump(value)
+    return file.getbuffer()
+
+
 class _Pickler(pickle.Pickler):
     """Takes the bytes of tensors out of the pickled object, as numpy does with its arrays.
 
-    torch's own ways are no good here: one copies by `torch.save`, the other names shared memory.
+    `torch.multiprocessing` would give each a file in /dev/shm and a descriptor, open as long as the
+    tensor lives; torch's own `__reduce_ex__` calls `torch.save` and `torch.load`.
     """
 
     def reducer_override(self, value: Any) -> Any:
-        """Returns how a tensor is made again; all else goes its own way."""
+        """Returns how a tensor is made again; all else goes its own way.
+
+        There are three cases:
+        1. A tensor on another device, and a quantized one, travel as torch pickles them.
+        2. A sparse tensor travels dense. torch would keep each one that it unpickles in a list,
+           until the next `torch.load` (torch 2.14).
+        3. Any other arrives as a plain tensor over the bytes received, without gradient.
+        """
         if not isinstance(value, Tensor) or value.is_quantized or value.device.type != "cpu":
             return NotImplemented
         if value.layout != torch.strided:
-            # Dense, and sparse again: torch keeps each sparse tensor that it unpickles in a list,
-            # until the next `torch.load` (torch 2.14).
             return _sparse_again, (value.detach().to_dense(), value.layout)
         plain = value.detach().resolve_conj().resolve_neg().contiguous()
         data: Any = plain.flatten().view(torch.uint8).numpy() if plain.numel() else b""

@@ -1,8 +1,9 @@
-"""Who hangs, and where: what is being read, and the stacks of a process that gives nothing.
+"""Watches over reading: the example at hand, and the stacks of a process that hangs.
 
-`Notes` are kept by a worker and read by the training process, also when the worker is gone or
-hangs in C code, with or without the interpreter's lock. `Watchdog` is for reading in this process:
-a thread that sleeps, and logs all stacks when a read takes too long. Neither ends anything.
+A worker keeps `Notes`; the training process reads them, even of a worker that is gone or hangs in C
+code, with or without the interpreter's lock. `Watchdog` watches reading in the training process: a
+thread that sleeps, and logs all stacks when a read takes too long. Neither ends a process, but
+`end_with_parent` has a worker end when the training process is gone.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _QUIET_S = 0.2  # without another byte: the stacks are complete
 
 
 class Place(NamedTuple):
-    """What was being read."""
+    """The example that was being read."""
 
     shard: int
     num_before: int
@@ -44,23 +45,27 @@ class Place(NamedTuple):
 
 
 class Notes:
-    """What a worker is reading, and its stacks when asked. Owns a descriptor of shared memory."""
+    """The example that a worker reads, and its stacks on request. Owns shared memory.
+
+    The first 24 bytes hold the numbers of the example, those from 4,096 on the stacks, written by
+    faulthandler. There is no lock: 24 bytes are written in one call, by one writer.
+    """
 
     def __init__(self, descriptor: int | None = None) -> None:
         self._memory = new_memory() if descriptor is None else io.FileIO(descriptor, "r+")
 
     def begin(self) -> None:
-        """In the worker: says that it runs, and shows its stacks when it crashes or is asked."""
+        """Notes, in the worker, that it runs; has its stacks shown at a crash or on request."""
         os.pwrite(self._memory.fileno(), _PLACE.pack(1, -1, 0), 0)
         os.lseek(self._memory.fileno(), _STACKS_AT, os.SEEK_SET)
-        # Written in C, in the signal handler: whatever the interpreter is doing.
+        # faulthandler writes in C, in the signal handler, while the interpreter hangs or not.
         faulthandler.enable(file=self._memory.fileno())
         faulthandler.register(
             _SHOW_STACKS, file=self._memory.fileno(), all_threads=True, chain=False
         )
 
     def put(self, shard: int, num_before: int) -> None:
-        """In the worker: says what it reads next; 0.5 us."""
+        """Notes, in the worker, the example that comes next; takes 0.5 us."""
         os.pwrite(self._memory.fileno(), _PLACE.pack(1, shard, num_before), 0)
 
     @property
@@ -70,7 +75,7 @@ class Notes:
 
     @property
     def place(self) -> Place | None:
-        """What the worker was reading last; None if it has read nothing."""
+        """The example that the worker read last; None if it has read none."""
         data = os.pread(self._memory.fileno(), _PLACE.size, 0)
         if not data:
             return None
@@ -79,7 +84,7 @@ class Notes:
 
     @property
     def last_stacks(self) -> str:
-        """The stacks that were asked for, or that a crash left; empty if there are none."""
+        """The stacks requested, or left by a crash; empty if there are none."""
         data = os.pread(self._memory.fileno(), _MAX_STACKS_BYTES, _STACKS_AT)
         return f"Its stacks:\n{data.decode('utf-8', 'replace').rstrip()}" if data else ""
 
@@ -102,12 +107,12 @@ class Notes:
         self._memory.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """To a process that is being started, and was not forked."""
+        """Travels to a process that is started without a fork, as a copy of the descriptor."""
         return _reopened, (multiprocessing.reduction.DupFd(self._memory.fileno()),)
 
 
 class Watchdog:
-    """Logs all stacks of this process when what it watches takes longer than `timeout_s`.
+    """Logs all stacks of this process when a read takes longer than `timeout_s`.
 
     A context manager around each read; `close` ends its thread. The thread only reads two
     attributes, which the reading thread sets: there is no lock.
@@ -123,7 +128,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="jest_stream watch", daemon=True)
 
     def __enter__(self) -> None:
-        if self._thread.ident is None:  # not before: somebody must be there to close this
+        if self._thread.ident is None:  # not in the constructor: an owner must know it, to close it
             self._thread.start()
         self._reader = threading.get_ident()
         self._began_at = time.monotonic()
@@ -161,9 +166,9 @@ class Watchdog:
 
 
 def end_with_parent() -> None:
-    """Ends this process, from now on, when its parent is gone: killed, that cannot say so.
+    """Ends this process once its parent is gone: a killed parent cannot say so.
 
-    Its connection may not tell either: another worker may have inherited the other end.
+    The connection may not tell either, since another worker may have inherited its other end.
     """
     parent_pid = os.getppid()
 
@@ -189,7 +194,7 @@ def _own_stacks(first: int) -> str:
 
 
 def _state(pid: int) -> str:
-    """Returns what the system says of a process: stopped, or waiting for a disk, perhaps."""
+    """Returns in words the state of a process: stopped, or waiting for a disk, perhaps."""
     try:
         letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
