@@ -167,8 +167,8 @@ class Worker:
 
     def _raise_died(self, cause: BaseException) -> NoReturn:
         # The reason is guessed by how the process ended. There are five cases:
-        # 1. It exited by itself. 2. A signal ended it. 3. It never ran our code, which a main
-        # script without a guard causes. 4. SIGKILL: the system's memory killer sends it. 5. SIGSEGV.
+        # 1. It exited by itself. 2. A signal ended it. 3. It never ran our code: a main script
+        # without a guard. 4. SIGKILL: the system's memory killer sends it. 5. SIGSEGV: a crash.
         status = self._process.exitcode
         how, why = f"ended with status {status}", "A transform that calls exit?"
         if status < 0:
