@@ -7,6 +7,8 @@ For a model that is too large, or sharded over too many devices, to score with. 
 the model sees, so that what it has not learned yet stands for what the model has not learned yet
 (ActiveCLIP, https://arxiv.org/abs/2312.05328). The reference has the proxy's size: learnability
 is the difference between the two.
+
+The reference here is untrained, which shows the mechanics and nothing else.
 """
 
 import argparse

@@ -22,7 +22,13 @@ import jest_stream
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-LONG = {"flexi_training.py", "resume_after_kill.py", "small_proxy.py", "train_open_clip.py"}
+LONG = {
+    "flexi_training.py",
+    "resume_after_kill.py",
+    "small_proxy.py",
+    "train_open_clip.py",
+    "train_open_clip_main.py",
+}
 EXAMPLES = [
     pytest.param(path, marks=[pytest.mark.slow] if path.name in LONG else [])
     for path in sorted((ROOT / "examples").glob("*.py"))

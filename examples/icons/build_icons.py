@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
-import json
-import tarfile
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import webdataset
 from attribution import attribution_page
 from catalogue import Captions, Icon, IconSet, read_icon_sets, read_icons
 from rendering import render_all
@@ -164,22 +163,16 @@ def write_shards(rows: list[Row], folder: Path) -> int:
     """Writes tar shards of webp, txt and json members; returns how many."""
     folder.mkdir(parents=True, exist_ok=True)
     rows.sort(key=lambda row: _digest("order", row["key"]))
-    num_shards = -(-len(rows) // EXAMPLES_PER_SHARD)
-    for shard in range(num_shards):
-        path = folder / f"icons-{shard:05d}.tar"
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for row in rows[shard * EXAMPLES_PER_SHARD : (shard + 1) * EXAMPLES_PER_SHARD]:
-                about = {name: row[name] for name in ("set", "family", "category", "licence")}
-                _add(tar, row["key"] + ".webp", row["image"])
-                _add(tar, row["key"] + ".txt", row["text"].encode())
-                _add(tar, row["key"] + ".json", json.dumps(about).encode())
-    return num_shards
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # its times and owners are fixed: same rows, same bytes
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+    pattern = f"{folder}/icons-%05d.tar"
+    # Members have a fixed time, so that the same rows give the same bytes.
+    with webdataset.ShardWriter(
+        pattern, maxcount=EXAMPLES_PER_SHARD, maxsize=math.inf, mtime=0, verbose=0
+    ) as writer:
+        for row in rows:
+            about = {name: row[name] for name in ("set", "family", "category", "licence")}
+            members = {"webp": row["image"], "txt": row["text"], "json": about}
+            writer.write({"__key__": row["key"], **members})
+    return -(-len(rows) // EXAMPLES_PER_SHARD)
 
 
 def _evenly(groups: list[list[Icon]], count: int) -> list[Icon]:

@@ -165,11 +165,12 @@ def _svg(drawing: dict[str, Any], data: dict[str, Any]) -> str:
         field: drawing.get(field, data.get(field, default))
         for field, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
     }
+    body: str = drawing["body"]
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}" '
         'color="#222">'.format(**box)
-        + drawing["body"]
+        + body
         + "</svg>"
     )
 
