@@ -2,8 +2,8 @@
 
     python examples/own_selection_rule.py
 
-Needs no data: it makes up what a crawl looks like, languages in unequal shares and a third of the
-captions wrong. Prints the share of each language, and of wrong captions, among the examples offered
+Needs no data: it makes up a crawl, with languages in unequal shares and a third of the captions
+wrong. Prints the share of each language, and of wrong captions, among the examples offered
 and among those selected.
 """
 

@@ -20,7 +20,7 @@ model = TwoTowerModel()
 dataset = JESTDataset(
     unpack(),  # tar shards; yours could be "/data/pairs/{00000..00999}.tar"
     learner=model,
-    reference=load_reference(),  # frozen, trained on emoji: that is what will be learned first
+    reference=load_reference(),  # frozen, trained on emoji: these will be learned first
     transform=full_view,
     tokenizer=HashTokenizer(),
     text_key="txt",

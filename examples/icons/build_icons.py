@@ -3,11 +3,11 @@
     npm install --ignore-scripts @iconify/json cldr-annotations-full \\
         cldr-annotations-derived-full @mdi/svg @tabler/icons lucide-static \\
         @fortawesome/fontawesome-free
-    pip install resvg-py pillow pyarrow
+    pip install resvg-py                                      # besides jest_stream
 
-    python build_icons.py --npm node_modules --demo assets/          # what the package ships, 1 min
+    python build_icons.py --npm node_modules --demo assets/   # the file that the package ships
     python build_icons.py --npm node_modules --curated curated.parquet   # trains the reference
-    python build_icons.py --npm node_modules --large shards/         # 300k pairs and more, 15 min
+    python build_icons.py --npm node_modules --large shards/  # tar shards of all sets
 
 The same packages give the same bytes. Only sets under permissive licences are used.
 """
@@ -35,7 +35,7 @@ GENERAL = ("flat-color-icons", "healthicons", "lucide", "streamline-kameleon-col
 RELATIVES = {"feather", "fluent-emoji", "fluent-emoji-high-contrast", "lucide-lab"}
 """Redrawings or forks of held-out sets: neither in the pool nor in the reference's data."""
 CURATED = ("emojione", "noto", "noto-v1", "twemoji")
-"""What the reference learns from: emoji in colour with clean names."""
+"""The sets that the reference learns from: emoji in colour with clean names."""
 BRANDS = {"gcp", "selfhst", "streamline-logos", "thesvg", "thesvg-color", "token", "token-branded"}
 """Collections of company logos and ticker symbols whose own terms are unclear: not shipped."""
 
@@ -79,7 +79,7 @@ def choose_demo(
 ) -> list[tuple[Icon, str]]:
     """Returns the icons that the package ships with their roles, held-out ones first.
 
-    First because the first of exact duplicates stays: what is held out is in no pool.
+    First because the first of exact duplicates stays: held-out pictures are in no pool.
     """
     emoji, others, held_out = [], [], []
     for prefix, icon_set in sorted(icon_sets.items()):
@@ -101,7 +101,7 @@ def choose_demo(
 
 
 def choose_curated(npm: Path, icon_sets: dict[str, IconSet], captions: Captions) -> list[Icon]:
-    """Returns what the reference learns from."""
+    """Returns the icons that the reference learns from."""
     return [
         icon
         for prefix in CURATED

@@ -26,10 +26,10 @@ def render_all(
     """Yields each icon with its picture, in the given order, the first of exact duplicates only.
 
     Args:
-      icons: what to render.
+      icons: the drawings.
       size: edge of the pictures in pixels.
       jobs: processes that render.
-      dropped: counts what is left out, by reason; added to.
+      dropped: counts the drawings left out, by reason; added to.
     """
     seen: set[bytes] = set()
     with multiprocessing.Pool(jobs) as pool:
