@@ -1,4 +1,4 @@
-"""Bad input gets a named error that says what, got, why and the fix; or is skipped and counted.
+"""Bad input raises an error that names the rule, the value and the fix; or is skipped and counted.
 
 pytest tests/test_bad_input.py
 """
@@ -136,7 +136,7 @@ def test_integers_of_numpy_and_torch_are_integers(shards: list[str]) -> None:
     assert len(list(dataset)) == 2
     state = dataset.state_dict()
     dataset.close()
-    assert type(state["layout"]["batch_size"]) is int and type(state["layout"]["seed"]) is int
+    assert type(state["settings"]["batch_size"]) is int and type(state["settings"]["seed"]) is int
     json.dumps(state)
 
 

@@ -1,4 +1,4 @@
-"""`JESTDataset` yields exactly what the rule selects, in the loops that users write.
+"""`JESTDataset` yields exactly the examples that the rule selects, in the loops that users write.
 
 pytest tests/test_dataset.py
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from jest_stream import Embeddings, IterableSource, ReferenceCache, SelectionConfig, select_jointly
-from jest_stream.scoring.encoders import two_tower
+from jest_stream.scoring.two_tower import two_tower
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -31,7 +31,7 @@ from jest_stream import (
     preset,
 )
 from jest_stream.errors import BadExampleError, ConfigError
-from jest_stream.scoring.encoders import two_tower
+from jest_stream.scoring.two_tower import two_tower
 from jest_stream.selection.joint import select_jointly
 from jest_stream.selection.targets import target_similarity
 

@@ -345,7 +345,7 @@ def test_shards_that_shrank_are_noticed(tmp_path: Path) -> None:
     train(dataset, learner, 1)
     state = dataset.state_dict()
     dataset = jest(f"{tmp_path}/*.tar", learner, repeat=False)
-    state["layout"]["lookahead"] = 1
+    state["settings"]["lookahead"] = 1
     state["ranks"]["0"]["in_flight"] = 2 * [record_of(20, 0, selection_of(6))]
     dataset.load_state_dict(state)
     iterator = iter(dataset)

@@ -3,7 +3,7 @@
 from jest_stream.workers.process import (
     Finalizer,
     Job,
-    Owner,
+    ParentConnection,
     Worker,
     start_workers,
     stop_workers,
@@ -12,8 +12,7 @@ from jest_stream.workers.transport import (
     Failure,
     Message,
     WorkerTraceback,
-    dump,
-    dump_failure,
+    failure_message,
 )
 from jest_stream.workers.watch import Notes, Place, Watchdog
 
@@ -23,13 +22,12 @@ __all__ = [
     "Job",
     "Message",
     "Notes",
-    "Owner",
+    "ParentConnection",
     "Place",
     "Watchdog",
     "Worker",
     "WorkerTraceback",
-    "dump",
-    "dump_failure",
+    "failure_message",
     "start_workers",
     "stop_workers",
 ]

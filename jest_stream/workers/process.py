@@ -34,8 +34,8 @@ _FOR_TRAINING = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 class Task(Protocol):
     """What a worker process does. Travels to it."""
 
-    def run(self, owner: Owner, notes: Notes) -> None:
-        """Works until `owner.wants_more` is False; notes what it is at."""
+    def run(self, parent: ParentConnection, notes: Notes) -> None:
+        """Works until `parent.wants_more` is False; notes what it is at."""
 
 
 class Job(NamedTuple):
@@ -235,7 +235,7 @@ def start_workers(workers: list[Worker], jobs: Sequence[Job]) -> None:
         workers[-1].start()
 
 
-class Owner:
+class ParentConnection:
     """The training process, as a worker sees it.
 
     Args:
@@ -299,7 +299,7 @@ def work(
     notes.begin()
     # Whatever the task waits for meanwhile, such as a transform that hangs.
     end_with_parent()
-    task.run(Owner(connection, lambda: is_stopped), notes)
+    task.run(ParentConnection(connection, lambda: is_stopped), notes)
 
 
 def _require_picklable(task: object) -> None:

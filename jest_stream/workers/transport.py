@@ -1,27 +1,25 @@
-"""What goes between processes: what has `items`, and errors with the traceback that they had there.
+"""Messages between the training process and its workers: values, and errors with their tracebacks.
 
-A message is the serialised value followed by the bytes of its tensors. A short one goes through
-the socket; of a long one only a descriptor does, of memory that nobody else can name, so that a
-worker that stops halfway leaves nothing to wait for. Objects are serialised for our own processes
-only; nothing that was read is ever interpreted as such.
+In: anything that pickles, such as a block of columns. Out, in the other process: the same, with
+tensors and arrays that own their memory. Pickle protocol 5 takes their bytes out of the pickled
+object, so that they are copied once. A short message goes through the socket; of a long one only a
+descriptor does, of memory without a name, so that a worker that stops halfway leaves nothing to
+wait for. Only our own processes' messages are unpickled, never data that was read.
 """
 
 from __future__ import annotations
 
-import copyreg
 import errno
 import io
 import os
+import pickle
 import socket
 import struct
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from multiprocessing.connection import wait
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -32,17 +30,17 @@ from torch import Tensor
 # long (a process on each of 2 cores).
 _MAX_INLINE_BYTES = 1 << 16
 _ALIGNMENT = 64
-_HEADER = struct.Struct("!QQ?")  # bytes of the object, bytes in all, whether they are in memory
+_HEADER = struct.Struct("!QQ?")  # number of parts, bytes in all, whether they are in memory
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What a worker sends in place of what it was asked for."""
+    """An error that a worker sends in place of the value it was asked for."""
 
     error: Exception
     traceback: str
-    place: int = 0
-    """Which item of those that it was asked for it failed at."""
+    position: int = 0
+    """Position of the failed item among those that the worker was asked for."""
 
 
 class WorkerTraceback(Exception):
@@ -53,36 +51,47 @@ class WorkerTraceback(Exception):
 
 
 class Message:
-    """A value or failure on its way out. Owns the memory that it lies in, until it is sent."""
+    """A value on its way out. Owns the memory that it lies in, until it is sent.
 
-    def __init__(
-        self, value: Any, tensors: list[np.ndarray[Any, Any]], *, is_inline: bool = True
-    ) -> None:
+    The parts are the pickled object and the bytes of each tensor and array in it. Before them
+    stands a table of their sizes; each begins at a multiple of 64 bytes: with parts of 100 and 10
+    bytes the table fills bytes 0 to 15, the parts 64 to 163 and 192 to 201.
+
+    Args:
+      value: a picklable object.
+      is_inline: whether a short message may go through the socket. If not, sending never waits for
+        the other side to read.
+    """
+
+    def __init__(self, value: object, *, is_inline: bool = True) -> None:
+        buffers: list[memoryview] = []
         pickled = io.BytesIO()
-        _Pickler(pickled).dump(value)
-        parts: list[Any] = [pickled.getbuffer()]
-        for tensor in tensors:
-            parts += [bytes(-parts[-1].nbytes % _ALIGNMENT), tensor]
-        self._num_object_bytes = pickled.tell()
-        self.num_bytes = sum(memoryview(part).nbytes for part in parts)
+        _Pickler(pickled, 5, buffer_callback=lambda each: buffers.append(each.raw())).dump(value)
+        parts: list[Any] = [pickled.getbuffer(), *buffers]
+        sizes = [part.nbytes for part in parts]
+        pieces: list[Any] = []
+        for piece in [struct.pack(f"!{len(sizes)}Q", *sizes), *parts]:
+            pieces += [piece, bytes(-memoryview(piece).nbytes % _ALIGNMENT)]
+        self._num_parts = len(parts)
+        self.num_bytes = sum(memoryview(piece).nbytes for piece in pieces)
         """How much memory it takes."""
-        self._parts = parts
+        self._pieces = pieces
         self._memory: io.FileIO | None = None
         if self.num_bytes > _MAX_INLINE_BYTES or not is_inline:
-            self._parts = []
+            self._pieces = []
             self._memory = new_memory()
             try:
-                for part in parts:
-                    _write(self._memory.fileno(), part)
+                for piece in pieces:
+                    _write(self._memory.fileno(), piece)
             except BaseException:
                 self._memory.close()
                 raise
 
     def send(self, connection: socket.socket) -> None:
         """Sends it, and lets go of it. Waits while the other side does not read."""
-        header = _HEADER.pack(self._num_object_bytes, self.num_bytes, self._memory is not None)
+        header = _HEADER.pack(self._num_parts, self.num_bytes, self._memory is not None)
         if self._memory is None:
-            connection.sendall(b"".join([header, *self._parts]))
+            connection.sendall(b"".join([header, *self._pieces]))
             return
         try:
             while True:
@@ -97,53 +106,24 @@ class Message:
             self._memory.close()
 
 
-def dump(value: Any, *, is_inline: bool = True) -> Message:
-    """Returns a dataclass as a message; the tensors among its `items` travel as their bytes.
-
-    Args:
-      value: what is sent, such as a block.
-      is_inline: whether it may go through the socket if it is short. If not, sending never waits
-        for the other side to read.
-    """
-    tensors: list[np.ndarray[Any, Any]] = []
-    offset = 0
-
-    def place(tensor: Tensor) -> Any:
-        """Returns what stands for a tensor: where its bytes lie."""
-        nonlocal offset
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            return tensor  # travels as its own way of being copied says
-        plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-        start = offset
-        if plain.numel() > 0:
-            tensors.append(plain.flatten().view(torch.uint8).numpy())
-            offset += -(-tensors[-1].nbytes // _ALIGNMENT) * _ALIGNMENT
-        return _Placed(start, tuple(plain.shape), plain.dtype)
-
-    placed = replace(value, items=_map_tensors(value.items, place))
-    return Message(placed, tensors, is_inline=is_inline)
-
-
-def dump_failure(error: Exception, *, place: int = 0) -> Message:
+def failure_message(error: Exception, *, position: int = 0) -> Message:
     """Returns an error as a message; as a `RuntimeError` where it cannot travel itself."""
     text = "".join(traceback.format_exception(error))
     try:
-        sent = io.BytesIO()
-        _Pickler(sent).dump(error)
-        arrived = ForkingPickler.loads(sent.getbuffer())  # some can be sent but not received
+        arrived = pickle.loads(pickle.dumps(error))  # some can be sent but not received
         if type(arrived) is type(error) and str(arrived) == str(error):
-            return Message(Failure(error, text, place), [])
+            return Message(Failure(error, text, position))
     except Exception:
         pass
     stand_in = RuntimeError(f"{type(error).__name__}: {error}")
-    return Message(Failure(stand_in, text, place), [])
+    return Message(Failure(stand_in, text, position))
 
 
 def receive(connection: socket.socket, sentinel: int | None, timeout_s: float) -> Any:
-    """Returns the next message; its tensors own their memory.
+    """Returns the value of the next message; its tensors own their memory.
 
     Args:
-      connection: where it comes from.
+      connection: to the sender.
       sentinel: of the process that sends it: ready when that is gone. None: not watched.
       timeout_s: longest wait for all of it.
 
@@ -165,7 +145,7 @@ def receive(connection: socket.socket, sentinel: int | None, timeout_s: float) -
             if not data:
                 raise EOFError
             header += data
-        num_object_bytes, num_bytes, is_in_memory = _HEADER.unpack(header)
+        num_parts, num_bytes, is_in_memory = _HEADER.unpack(header)
         content: Any = np.empty(num_bytes, np.uint8)
         view = memoryview(content)
         if is_in_memory:
@@ -177,16 +157,8 @@ def receive(connection: socket.socket, sentinel: int | None, timeout_s: float) -
     finally:
         if memory is not None:
             os.close(memory)
-    loaded = ForkingPickler.loads(view[:num_object_bytes])
-    if isinstance(loaded, Failure):
-        return loaded
-    tensors = content[-(-num_object_bytes // _ALIGNMENT) * _ALIGNMENT :]
-
-    def restore(value: Any) -> Tensor:
-        """Returns the tensor that a place stands for."""
-        return value.of(tensors) if isinstance(value, _Placed) else value
-
-    return replace(loaded, items=_map_tensors(loaded.items, restore))
+    pickled, *buffers = _parts_of(view, num_parts)
+    return pickle.loads(pickled, buffers=buffers)
 
 
 def new_memory() -> io.FileIO:
@@ -196,6 +168,20 @@ def new_memory() -> io.FileIO:
     descriptor, path = tempfile.mkstemp(prefix="jest_stream")
     os.unlink(path)
     return io.FileIO(descriptor, "r+")
+
+
+def _parts_of(view: memoryview, num_parts: int) -> list[memoryview]:
+    """Returns the parts of a message, by the table of sizes at its head."""
+    sizes = struct.unpack_from(f"!{num_parts}Q", view)
+    parts, offset = [], _aligned(8 * num_parts)
+    for size in sizes:
+        parts.append(view[offset : offset + size])
+        offset += _aligned(size)
+    return parts
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _receive_into(
@@ -229,59 +215,30 @@ def _write(memory: int, data: Any) -> None:
         view = view[os.write(memory, view) :]
 
 
-class _Pickler(ForkingPickler):
-    """Tensors within objects of other people travel as bytes, not in named shared memory."""
+class _Pickler(pickle.Pickler):
+    """Takes the bytes of tensors out of the pickled object, as numpy does with its arrays.
 
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, 5)  # 5: arrays are copied once less
-        self.dispatch_table = copyreg.dispatch_table
+    torch's own ways are no good here: one copies by `torch.save`, the other names shared memory.
+    """
 
     def reducer_override(self, value: Any) -> Any:
-        """Returns how a sparse tensor is copied: torch's own way keeps each that arrives.
-
-        It puts them into a list that the next `torch.load` checks and empties (torch 2.14).
-        """
-        layout = value.layout if isinstance(value, Tensor) else None
-        parts: tuple[Tensor, ...]
-        if layout == torch.sparse_coo:
-            make = partial(torch.sparse_coo_tensor, is_coalesced=value.is_coalesced())
-            parts = value._indices(), value._values()
-        elif layout in (torch.sparse_csr, torch.sparse_bsr):
-            make = partial(torch.sparse_compressed_tensor, layout=layout)
-            parts = value.crow_indices(), value.col_indices(), value.values()
-        elif layout in (torch.sparse_csc, torch.sparse_bsc):
-            make = partial(torch.sparse_compressed_tensor, layout=layout)
-            parts = value.ccol_indices(), value.row_indices(), value.values()
-        else:
+        """Returns how a tensor is made again; all else goes its own way."""
+        if not isinstance(value, Tensor) or value.is_quantized or value.device.type != "cpu":
             return NotImplemented
-        # A tensor made them, so they need no check.
-        return partial(make, check_invariants=False), (*parts, value.shape)
+        if value.layout != torch.strided:
+            # Dense, and sparse again: torch keeps each sparse tensor that it unpickles in a list,
+            # until the next `torch.load` (torch 2.14).
+            return _sparse_again, (value.detach().to_dense(), value.layout)
+        plain = value.detach().resolve_conj().resolve_neg().contiguous()
+        data: Any = plain.flatten().view(torch.uint8).numpy() if plain.numel() else b""
+        return _tensor_of, (pickle.PickleBuffer(data), tuple(plain.shape), plain.dtype)
 
 
-@dataclass(frozen=True)
-class _Placed:
-    """A tensor on its way between processes: where its bytes are, behind the object."""
-
-    offset: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def of(self, memory: np.ndarray[Any, Any]) -> Tensor:
-        """Returns the tensor."""
-        count = int(np.prod(self.shape))
-        if count == 0:
-            return torch.empty(self.shape, dtype=self.dtype)
-        return torch.frombuffer(memory, dtype=self.dtype, count=count, offset=self.offset).reshape(
-            self.shape
-        )
+def _tensor_of(data: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if not memoryview(data).nbytes:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
 
-def _map_tensors(value: Any, function: Callable[[Any], Any]) -> Any:
-    """Returns the value with `function` applied to the tensors in its dicts, lists and tuples."""
-    if isinstance(value, (Tensor, _Placed)):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: _map_tensors(entry, function) for key, entry in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)([_map_tensors(entry, function) for entry in value])
-    return value
+def _sparse_again(dense: Tensor, layout: torch.layout) -> Tensor:
+    return dense.to_sparse(layout=layout)

@@ -36,7 +36,7 @@ from jest_stream import (
 )
 from jest_stream.errors import ConfigError
 from jest_stream.metrics.metrics import shared_out
-from jest_stream.scoring.forward import embed_once
+from jest_stream.scoring.learner import embed_once
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -1,6 +1,6 @@
 """Scoring that runs out of memory goes on in smaller parts; training is not harmed.
 
-    pytest tests/scoring/test_scoring_memory.py
+    pytest tests/pipeline/test_scoring_memory.py
 
 The encoder raises what a CUDA device raises.
 """

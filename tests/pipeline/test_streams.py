@@ -1,6 +1,6 @@
 """Scoring beside training: the same batches, nothing touched too early, no wait too many.
 
-    pytest tests/scoring/test_streams.py
+    pytest tests/pipeline/test_streams.py
 
 Runs the whole dataset on `QueuedDevice`, a model of a device with streams that looks for accesses
 that nothing orders. What runs on a real one is in `test_streams_gpu.py`.
@@ -27,7 +27,7 @@ from torch import Tensor
 from jest_stream import SelectionConfig
 from jest_stream.errors import NonFiniteError
 from jest_stream.pipeline.device import streams
-from jest_stream.pipeline.device.choice import Choice
+from jest_stream.pipeline.device.pending import PendingSelection
 from jest_stream.pipeline.device.streams import Slot
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -188,7 +188,9 @@ def test_weights_that_still_lie_in_the_slot_are_caught(
     patch: Callable[[QueuedDevice | None], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Choice, "weights", lambda choice, device: choice.on_device.weights)
+    monkeypatch.setattr(
+        PendingSelection, "weights", lambda pending, device: pending.on_device.weights
+    )
     device = QueuedDevice()
     patch(device)
     scenario_of(lookahead=0, refresh_every=100)(shards, device)

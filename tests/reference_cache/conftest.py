@@ -1,4 +1,4 @@
-"""What holds for the tests of the cache."""
+"""Fixtures of all tests of the cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.shards import write_shards
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads_of_fsspec() -> None:
-    """Starts what fsspec keeps in every process that uses it, so that it does not look leaked."""
+    """Starts the threads that fsspec keeps in every process that uses it: they are no leaks."""
     start_loop()
 
 

@@ -1,4 +1,4 @@
-"""A cache holds what the reference gives, and its files depend on nothing but what was embedded.
+"""A cache holds what the reference gives, and its files depend on the embedded data alone.
 
 pytest tests/reference_cache/test_build.py
 """

@@ -75,7 +75,7 @@ def start(command: list[str], *, program: tuple[str, ...] = (), **options: Any) 
 
 
 def finish(process: Any) -> tuple[str, str]:
-    """Waits for its end; returns what it said."""
+    """Waits for its end; returns its output and its errors."""
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, f"{out}\n{err}"
     return out, err

@@ -29,7 +29,7 @@ from jest_stream import (
     TarSource,
 )
 from jest_stream.errors import ConfigError, ReferenceMismatchError
-from jest_stream.scoring.named import NamedReference, load_reference
+from jest_stream.scoring.named_reference import NamedReference, load_reference
 from jest_stream.scoring.reference import ReferenceModel
 from jest_stream.selection.joint import joint_selection
 from jest_stream.testing.resume import assert_resumes
