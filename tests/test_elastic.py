@@ -21,7 +21,6 @@ from support.leaks import no_leaks  # noqa: F401
 from support.models import TinyTwoTower, to_tensor, tokenize
 from support.pairs import Pairs, key_of, sizes_of, stream_config
 from support.ranks import on_ranks
-from support.shards import write_shards
 
 from jest_stream import JESTDataset, SelectionConfig, gather_state_dict
 from jest_stream.config.sizes import Layout
@@ -132,11 +131,7 @@ def test_a_merge_needs_every_rank_at_the_same_moment() -> None:
         merge_states([states[0], ranks[1].state()])
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Eight shards of 15 examples."""
-    folder = tmp_path_factory.mktemp("shards")
-    return write_shards(folder, num_shards=8, examples_per_shard=15)
+SHARDS = {"num_shards": 8, "examples_per_shard": 15}
 
 
 def jest(shards: Any, batch_size: int, **options: Any) -> JESTDataset:

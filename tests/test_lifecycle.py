@@ -35,12 +35,6 @@ from jest_stream.errors import (
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("shards")
-    return write_shards(folder, num_shards=4, examples_per_shard=16)
-
-
 def alive() -> tuple[int, int, int]:
     """Child processes, threads, open shard files."""
     process = psutil.Process()

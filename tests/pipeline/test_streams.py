@@ -20,7 +20,6 @@ import torch
 from support.leaks import no_leaks  # noqa: F401  a fixture
 from support.models import TinyTwoTower, flipped, train_step
 from support.queued_device import QueuedDevice
-from support.shards import write_shards
 from support.stream_runs import SCENARIOS, Learner, dataset_of, scenario_of, take
 from torch import Tensor
 
@@ -31,11 +30,6 @@ from jest_stream.pipeline.device.pending import PendingSelection
 from jest_stream.pipeline.device.streams import Slot
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return write_shards(tmp_path_factory.mktemp("shards"), num_shards=4, examples_per_shard=16)
 
 
 @pytest.fixture

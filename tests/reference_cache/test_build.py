@@ -33,6 +33,8 @@ from jest_stream.errors import (
 from jest_stream.types import REFERENCE_ROW
 from jest_stream.views.columns import gather_rows
 
+SHARDS = {"num_shards": NUM_SHARDS, "examples_per_shard": PER_SHARD}
+
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 build = partial(builds.build, micro_batch_size=5)

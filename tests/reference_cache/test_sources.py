@@ -14,7 +14,7 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from support.cache_builds import build
+from support.cache_builds import NUM_SHARDS, PER_SHARD, build
 from support.fault_server import FaultServer
 from support.hub_server import HubServer, parquet_of
 from support.leaks import no_leaks  # noqa: F401
@@ -32,6 +32,8 @@ from jest_stream import (
 from jest_stream.errors import ReferenceMismatchError
 from jest_stream.types import REFERENCE_ROW, Source
 from jest_stream.views.decode import Decoded
+
+SHARDS = {"num_shards": NUM_SHARDS, "examples_per_shard": PER_SHARD}
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

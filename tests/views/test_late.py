@@ -254,12 +254,6 @@ def test_dropping_it_stops_its_workers() -> None:
     assert children() == []
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("shards")
-    return write_shards(folder, num_shards=4, examples_per_shard=16)
-
-
 jest = partial(tiny_dataset, train_transform=flipped)
 
 

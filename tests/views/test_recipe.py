@@ -181,10 +181,7 @@ def test_other_formats_and_functions_of_the_user_see_the_whole_image() -> None:
     assert not isinstance(image, Reduced) and image.size == (300, 300)
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("shards")
-    return write_shards(folder, num_shards=4, examples_per_shard=16, size=48)
+SHARDS = {"num_shards": 4, "examples_per_shard": 16, "size": 48}
 
 
 def jest(shards: list[str], **options: Any) -> JESTDataset:
