@@ -12,7 +12,6 @@ import io
 import json
 import os
 import shutil
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ TARGET = "fluent-emoji-flat"
 NUM_SHARDS = 32
 """More shards than lanes even for small batches: neighbours in a batch come from afar."""
 
-_LAYOUT = 1  # of the unpacked shards; part of the folder's name
+_LAYOUT = 2  # of the unpacked shards; part of the folder's name
 _MAX_SHIFT = 2
 
 
@@ -157,20 +156,21 @@ def _unpack_into(folder: Path) -> None:
 def _write_shards(folder: Path) -> None:
     """Deals the pool out to shards; its rows are in shuffled order already.
 
-    Two runs write the same bytes: members have no date and no owner.
+    Two runs write the same bytes: all members have one date.
     """
+    from webdataset import TarWriter
+
     rows = list(_rows(("pool",)))
     for shard in range(NUM_SHARDS):
         path = folder / f"icons-{shard:03d}.tar"
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with path.open("wb") as file, TarWriter(file, mtime=0, encoder=False) as archive:
             for row in rows[shard::NUM_SHARDS]:
                 about = {name: row[name] for name in ("set", "family", "category", "licence")}
-                _add(tar, row["key"] + ".webp", row["image"])
-                _add(tar, row["key"] + ".txt", row["text"].encode())
-                _add(tar, row["key"] + ".json", json.dumps(about).encode())
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+                archive.write(
+                    {
+                        "__key__": row["key"],
+                        "webp": row["image"],
+                        "txt": row["text"].encode(),
+                        "json": json.dumps(about).encode(),
+                    }
+                )

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.leaks import no_leaks  # noqa: F401
 from support.models import TinyTwoTower
 from support.pairs import Pairs
 
@@ -33,6 +34,8 @@ from jest_stream.pipeline.state import (
 )
 from jest_stream.pipeline.super_batches import Position
 from jest_stream.types import Cursor, Selection
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 def settings_of(world_size: int) -> dict[str, Any]:
