@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.hub_server import HubServer
+from support.leaks import no_leaks  # noqa: F401
 from support.s3_server import S3Server
 from support.shards import write_shards
 
@@ -154,7 +155,9 @@ def test_every_python_block_runs(block: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", blocks_of("bash"))
 def test_every_command_of_a_shell_block_exists(
-    block: str, capsys: pytest.CaptureFixture[str]
+    block: str,
+    capsys: pytest.CaptureFixture[str],
+    no_leaks: None,  # noqa: F811
 ) -> None:
     """Of ours: `--help` knows the command, and names each of the options given."""
     lines = block.replace("\\\n", " ").replace("&&", "\n").splitlines()
