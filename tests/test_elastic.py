@@ -30,6 +30,7 @@ from jest_stream.metrics.metrics import Metrics
 from jest_stream.pipeline.device.streams import Ring
 from jest_stream.pipeline.state import Progress, deal, merge_states, state_of
 from jest_stream.pipeline.super_batches import Position, Window
+from jest_stream.sources import open_source
 from jest_stream.sources.reader import BlockReader
 from jest_stream.types import Cursor, Example
 from jest_stream.views.columns import collate
@@ -66,7 +67,7 @@ class Rank:
     def __init__(self, source: Numbers, layout: Layout, position: Position, step: int = 0) -> None:
         self.layout, self.step = layout, step
         reader = BlockReader(
-            source,
+            open_source(source),
             lanes=layout.lanes,
             num_lanes=layout.num_lanes,
             seed=3,

@@ -35,7 +35,7 @@ from jest_stream.pipeline.schedule import Pipeline
 from jest_stream.pipeline.selector import Selector
 from jest_stream.pipeline.two_sizes import TwoSizes
 from jest_stream.reference_cache import ReferenceCache
-from jest_stream.sources import num_lanes, open_source
+from jest_stream.sources import is_source, num_lanes, open_source
 from jest_stream.views import (
     Key,
     LateViews,
@@ -165,7 +165,7 @@ class Plan:
                 yields_reference=self._yields_reference,
             )
             self._source = open_source(given["source"], storage=given["storage"])
-            if self._source is not given["source"] and hasattr(self._source, "close"):
+            if not is_source(given["source"]):
                 opened.callback(self._source.close)
             if self._models.cache is not None:
                 self._source = self._models.cache.join(self._source)

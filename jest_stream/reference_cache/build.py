@@ -229,7 +229,7 @@ class Build:
                         autocast_dtype=autocast_dtype,
                     )
 
-                counts = getattr(self._source, "num_examples", None)
+                counts = self._source.num_examples
                 total = None if counts is None else sum(counts[shard] for shard in todo)
                 progress = ProgressLine(len(todo), total, is_shown=show_progress)
                 with progress:
@@ -295,9 +295,8 @@ class Build:
         work = self._works[group.shard]
         progress.add(work.add(group))
         if group.is_end:
-            content = getattr(self._source, "shard_content", None)
-            found = None if content is None else content(group.shard)
-            record, num_embedded = work.finish(group.num_read[0], found)
+            content = self._source.shard_content(group.shard)
+            record, num_embedded = work.finish(group.num_read[0], content)
             self._records[record_file(group.shard)] = record
             progress.add(num_embedded)
             progress.end_shard()

@@ -30,7 +30,7 @@ from jest_stream.reference_cache.manifest import (
 from jest_stream.reference_cache.reading import ReadSettings
 from jest_stream.reference_cache.rows import ShardRows
 from jest_stream.scoring import load_reference
-from jest_stream.sources import open_source
+from jest_stream.sources import is_source, open_source
 from jest_stream.storage import Storage, folder_address, redacted, scheme_of
 from jest_stream.types import Embeddings, ObjectInfo, Source
 from jest_stream.views import Key, Transform
@@ -149,7 +149,7 @@ class ReferenceCache:
                 show_progress=show_progress,
             )
         finally:
-            if opened is not source and hasattr(opened, "close"):
+            if not is_source(source):
                 opened.close()
         cache = cls.__new__(cls)
         cache._folder, cache._storage, cache._manifest = folder, Storage(storage), None

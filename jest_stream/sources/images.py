@@ -1,4 +1,7 @@
-"""Image files that a dataset names by path instead of holding their bytes."""
+"""Image files that a dataset names by path instead of holding their bytes.
+
+In: a path of a row. Out: the file's bytes, undecoded. Runs where rows are read. No threads.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +34,10 @@ class ImageFiles:
             raise self._bad(path, f"is larger than {_MAX_BYTES:,} bytes")
         return data
 
-    def _bad(self, path: str, what: str) -> BadExampleError:
+    def _bad(self, path: str, fault: str) -> BadExampleError:
         return BadExampleError(
-            f"image {path!r}, which the dataset names, {what}. Embed the images in the dataset, or "
-            "skip bad examples.",
+            f"image {path!r}, which the dataset names, {fault}. Embed the images in the dataset, "
+            "or skip bad examples.",
             key=path,
             reason="image_not_embedded",
         )
