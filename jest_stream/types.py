@@ -52,7 +52,7 @@ class Source(ABC):
     """A fixed list of shards, each readable from any example on.
 
     A source names its shards and reads them; the other members have defaults. Workers are sent a
-    copy, so that a source must pickle. An object of another class with the abstract members, and
+    copy: a source must pickle. An object of another class with the abstract members, and
     any of the others, is a source too: `open_source` wraps it.
     """
 

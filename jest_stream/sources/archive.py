@@ -6,8 +6,8 @@ do the loaders built on it: of a shard that was cut in half they give half, with
 Reads the formats ustar, GNU and pax. No threads.
 
 An archive is a row of units of 512 bytes. A member is a header and its data, filled up to whole
-units; a header may be preceded by an extension, a header with data of its own that holds a longer
-name. Two units of zeros, the marker, end the archive. Writers then add zeros up to a whole record.
+units; an extension may precede it, a header whose data are a longer name. Two units of zeros, the
+marker, end the archive. Writers then add zeros up to a whole record.
 
     byte 0        512                1536     2048     3072    10240
          | header | 600 bytes of data | header | marker | zeros |

@@ -23,8 +23,8 @@ def write_manifest(source: TarSource, path: str | os.PathLike[str]) -> None:
 
     Args:
       source: the shards to count.
-      path: a local file, replaced in one step. Shards beneath its folder are named relative to it,
-        so that both can be moved together; upload it beside the shards to read it from there.
+      path: a local file, replaced in one step. Shards beneath its folder are named relative to it:
+        both can be moved together. Upload it beside the shards to read it from there.
 
     Raises:
       ShardError: for a shard that cannot be read to its end: nothing is written then.

@@ -29,7 +29,7 @@ class IterableSource(Source):
       `.shuffle()` or `resampled=True`.
     - An iterator or generator gives one pass, in one process, and cannot resume in another.
     - It is trusted. webdataset takes a tar that was cut for a shorter one, and its `.decode()` and
-      `pipe:` run what they are given; here, bytes are decoded by an allow-list. Pass it undecoded.
+      `pipe:` run the code they are given; here, bytes are decoded by an allow-list. Pass it undecoded.
     - In a worker process `torch.utils.data.get_worker_info()` is None, since one reads it all.
 
     Args:
@@ -94,8 +94,8 @@ class IterableSource(Source):
             raise ConfigError(
                 f"source is a {_type_name(items)}, which gives its examples once, and "
                 f"{self._num_taken} are gone already; example {start} is asked for again. For a "
-                "single pass use repeat=False, and iterate once. For more, pass what can start "
-                "over: a list, or an object whose __iter__ calls the generator function anew."
+                "single pass use repeat=False, and iterate once. For more, pass an iterable that "
+                "can start over: a list, or one whose __iter__ calls the generator function anew."
             )
         position = self._num_taken if is_one_shot else 0
         for item in items:

@@ -190,7 +190,7 @@ class Lane(Iterator[tuple[Example | BadExampleError | ShardError, Cursor]]):
             if self._skipped is not None:
                 raise ShardError(
                     f"lane {self._lane} gave no example in a whole epoch: on_bad_shard='skip' left "
-                    f"out what it holds in its {shards}, the last because: {self._skipped}",
+                    f"out all of its {shards}, the last because: {self._skipped}",
                     shard=self._skipped.shard,
                     offset=self._skipped.offset,
                 ) from self._skipped

@@ -165,8 +165,8 @@ def _resolved(url: str, manifest: str, shown: str) -> str:
     # There are four cases:
     # 1. An address with a scheme of the allow-list: as it is, also in a local manifest.
     # 2. Any other scheme, or a chain (`zip://x::s3://y`): refused.
-    # 3. A path in a local manifest: relative to its folder. The owner of the file wrote it, so
-    #    that an absolute path is allowed.
+    # 3. A path in a local manifest: relative to its folder. It lies on this machine, and may name
+    #    any file of it.
     # 4. A path in a remote manifest: it must stay within the bucket or host.
     #    `../other/0.tar` in s3://bucket/data/index.json is s3://bucket/other/0.tar.
     entry = f"manifest {shown!r} names {redacted(url)[:120]!r}"
@@ -186,8 +186,8 @@ def _resolved(url: str, manifest: str, shown: str) -> str:
         return os.path.join(os.path.dirname(manifest), url)
     if url.startswith(("/", "~")):
         raise UnsafeDataError(
-            f"{entry}, a file of this machine; a remote manifest may name only what lies beside "
-            "it, and remote addresses."
+            f"{entry}, a file of this machine; a remote manifest may name only shards beside it "
+            "and remote addresses."
         )
     root, _, path = manifest.partition("?")[0].partition("://")
     place, _, path = path.partition("/")

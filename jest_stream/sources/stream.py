@@ -131,7 +131,7 @@ def _check_order(dataset: Any) -> None:
     if shuffled or getattr(dataset, "_shuffling", None) is not None:
         raise ConfigError(
             "the dataset was shuffled with .shuffle(), whose buffer no checkpoint holds: resuming "
-            "would lose what is in it. Pass it as it was before; shards are shuffled and mixed "
+            "would lose its examples. Pass it as it was before; shards are shuffled and mixed "
             "here, by seed."
         )
     if getattr(dataset, "_distributed", None) is not None:

@@ -160,7 +160,7 @@ class TarSource(StoredSource):
                 if (info := self._storage.listed(url)) is not None:
                     self._seen[len(self._files)] = info
                 self._files.append(ShardEntry(url))
-        # Local shards cost a stat each. Remote ones cost a request each, so that thousands would
+        # Local shards cost a stat each. Remote ones cost a request each, and thousands would
         # delay the start: they are asked about when they are opened.
         for shard, entry in enumerate(self._files):
             if not scheme_of(entry.url):

@@ -1,7 +1,8 @@
 """`hf://`: repositories of the Hugging Face Hub, pinned to a commit.
 
 A branch moves while it is read; a commit does not. So addresses are rewritten once, before the
-first read: `hf://datasets/org/name/x.tar` becomes `hf://datasets/org/name@COMMIT/x.tar`.
+first read: `hf://datasets/org/name/x.tar` becomes `hf://datasets/org/name@COMMIT/x.tar`. Async
+methods run on fsspec's loop, `pinned` in the caller's thread.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class HubDriver(WebDriver):
         elif answer.redirected_to and url not in self._refused:
             await answer.close()
             self._signed.pop(url, None)
-            self._refused.add(url)  # a fresh one that is refused, too, is not worth another try
+            self._refused.add(url)  # if a fresh one is refused too, that is final
             raise AttemptFailed("again", "the signed address of the file has expired")
         return answer
 
@@ -115,11 +116,16 @@ class HubDriver(WebDriver):
         return revision if _COMMIT.fullmatch(revision) else ""
 
     async def matches(self, pattern: str) -> list[tuple[str, ObjectInfo | None]]:
-        """Returns the files of the commit that match. huggingface_hub's listing has no limits."""
+        """Returns the files of the commit that match."""
+        # HfApi.list_repo_tree is not used: it has no time limit, waits for ever on a server that
+        # falls silent, and tries again by itself. One page after the other is read here instead,
+        # within the limit that all listings have.
         from fsspec.utils import glob_translate
 
         wanted = parse(pattern)
         expression = re.compile(glob_translate(wanted.path))
+        # Only the folder before the first wildcard is listed, and below it only if the pattern
+        # goes deeper: "data/train/*.tar" lists "data/train", "data/*/0.tar" all of "data".
         folder = re.split(r"[^/]*[*?\[]", wanted.path, maxsplit=1)[0].rstrip("/")
         is_deep = "/" in wanted.path[len(folder) :].lstrip("/") or "**" in wanted.path
         url: str | None = (
