@@ -18,7 +18,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
@@ -98,7 +98,7 @@ def find_files(
             "code, which is never run here. Ask its owners for Parquet files or tars, or see "
             'whether the Hub converted it: revision="refs/convert/parquet".'
         )
-    card = api.card(commit) if "README.md" in files else {}
+    card = api.card(commit) if "README.md" in files else None
     patterns, folder = _patterns_of(repository, card, config, list(files))
     if split not in patterns:
         raise ConfigError(
@@ -128,9 +128,9 @@ class _Api:
 
     def __init__(self, repository: str, storage: StorageConfig) -> None:
         # Its submodules are attributes of the package only once they have been imported.
-        constants = _import("huggingface_hub.constants")
-        self._utils = _import("huggingface_hub.utils")
-        self._hub = _import("huggingface_hub")
+        constants = importlib.import_module("huggingface_hub.constants")
+        self._utils = importlib.import_module("huggingface_hub.utils")
+        self._hub = importlib.import_module("huggingface_hub")
         options = storage.options.get("hf", {})
         self._repository = repository
         self._storage = storage
@@ -171,15 +171,13 @@ class _Api:
             url = None if following is None else self._own(following)
         return files
 
-    def card(self, commit: str) -> Mapping[str, Any]:
-        """Returns the metadata at the head of the README; empty if there is none."""
+    def card(self, commit: str) -> Any:
+        """Returns the `DatasetCardData` at the head of the README; None without one."""
         path = f"/datasets/{self._repository}/resolve/{commit}/README.md"
         text = self._get(path, commit).text[:_MAX_README_BYTES]
         if not text.lstrip("\ufeff").startswith("---"):
-            return {}
-        card = self._hub.DatasetCard(text, ignore_metadata_errors=True)
-        found: Mapping[str, Any] = card.data.to_dict()
-        return found
+            return None
+        return self._hub.DatasetCard(text, ignore_metadata_errors=True).data
 
     def _own(self, url: str) -> str:
         """Returns the path of an address on the same server: the token goes nowhere else."""
@@ -244,14 +242,13 @@ class _Api:
 
 
 def _patterns_of(
-    repository: str, card: Mapping[str, Any], config: str | None, paths: list[str]
+    repository: str, card: Any | None, config: str | None, paths: list[str]
 ) -> tuple[dict[str, list[str]], str]:
     """Returns the patterns of each split, and the folder that they are relative to."""
-    datasets = _import("datasets.data_files")
-    card_data = _import("huggingface_hub").DatasetCardData(**card)
-    metadata = _import("datasets.utils.metadata").MetadataConfigs
+    datasets = importlib.import_module("datasets.data_files")
+    metadata = importlib.import_module("datasets.utils.metadata").MetadataConfigs
     try:
-        configs = metadata.from_dataset_card_data(card_data)
+        configs: Any = metadata.from_dataset_card_data(card) if card else metadata()
         default = configs.get_default_config_name() if configs else None
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(
@@ -302,7 +299,7 @@ def _matching(pattern: str, folder: str, paths: Iterable[str]) -> list[str]:
         )
     whole = "/".join(part for part in (folder, pattern.removeprefix("./")) if part)
     expression = re.compile(glob_translate(whole))
-    ignored = _import("datasets.data_files").FILES_TO_IGNORE
+    ignored = importlib.import_module("datasets.data_files").FILES_TO_IGNORE
     return sorted(
         path
         for path in paths
@@ -348,13 +345,3 @@ def _of_one_kind(
 
 def _is_data(path: str) -> bool:
     return path.lower().endswith(tuple(_KINDS)) or bool(_OTHER_DATA.search(path.lower()))
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f"reading from the Hugging Face Hub needs the packages datasets and huggingface_hub "
-            f"({error}). Install them: pip install datasets"
-        ) from error

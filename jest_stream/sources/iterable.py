@@ -29,7 +29,8 @@ class IterableSource(Source):
       `.shuffle()` or `resampled=True`.
     - An iterator or generator gives one pass, in one process, and cannot resume in another.
     - It is trusted. webdataset takes a tar that was cut for a shorter one, and its `.decode()` and
-      `pipe:` run the code they are given; here, bytes are decoded by an allow-list. Pass it undecoded.
+      `pipe:` run the code they are given; here bytes are decoded by an allow-list. Pass it
+      undecoded.
     - In a worker process `torch.utils.data.get_worker_info()` is None, since one reads it all.
 
     Args:

@@ -7,7 +7,6 @@ one open file per reader.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple
@@ -15,7 +14,6 @@ from typing import Any, BinaryIO, NamedTuple
 from jest_stream.config import StorageConfig
 from jest_stream.errors import (
     BadExampleError,
-    ConfigError,
     JESTError,
     ShardError,
     ShardTruncatedError,
@@ -56,7 +54,7 @@ class ParquetSource(StoredSource):
       max_example_bytes: most bytes of an image.
 
     Raises:
-      ConfigError: if pyarrow is missing, or the columns cannot be told.
+      ConfigError: if the columns cannot be told.
       ShardError: if the first file cannot be read.
     """
 
@@ -131,8 +129,9 @@ class ParquetSource(StoredSource):
     @contextmanager
     def _opened(self, shard: int) -> Iterator[tuple[BinaryIO, Any]]:
         """Opens a file and reads its footer."""
+        from pyarrow import parquet
+
         name = self.shard_name(shard)
-        parquet = _pyarrow_parquet()
         with self._storage.open(self._files[shard].url, self._files[shard].info) as file:
             with _arrow_errors(file, name):
                 reader = parquet.ParquetFile(file, buffer_size=_PAGE_BUFFER_BYTES, pre_buffer=False)
@@ -162,11 +161,13 @@ def _rows(
     file: BinaryIO, reader: Any, fields: Fields, start: int, name: str
 ) -> Iterator[tuple[int, dict[str, Any] | UnicodeDecodeError]]:
     """Yields the number and the values of each row from `start` on."""
+    from pyarrow import parquet
+
     metadata = reader.metadata
     # Two readers of one file, since columns differ in size:
     # 1. Images are large: `reader` is buffered and fetches them page by page.
     # 2. Texts and metadata are small: `small` fetches the whole chunk of each column at once.
-    small = _pyarrow_parquet().ParquetFile(file, metadata=metadata, pre_buffer=False)
+    small = parquet.ParquetFile(file, metadata=metadata, pre_buffer=False)
     present = set(reader.schema_arrow.names)
     others = [column for column in fields.metadata if column in present]
     # Row groups before `start` are not fetched. With groups of 8 rows and start=19, groups 0 and 1
@@ -241,13 +242,14 @@ def _check_expansion(group: Any, fields: Fields, name: str) -> None:
 @contextmanager
 def _arrow_errors(file: BinaryIO, name: str) -> Iterator[None]:
     """Turns Arrow's error about a bad file into a `ShardError` that names the file."""
-    arrow = importlib.import_module("pyarrow")
+    import pyarrow
+
     try:
         yield
     except JESTError:
         raise
-    except (arrow.ArrowException, OSError, EOFError, ValueError) as error:
-        if isinstance(error, arrow.ArrowMemoryError):
+    except (pyarrow.ArrowException, OSError, EOFError, ValueError) as error:
+        if isinstance(error, pyarrow.ArrowMemoryError):
             raise
         raise _damaged(file, name, error) from error
 
@@ -273,13 +275,3 @@ def _damaged(file: BinaryIO, name: str, error: Exception) -> ShardError:
         "again, or take it out of the source.",
         shard=name,
     )
-
-
-def _pyarrow_parquet() -> Any:
-    try:
-        return importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ConfigError(
-            f"reading parquet files needs the package pyarrow, which cannot be imported ({error}). "
-            "Install it: pip install pyarrow"
-        ) from error

@@ -83,12 +83,11 @@ class HubDriver(WebDriver):
     """
 
     def __init__(self, config: StorageConfig) -> None:
-        self._hub: Any = importlib.import_module("huggingface_hub")
-        self._utils: Any = importlib.import_module("huggingface_hub.utils")
+        from huggingface_hub import HfApi
+
         options = config.options.get("hf", {})
-        self._token = options.get("token")
-        constants: Any = importlib.import_module("huggingface_hub.constants")
-        self._endpoint = str(options.get("endpoint") or constants.ENDPOINT).rstrip("/")
+        self._api = HfApi(endpoint=options.get("endpoint") or None, token=options.get("token"))
+        self._endpoint = self._api.endpoint.rstrip("/")
         self._timeout_s = config.connect_timeout_s + config.stall_timeout_s
         self._files = web_files(config, {"client_kwargs": {"trust_env": True}})
         self._connecting = asyncio.Lock()
@@ -148,8 +147,7 @@ class HubDriver(WebDriver):
             return url
         key = file[:3]
         if key not in self._commits:
-            api = self._hub.HfApi(endpoint=self._endpoint, token=self._token)
-            info = api.repo_info(
+            info = self._api.repo_info(
                 file.repository,
                 repo_type=file.kind,
                 revision=file.revision or None,
@@ -160,7 +158,7 @@ class HubDriver(WebDriver):
 
     async def _page(self, url: str) -> tuple[list[dict[str, Any]], str | None]:
         """Returns one page of a listing, and the address of the next."""
-        answer = await self._get(url, self._utils.build_hf_headers(token=self._token))
+        answer = await self._get(url, self._headers())
         try:
             if answer.status == 404:
                 return [], None  # no such folder; that there is a repository is known
@@ -185,16 +183,23 @@ class HubDriver(WebDriver):
             answer = await self._get(signed, asked)
             answer.redirected_to = signed
             return answer
+        from huggingface_hub import hf_hub_url
+
         file = parse(url)
-        address = self._hub.hf_hub_url(
+        address = hf_hub_url(
             file.repository,
             file.path,
             repo_type=file.kind,
             revision=file.revision or None,
             endpoint=self._endpoint,
         )
-        headers: Mapping[str, str] = self._utils.build_hf_headers(token=self._token)
-        answer = await self._get(address, {**headers, **asked})
+        answer = await self._get(address, {**self._headers(), **asked})
         if answer.redirected_to and answer.status in (200, 206):
             self._signed[url] = answer.redirected_to
         return answer
+
+    def _headers(self) -> dict[str, str]:
+        """Returns the headers of a request to the Hub, with the token."""
+        utils: Any = importlib.import_module("huggingface_hub.utils")
+        headers: dict[str, str] = utils.build_hf_headers(token=self._api.token)
+        return headers
