@@ -102,7 +102,7 @@ class Members:
             name = records.get("path", name)
             size = records.get("size", size)
         if size is not None:
-            header_size = _number(size, self._shard, offset)
+            header_size = self._number(size, offset)
         if header_size < 0 or kind == tarfile.GNUTYPE_SPARSE:
             raise self._broken(offset, "holds a sparse file or one of negative size")
         if kind in _WITHOUT_DATA:
@@ -225,7 +225,7 @@ class Members:
         records, position = {}, 0
         while position < len(data):
             length = data[position : position + 20].partition(b" ")[0]
-            end = position + _number(length.decode("latin-1"), self._shard, offset)
+            end = position + self._number(length.decode("latin-1"), offset)
             record = data[position + len(length) + 1 : end]
             name, equals, value = record.partition(b"=")
             if not equals or end > len(data) or value[-1:] != b"\n":
@@ -233,6 +233,14 @@ class Members:
             records[name.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
             position = end
         return records
+
+    def _number(self, text: str, offset: int) -> int:
+        """Returns a number written in decimal; at most 19 digits, as any 64-bit size has."""
+        if not (text.isascii() and text.isdigit()) or len(text) > 19:
+            raise self._broken(
+                offset, f"has a header at byte {offset} with {text[:40]!r} where a number should be"
+            )
+        return int(text)
 
     def _broken(self, offset: int, fault: str) -> ShardError:
         return ShardError(
@@ -271,14 +279,3 @@ def _is_padding(end: int, num_bytes: int) -> bool:
 
 def _starts(header: bytes, start: bytes) -> bool:
     return header.startswith(start) or (start == b"<" and header.lstrip().startswith(b"<"))
-
-
-def _number(text: str, shard: str, offset: int) -> int:
-    if not (text.isascii() and text.isdigit()) or len(text) > 19:
-        raise ShardError(
-            f"shard {shard!r} has a header at byte {offset} with {text[:40]!r} where a number "
-            "should be. Write or fetch it again.",
-            shard=shard,
-            offset=offset,
-        )
-    return int(text)

@@ -9,12 +9,13 @@ types.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jest_stream.config import DEFAULT_LIMITS
 from jest_stream.errors import BadExampleError, ConfigError, UnsafeExampleError
+from jest_stream.sources.images import load_image
 from jest_stream.types import REFERENCE_ROW, Example
 
 # Usual names of columns, best first. They decide where several columns could be meant.
@@ -145,7 +146,7 @@ def example_of(
     *,
     key: str,
     shard: str,
-    load: Callable[[str], bytes] | None = None,
+    opens_paths: bool = False,
 ) -> Example | BadExampleError:
     """Returns the example of a row; values that are null are left out.
 
@@ -154,7 +155,8 @@ def example_of(
       fields: the columns to take.
       key: the example's key, unless the row has a `__key__`, a string or a number.
       shard: name of the shard in messages.
-      load: reads an image of which only the path is stored. None: that is a bad example.
+      opens_paths: whether an image of which only the path is stored is read from this disk; else
+        it is a bad example. Only for tables of this machine: a stranger's may name any file.
     """
     if isinstance(row, UnicodeDecodeError):
         return BadExampleError(
@@ -186,10 +188,10 @@ def example_of(
     if isinstance(image, Mapping):
         data, path = image.get("bytes"), image.get("path")
         if data is None and path:
-            if load is None:
+            if not opens_paths:
                 return _path_only(key, shard, path)
             try:
-                data = load(str(path))
+                data = load_image(str(path))
             except BadExampleError as error:
                 return error
         image = data

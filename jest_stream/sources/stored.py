@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any
 
 from jest_stream.config import StorageConfig
 from jest_stream.storage import Storage, redacted, scheme_of
 from jest_stream.types import Source
-
-
-class _File(Protocol):
-    @property
-    def url(self) -> str:
-        """Path or address."""
 
 
 class StoredSource(Source):
@@ -26,7 +20,7 @@ class StoredSource(Source):
 
     def __init__(self, storage: StorageConfig | None) -> None:
         self._storage = Storage(storage)
-        self._files: Sequence[_File] = ()
+        self._files: Sequence[Any] = ()  # each has a `url`
 
     @property
     def num_shards(self) -> int:

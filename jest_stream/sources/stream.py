@@ -17,7 +17,6 @@ from torch.torch_version import TorchVersion
 
 from jest_stream.errors import BadExampleError, ConfigError, UnsafeDataError
 from jest_stream.sources.fields import example_of, fields_of, fields_of_row
-from jest_stream.sources.images import ImageFiles
 from jest_stream.types import Example, Source
 
 # Steps that give the same examples shard by shard as over the whole. Others (take, skip, repeat,
@@ -81,7 +80,7 @@ class StreamSource(Source):
     ) -> Iterator[tuple[Example | BadExampleError, int]]:
         """Yields the examples after the first `index` of the shard; see `types.Source`."""
         del offset
-        name, files = self.shard_name(shard), ImageFiles()
+        name = self.shard_name(shard)
         # Always a new dataset: `_after` sets its state.
         part = self._dataset.with_format(None)
         if self._num_shards > 1:
@@ -90,7 +89,7 @@ class StreamSource(Source):
         try:
             for row in rows:
                 example = example_of(
-                    row, self._fields, key=f"{shard}/{index}", shard=name, load=files.load
+                    row, self._fields, key=f"{shard}/{index}", shard=name, opens_paths=True
                 )
                 index += 1
                 yield example, index

@@ -12,7 +12,6 @@ from typing import Any
 
 from jest_stream.errors import BadExampleError, ConfigError
 from jest_stream.sources.fields import example_of, fields_of
-from jest_stream.sources.images import ImageFiles
 from jest_stream.sources.parquet import rows_of
 from jest_stream.types import Example, Source
 
@@ -77,13 +76,13 @@ class TableSource(Source):
         """Yields the examples from row `offset` of the part on: see `types.Source`."""
         del index
         start, end = self._bounds[shard], self._bounds[shard + 1]
-        name, files = self.shard_name(shard), ImageFiles()
+        name = self.shard_name(shard)
         dataset = self._dataset.select_columns(list(self._fields.columns))
         row = start + offset
         while row < end:
             for values in rows_of(dataset[row : min(row + _BATCH_ROWS, end)]):
                 example = example_of(
-                    values, self._fields, key=str(row), shard=name, load=files.load
+                    values, self._fields, key=str(row), shard=name, opens_paths=True
                 )
                 row += 1
                 yield example, row - start
