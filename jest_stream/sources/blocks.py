@@ -57,7 +57,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSettings:
-    """Settings that all lanes of a reader share. Travels to worker processes."""
+    """Settings that all lanes of a `BlockReader` share, explained there. Travels to workers."""
 
     source: Source
     num_lanes: int
