@@ -268,23 +268,27 @@ def _patterns_of(
     if entry.get("data_files") is not None:
         patterns: dict[str, list[str]] = datasets.sanitize_patterns(entry["data_files"])
         return {str(split): list(map(str, listed)) for split, listed in patterns.items()}, folder
-    return _default_patterns(datasets, folder, paths), folder
+    return _default_patterns(repository, folder, paths), folder
 
 
-def _default_patterns(datasets: Any, folder: str, paths: list[str]) -> dict[str, list[str]]:
+def _default_patterns(repository: str, folder: str, paths: list[str]) -> dict[str, list[str]]:
     """Returns the patterns of each split of a repository whose README names none.
 
     `datasets` tries its sets of patterns one after the other and takes the first that finds a file:
     `data/SPLIT-00000-of-00003.EXTENSION`, then names and folders that hold `train`, `test`, ...,
     then every file for `train`.
     """
+    datasets = importlib.import_module("datasets.data_files")
     try:
         # Not public, but the order is nowhere else: `get_data_patterns` lists files by itself.
         found = datasets._get_data_files_patterns(lambda one: _matching(one, folder, paths))
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise ConfigError(f"the names of the files give no splits: {error}") from error
+        raise ConfigError(
+            f"the names of the files of hf://datasets/{repository} give no splits: {error} Name "
+            "the files of each split in the README's `configs`, or ask its owners to."
+        ) from error
     return {str(split): list(patterns) for split, patterns in found.items()}
 
 
