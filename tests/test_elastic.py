@@ -36,6 +36,7 @@ from jest_stream.pipeline.state import (
     run_of,
 )
 from jest_stream.pipeline.super_batches import Position, SuperBatchReader
+from jest_stream.sources import open_source
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -50,7 +51,7 @@ class Rank:
         self.layout, self.step = layout, step
         sizes = sizes_of(1, 2 * len(layout.lanes))  # blocks of 2 examples
         self.reader = SuperBatchReader(
-            stream_config(seed=3), sizes, source=source, layout=layout, prepare=key_of
+            stream_config(seed=3), sizes, source=open_source(source), layout=layout, prepare=key_of
         )
         self.reader.go_to(position)
 

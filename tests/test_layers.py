@@ -33,7 +33,7 @@ LAYERS = [
 ONLY_IN = {
     "multiprocessing": {"workers", "sources/reader.py"},
     "subprocess": set(),
-    "threading": {"sources/reading.py", "workers/watch.py", "storage"},
+    "threading": {"sources/read_task.py", "workers/watch.py", "storage"},
     "torch.distributed": {"pipeline/distributed.py"},
     "torch.cuda.Stream": {"pipeline/device/streams.py"},
     "torch.cuda.Event": {"pipeline/device/streams.py"},

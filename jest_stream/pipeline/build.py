@@ -23,7 +23,7 @@ from jest_stream.pipeline.selector import Selector
 from jest_stream.pipeline.two_sizes import TwoSizes
 from jest_stream.randomness import derive_seed
 from jest_stream.reference_cache import ReferenceCache
-from jest_stream.sources import num_lanes, open_source
+from jest_stream.sources import is_source, num_lanes, open_source
 from jest_stream.types import Source
 from jest_stream.views import LateViews, Recipe, ScoreView, TrainView, make_recipe
 
@@ -90,7 +90,7 @@ def open_inputs(
         models = Models(selection, learner, found.model, with_reference=batch.with_reference)
         # Last, since it is the dearest: it may list a bucket or read a manifest of all shards.
         read = open_source(source, storage=settings.storage)
-        if read is not source and hasattr(read, "close"):
+        if not is_source(source):
             opened.callback(read.close)
         score_view = ScoreView(
             keys=(views.image_key, views.text_key),

@@ -22,7 +22,7 @@ def shard_counts(source: Source) -> list[int] | None:
     Raises:
       ConfigError: if the source's counts cannot be right.
     """
-    counts: Sequence[int | None] | None = getattr(source, "num_examples", None)
+    counts: Sequence[int | None] | None = source.num_examples
     if counts is None or any(count is None for count in counts):
         return None
     if len(counts) != source.num_shards:

@@ -145,7 +145,7 @@ class Build:
         model = ReferenceModel(self._reference, device=self._settings.device)
         is_in_parts = self._header.part_size is not None
         begun = {shard: self._begun(shard, names) for shard in todo} if is_in_parts else {}
-        counts = getattr(self._source, "num_examples", None)
+        counts = self._source.num_examples
         num_examples = None if counts is None else sum(counts[shard] for shard in todo)
         # Only a source of one shard is cached in parts.
         start = begun[todo[0]].num_read if is_in_parts else 0
@@ -183,9 +183,8 @@ class Build:
         work = self._works[group.shard]
         progress.add(work.add(group))
         if group.is_end:
-            content = getattr(self._source, "shard_content", None)
-            found = None if content is None else content(group.shard)
-            record, num_embedded = work.finish(group.num_read[0], found)
+            content = self._source.shard_content(group.shard)
+            record, num_embedded = work.finish(group.num_read[0], content)
             self._records[record_file(group.shard)] = record
             progress.add(num_embedded, num_shards=1)
             del self._works[group.shard]

@@ -43,7 +43,7 @@ from jest_stream.reference_cache.manifest import (
 from jest_stream.reference_cache.rows import ShardRows
 from jest_stream.reference_cache.settings import BuildSettings, share_of_work
 from jest_stream.scoring import load_reference
-from jest_stream.sources import open_source
+from jest_stream.sources import is_source, open_source
 from jest_stream.storage import Storage, folder_address, redacted, scheme_of
 from jest_stream.types import Embeddings, ObjectInfo, Source
 
@@ -169,7 +169,7 @@ class ReferenceCache:
         try:
             Build(folder, opened, reference, settings).run()
         finally:
-            if opened is not source and hasattr(opened, "close"):
+            if not is_source(source):
                 opened.close()
         # Not `cls(path)`, which raises while other ranks still build.
         cache = cls.__new__(cls)

@@ -19,7 +19,7 @@ from jest_stream.errors import (
 )
 from jest_stream.reference_cache.manifest import ShardRecord, short_name
 from jest_stream.reference_cache.rows import ShardRows
-from jest_stream.types import REFERENCE_ROW, Example, Source
+from jest_stream.types import REFERENCE_ROW, Example, Source, WrappedSource
 
 
 class EmbeddingStore(Protocol):
@@ -44,8 +44,14 @@ class EmbeddingStore(Protocol):
     def open_shard(self, shard: int, *, first: int) -> ShardRows:
         """Returns a reader of a shard's embeddings, from example `first` on."""
 
+    def take_counts(self) -> dict[str, int]:
+        """Returns the storage's counts since the last call."""
 
-class JoinedSource:
+    def close(self) -> None:
+        """Closes the storage's connections."""
+
+
+class JoinedSource(WrappedSource):
     """The examples of a source, each with its reference embeddings from a cache.
 
     They lie beside it as `__reference__`. For an example that the cache lacks, the error that says
@@ -60,29 +66,9 @@ class JoinedSource:
     """
 
     def __init__(self, source: Source, cache: EmbeddingStore) -> None:
-        self._source = source
+        super().__init__(source)
         self._cache = cache
         self._places = _places(source, cache)
-
-    @property
-    def num_shards(self) -> int:
-        """Number of shards of the source."""
-        return self._source.num_shards
-
-    @property
-    def num_examples(self) -> Sequence[int] | None:
-        """Examples of each shard, where the source has counted them."""
-        counts: Sequence[int] | None = getattr(self._source, "num_examples", None)
-        return counts
-
-    @property
-    def fingerprint(self) -> str:
-        """The source's own: a checkpoint does not depend on the origin of embeddings."""
-        return self._source.fingerprint
-
-    def shard_name(self, shard: int) -> str:
-        """Returns the source's name for a shard."""
-        return self._source.shard_name(shard)
 
     def read(
         self, shard: int, *, offset: int = 0, index: int = 0
@@ -96,7 +82,7 @@ class JoinedSource:
         """
         record = self._cache.shards[self._places[shard]]
         name = self.shard_name(shard)
-        content = _content(self._source, shard)
+        content = self._source.shard_content(shard)
         if content is not None and (difference := _difference(record, content, name)):
             raise _changed(name, self._cache.path, difference)
         rows = self._cache.open_shard(self._places[shard], first=index)
@@ -118,19 +104,15 @@ class JoinedSource:
 
     def take_counts(self) -> dict[str, int]:
         """Returns the counts of the source and of the cache's storage since the last call."""
-        counts: dict[str, int] = {}
-        for counted in (self._source, self._cache):
-            take = getattr(counted, "take_counts", None)
-            for name, amount in (take() if take else {}).items():
-                counts[name] = counts.get(name, 0) + amount
+        counts = self._source.take_counts()
+        for name, amount in self._cache.take_counts().items():
+            counts[name] = counts.get(name, 0) + amount
         return counts
 
     def close(self) -> None:
         """Closes the connections of the source and of the cache."""
-        for closed in (self._source, self._cache):
-            close = getattr(closed, "close", None)
-            if close is not None:
-                close()
+        self._source.close()
+        self._cache.close()
 
     def __repr__(self) -> str:
         return f"<JoinedSource {self._source!r} with {self._cache.path!r}>"
@@ -175,12 +157,6 @@ def _places(source: Source, cache: EmbeddingStore) -> list[int]:
         f"the reference cache {cache.path!r} is of other data than the source: {why}. Build a "
         f"cache of this source, or pass the source that was cached."
     )
-
-
-def _content(source: Source, shard: int) -> tuple[int, str] | None:
-    content = getattr(source, "shard_content", None)
-    found: tuple[int, str] | None = None if content is None else content(shard)
-    return found
 
 
 def _difference(record: ShardRecord, content: tuple[int, str], name: str) -> str:

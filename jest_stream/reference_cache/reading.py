@@ -95,7 +95,7 @@ def _groups(block: Block, late: dict[int, list[str]]) -> Iterator[Group]:
     late[block.lane] = [reason for at, reason in skipped if at >= first]
 
 
-class _Marked:
+class _Marked(Source):
     """Some shards of a source, each with a mark after its last example."""
 
     def __init__(self, source: Source, shards: Sequence[int]) -> None:

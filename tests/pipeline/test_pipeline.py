@@ -20,6 +20,7 @@ from jest_stream.pipeline.batches import Batches
 from jest_stream.pipeline.device.streams import Ring, Slot
 from jest_stream.pipeline.schedule import Pipeline
 from jest_stream.pipeline.super_batches import ScoredSuperBatch, SuperBatch
+from jest_stream.sources import open_source
 from jest_stream.types import Selection
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -78,7 +79,7 @@ class Run:
         self.pipeline = Pipeline(
             stream_config(lookahead=lookahead, **o),
             sizes_of(2, 4),
-            source=Pairs(list(lengths)),
+            source=open_source(Pairs(list(lengths))),
             layout=alone(len(lengths)),
             score_view=key_of,
             batches=Batches(None, {}),

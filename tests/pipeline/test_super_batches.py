@@ -13,6 +13,7 @@ from support.pairs import Pairs, alone, key_of, sizes_of, stream_config
 
 from jest_stream.pipeline.device.streams import Ring
 from jest_stream.pipeline.super_batches import SuperBatch, SuperBatchReader
+from jest_stream.sources import open_source
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -25,7 +26,7 @@ class Reading:
         self.reader = SuperBatchReader(
             stream_config(**options),
             sizes_of(2, 4),
-            source=Pairs(lengths),
+            source=open_source(Pairs(lengths)),
             layout=alone(len(lengths)),
             prepare=key_of,
         )
