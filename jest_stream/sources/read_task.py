@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from jest_stream.sources.blocks import BlockSettings, LaneBlocks
 from jest_stream.types import Cursor
-from jest_stream.workers import Message, Notes, ParentConnection, Place, failure_message
+from jest_stream.workers import Message, Note, Notes, ParentConnection, failure_message
 
 # A worker reads one turn over its lanes ahead: with blocks of one super-batch or less per turn,
 # about as much as is being scored meanwhile. The lower bound is for few lanes, the upper one for
@@ -57,14 +57,14 @@ class ReadTask:
         while parent.wants_more:
             outbox.wait()
 
-    def describe(self, place: Place | None) -> str:
+    def describe(self, last: Note | None) -> str:
         """Returns the worker's lanes and the example that it read last, for an error's text."""
         lanes = list(self.cursors)
         shown = ", ".join(map(str, lanes[:8])) + (", ..." if len(lanes) > 8 else "")
         text = f"reads lanes {shown}"
-        if place is not None:
-            shard = self.blocks.source.shard_name(place.shard)
-            text += f", last example {place.num_before} of shard {shard!r}"
+        if last is not None:
+            shard = self.blocks.source.shard_name(last.group)
+            text += f", last example {last.position} of shard {shard!r}"
         return text
 
 

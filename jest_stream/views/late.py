@@ -21,9 +21,9 @@ from jest_stream.workers import (
     Finalizer,
     Job,
     Message,
+    Note,
     Notes,
     ParentConnection,
-    Place,
     Watchdog,
     Worker,
     WorkerTraceback,
@@ -58,12 +58,12 @@ class MakeTask:
         """Answers each request with the views, or with the error that prevented them."""
         while parent.wants_more:
             request: ViewRequest = parent.receive()
-            place = 0
+            at = 0
 
             def note(step: int, position: int) -> None:
                 """Tells the training process which view is made next."""
-                nonlocal place
-                place = position
+                nonlocal at
+                at = position
                 notes.put(step, position)
 
             try:
@@ -73,7 +73,7 @@ class MakeTask:
                 made = ViewRequest(step=request.step, positions=request.positions, items=views)
                 message = Message(made)
             except Exception as error:
-                message = failure_message(error, position=place)
+                message = failure_message(error, position=at)
             try:
                 message.send(parent.connection)
             except OSError:  # nobody waits for it any more
@@ -243,10 +243,10 @@ def _joined(parts: list[ViewRequest], chosen: Columns) -> View:
     return view_of(joined, "image")
 
 
-def _describe(chosen: dict[int, Columns], place: Place | None) -> str:
-    if place is None:
+def _describe(chosen: dict[int, Columns], last: Note | None) -> str:
+    if last is None:
         return "makes train views"
-    step, position = place
+    step, position = last
     of_step = chosen.get(step)
     if of_step is None:
         return f"makes train views, last that of step {step}"

@@ -14,16 +14,16 @@ from jest_stream.workers.transport import (
     WorkerTraceback,
     failure_message,
 )
-from jest_stream.workers.watch import Notes, Place, Watchdog
+from jest_stream.workers.watch import Note, Notes, Watchdog
 
 __all__ = [
     "Failure",
     "Finalizer",
     "Job",
     "Message",
+    "Note",
     "Notes",
     "ParentConnection",
-    "Place",
     "Watchdog",
     "Worker",
     "WorkerTraceback",

@@ -25,7 +25,7 @@ import torch.multiprocessing
 
 from jest_stream.errors import ConfigError, StalledError, WorkerDiedError
 from jest_stream.workers.transport import Message, receive
-from jest_stream.workers.watch import Notes, Place, end_with_parent
+from jest_stream.workers.watch import Note, Notes, end_with_parent
 
 _STOP_TIMEOUT_S = 3.0
 # Terminals and schedulers send these to every process of a job, to interrupt it or have it save a
@@ -46,7 +46,7 @@ class Job(NamedTuple):
     name: str
     """The worker's name in messages, such as "worker 0 of 2"."""
     task: Task
-    describe: Callable[[Place | None], str]
+    describe: Callable[[Note | None], str]
     """Says in messages how the worker is occupied, by its last note. Stays in this process."""
 
 
@@ -156,7 +156,7 @@ class Worker:
             return False
 
     def _title(self) -> str:
-        occupation = self._describe(self._notes.place)
+        occupation = self._describe(self._notes.last)
         return f"{self._name} (process {self._process.pid}), which {occupation},"
 
     def _check(self, cause: BaseException) -> None:

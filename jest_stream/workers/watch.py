@@ -29,19 +29,22 @@ _LOG = logging.getLogger("jest_stream")
 
 # A signal that schedulers and runtimes have no use for; SIGUSR1 and SIGUSR2 have many.
 _SHOW_STACKS = getattr(signal, "SIGRTMAX", signal.SIGUSR2)
-_PLACE = struct.Struct("qqq")  # 1 once there is a place, the shard, examples of it before
+_NOTE = struct.Struct("qqq")  # 1 once the worker runs, and the numbers of the note
 _STACKS_AT = 4096
 _MAX_STACKS_BYTES = 1 << 20
 _STACKS_TIMEOUT_S = 2.0
 _QUIET_S = 0.2  # without another byte: the stacks are complete
 
 
-class Place(NamedTuple):
-    """The example that was being read."""
+class Note(NamedTuple):
+    """The example that a worker is at, by two numbers.
 
-    shard: int
-    num_before: int
-    """Examples of the shard that lie before the one that is being read."""
+    A task that reads notes the shard and the number of examples before; one that makes train views
+    notes the step and the position in its batch.
+    """
+
+    group: int
+    position: int
 
 
 class Notes:
@@ -56,7 +59,7 @@ class Notes:
 
     def begin(self) -> None:
         """Notes, in the worker, that it runs; has its stacks shown at a crash or on request."""
-        os.pwrite(self._memory.fileno(), _PLACE.pack(1, -1, 0), 0)
+        os.pwrite(self._memory.fileno(), _NOTE.pack(1, -1, 0), 0)
         os.lseek(self._memory.fileno(), _STACKS_AT, os.SEEK_SET)
         # faulthandler writes in C, in the signal handler, while the interpreter hangs or not.
         faulthandler.enable(file=self._memory.fileno())
@@ -64,9 +67,9 @@ class Notes:
             _SHOW_STACKS, file=self._memory.fileno(), all_threads=True, chain=False
         )
 
-    def put(self, shard: int, num_before: int) -> None:
+    def put(self, group: int, position: int) -> None:
         """Notes, in the worker, the example that comes next; takes 0.5 us."""
-        os.pwrite(self._memory.fileno(), _PLACE.pack(1, shard, num_before), 0)
+        os.pwrite(self._memory.fileno(), _NOTE.pack(1, group, position), 0)
 
     @property
     def has_begun(self) -> bool:
@@ -74,13 +77,13 @@ class Notes:
         return len(os.pread(self._memory.fileno(), 1, 0)) > 0
 
     @property
-    def place(self) -> Place | None:
+    def last(self) -> Note | None:
         """The example that the worker read last; None if it has read none."""
-        data = os.pread(self._memory.fileno(), _PLACE.size, 0)
+        data = os.pread(self._memory.fileno(), _NOTE.size, 0)
         if not data:
             return None
-        _, shard, num_before = _PLACE.unpack(data)
-        return None if shard < 0 else Place(shard, num_before)
+        _, group, position = _NOTE.unpack(data)
+        return None if group < 0 else Note(group, position)
 
     @property
     def last_stacks(self) -> str:
