@@ -24,7 +24,7 @@ from jest_stream.storage.disk_cache import DiskCache
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
-CHILD = str(Path(__file__).with_name("cache_child.py"))
+CHILD = str(Path(__file__).parents[1] / "support" / "cache_child.py")
 SIZE = 1000
 
 

@@ -423,7 +423,8 @@ def test_reads_work_from_a_process_whose_loop_others_use_too() -> None:
 def test_a_program_may_end_with_reads_on_their_way() -> None:
     """Neither an open file nor a stalled server keeps the interpreter from ending, quietly."""
     program = (
-        "import sys; from jest_stream.storage import ObjectInfo, Storage\n"
+        "import sys; from jest_stream.storage import Storage\n"
+        "from jest_stream.types import ObjectInfo\n"
         "storage = Storage()\n"
         f"file = storage.open(sys.argv[1], ObjectInfo({len(DATA)}))\n"
         "print(len(file.read(10)))"
