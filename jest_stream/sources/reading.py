@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from jest_stream.sources.blocks import BlockSettings, LaneBlocks
 from jest_stream.types import Cursor
-from jest_stream.workers import Message, Notes, Owner, Place, dump, dump_failure
+from jest_stream.workers import Message, Notes, Owner, Place, failure_message
 
 # A worker reads one turn over its lanes ahead: with blocks of one super-batch or less per turn,
 # about as much as is being scored meanwhile. The bounds are for few lanes, and for descriptors,
@@ -46,9 +46,9 @@ class ReadTask:
             lane = turns.popleft()
             try:
                 block = lanes[lane].read()
-                message = dump(block)
+                message = Message(block)
             except Exception as error:
-                message = dump_failure(error)
+                message = failure_message(error)
                 turns.clear()
             else:
                 if not block.is_end:

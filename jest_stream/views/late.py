@@ -20,14 +20,14 @@ from jest_stream.workers import (
     Failure,
     Finalizer,
     Job,
+    Message,
     Notes,
     Owner,
     Place,
     Watchdog,
     Worker,
     WorkerTraceback,
-    dump,
-    dump_failure,
+    failure_message,
     start_workers,
     stop_workers,
 )
@@ -71,9 +71,9 @@ class MakeTask:
                     order.items, step=order.step, positions=order.positions, note=note
                 )
                 made = Order(step=order.step, positions=order.positions, items=views)
-                message = dump(made)
+                message = Message(made)
             except Exception as error:
-                message = dump_failure(error, place=place)
+                message = failure_message(error, place=place)
             try:
                 message.send(owner.connection)
             except OSError:  # nobody waits for it any more
@@ -188,7 +188,7 @@ class LateViews:
                 if len(self._sent) >= _MAX_SENT:
                     return
                 for worker, order in zip(self._workers, self._orders(step), strict=True):
-                    worker.send(dump(order, is_inline=False))
+                    worker.send(Message(order, is_inline=False))
                 self._sent.add(step)
         except BaseException:
             self.pause()

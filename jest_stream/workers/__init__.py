@@ -12,8 +12,7 @@ from jest_stream.workers.transport import (
     Failure,
     Message,
     WorkerTraceback,
-    dump,
-    dump_failure,
+    failure_message,
 )
 from jest_stream.workers.watch import Notes, Place, Watchdog
 
@@ -28,8 +27,7 @@ __all__ = [
     "Watchdog",
     "Worker",
     "WorkerTraceback",
-    "dump",
-    "dump_failure",
+    "failure_message",
     "start_workers",
     "stop_workers",
 ]

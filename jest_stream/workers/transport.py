@@ -1,27 +1,30 @@
-"""What goes between processes: what has `items`, and errors with the traceback that they had there.
+"""Messages between processes: values, or errors with the traceback that they had in the worker.
 
-A message is the serialised value followed by the bytes of its tensors. A short one goes through
-the socket; of a long one only a descriptor does, of memory that nobody else can name, so that a
-worker that stops halfway leaves nothing to wait for. Objects are serialised for our own processes
-only; nothing that was read is ever interpreted as such.
+A message is a pickle (protocol 5) followed by the bytes of its tensors and arrays. Up to 64 KiB go
+through the socket. Of a longer message only a descriptor does, of memory without a name: a worker
+that stops halfway leaves nothing in /dev/shm and no lock that others wait for. The thread that
+calls does the work.
+
+Only messages of our own processes are unpickled, over a socket that no other process can open.
+Data that was read from a source stays bytes here.
 """
 
 from __future__ import annotations
 
-import copyreg
 import errno
 import io
 import os
+import pickle
 import socket
 import struct
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from multiprocessing.connection import wait
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -32,17 +35,17 @@ from torch import Tensor
 # long (a process on each of 2 cores).
 _MAX_INLINE_BYTES = 1 << 16
 _ALIGNMENT = 64
-_HEADER = struct.Struct("!QQ?")  # bytes of the object, bytes in all, whether they are in memory
+_HEADER = struct.Struct("!QQ?")  # number of parts, bytes of all, whether they lie in memory
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What a worker sends in place of what it was asked for."""
+    """An error that a worker sends instead of the value asked for."""
 
     error: Exception
     traceback: str
     place: int = 0
-    """Which item of those that it was asked for it failed at."""
+    """Index of the item that it failed at, among those asked for."""
 
 
 class WorkerTraceback(Exception):
@@ -53,34 +56,40 @@ class WorkerTraceback(Exception):
 
 
 class Message:
-    """A value or failure on its way out. Owns the memory that it lies in, until it is sent."""
+    """A serialised value on its way out. Owns the memory that it lies in, until it is sent.
 
-    def __init__(
-        self, value: Any, tensors: list[np.ndarray[Any, Any]], *, is_inline: bool = True
-    ) -> None:
-        pickled = io.BytesIO()
-        _Pickler(pickled).dump(value)
-        parts: list[Any] = [pickled.getbuffer()]
-        for tensor in tensors:
-            parts += [bytes(-parts[-1].nbytes % _ALIGNMENT), tensor]
-        self._num_object_bytes = pickled.tell()
-        self.num_bytes = sum(memoryview(part).nbytes for part in parts)
-        """How much memory it takes."""
-        self._parts = parts
+    Args:
+      value: the value; its CPU tensors and numpy arrays travel as their bytes, wherever they are.
+      is_inline: whether a short message may go through the socket. If not, sending never waits for
+        the other side to read.
+    """
+
+    def __init__(self, value: Any, *, is_inline: bool = True) -> None:
+        buffers: list[pickle.PickleBuffer] = []
+        pickled = _pickled(value, buffers.append)
+        contents = [memoryview(pickled), *(buffer.raw() for buffer in buffers)]
+        sizes = [content.nbytes for content in contents]
+        # A table of sizes, the pickle, the buffers; each begins at a multiple of 64 bytes. With
+        # sizes (100, 40): table at 0, pickle at 64, buffer at 192, 256 bytes in all.
+        table = struct.pack(f"!{len(sizes)}Q", *sizes)
+        self._num_contents = len(sizes)
+        self._parts: list[bytes | memoryview] = [table, bytes(-len(table) % _ALIGNMENT)]
+        for content in contents:
+            self._parts += [content, bytes(-content.nbytes % _ALIGNMENT)]
+        self.num_bytes = sum(map(len, self._parts))
+        """Memory that it takes."""
         self._memory: io.FileIO | None = None
         if self.num_bytes > _MAX_INLINE_BYTES or not is_inline:
-            self._parts = []
             self._memory = new_memory()
-            try:
-                for part in parts:
-                    _write(self._memory.fileno(), part)
-            except BaseException:
-                self._memory.close()
-                raise
+            writer = io.BufferedWriter(self._memory)
+            for part in self._parts:
+                writer.write(part)
+            writer.detach()
+            self._parts = []
 
     def send(self, connection: socket.socket) -> None:
         """Sends it, and lets go of it. Waits while the other side does not read."""
-        header = _HEADER.pack(self._num_object_bytes, self.num_bytes, self._memory is not None)
+        header = _HEADER.pack(self._num_contents, self.num_bytes, self._memory is not None)
         if self._memory is None:
             connection.sendall(b"".join([header, *self._parts]))
             return
@@ -97,53 +106,23 @@ class Message:
             self._memory.close()
 
 
-def dump(value: Any, *, is_inline: bool = True) -> Message:
-    """Returns a dataclass as a message; the tensors among its `items` travel as their bytes.
-
-    Args:
-      value: what is sent, such as a block.
-      is_inline: whether it may go through the socket if it is short. If not, sending never waits
-        for the other side to read.
-    """
-    tensors: list[np.ndarray[Any, Any]] = []
-    offset = 0
-
-    def place(tensor: Tensor) -> Any:
-        """Returns what stands for a tensor: where its bytes lie."""
-        nonlocal offset
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            return tensor  # travels as its own way of being copied says
-        plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-        start = offset
-        if plain.numel() > 0:
-            tensors.append(plain.flatten().view(torch.uint8).numpy())
-            offset += -(-tensors[-1].nbytes // _ALIGNMENT) * _ALIGNMENT
-        return _Placed(start, tuple(plain.shape), plain.dtype)
-
-    placed = replace(value, items=_map_tensors(value.items, place))
-    return Message(placed, tensors, is_inline=is_inline)
-
-
-def dump_failure(error: Exception, *, place: int = 0) -> Message:
+def failure_message(error: Exception, *, place: int = 0) -> Message:
     """Returns an error as a message; as a `RuntimeError` where it cannot travel itself."""
     text = "".join(traceback.format_exception(error))
     try:
-        sent = io.BytesIO()
-        _Pickler(sent).dump(error)
-        arrived = ForkingPickler.loads(sent.getbuffer())  # some can be sent but not received
+        arrived = pickle.loads(_pickled(error))  # some can be pickled but not unpickled
         if type(arrived) is type(error) and str(arrived) == str(error):
-            return Message(Failure(error, text, place), [])
+            return Message(Failure(error, text, place))
     except Exception:
         pass
-    stand_in = RuntimeError(f"{type(error).__name__}: {error}")
-    return Message(Failure(stand_in, text, place), [])
+    return Message(Failure(RuntimeError(f"{type(error).__name__}: {error}"), text, place))
 
 
 def receive(connection: socket.socket, sentinel: int | None, timeout_s: float) -> Any:
-    """Returns the next message; its tensors own their memory.
+    """Returns the next message; its tensors and arrays own their memory.
 
     Args:
-      connection: where it comes from.
+      connection: the socket that it comes from.
       sentinel: of the process that sends it: ready when that is gone. None: not watched.
       timeout_s: longest wait for all of it.
 
@@ -165,28 +144,22 @@ def receive(connection: socket.socket, sentinel: int | None, timeout_s: float) -
             if not data:
                 raise EOFError
             header += data
-        num_object_bytes, num_bytes, is_in_memory = _HEADER.unpack(header)
-        content: Any = np.empty(num_bytes, np.uint8)
-        view = memoryview(content)
+        num_contents, num_bytes, is_in_memory = _HEADER.unpack(header)
+        unfilled: Any = np.empty(num_bytes, np.uint8)  # not zeroed, as a bytearray would be
+        content = memoryview(unfilled)
         if is_in_memory:
             assert memory is not None
             for start in range(0, num_bytes, 1 << 30):  # a read takes less than 2 GiB
-                os.preadv(memory, [view[start : start + (1 << 30)]], start)
+                os.preadv(memory, [content[start : start + (1 << 30)]], start)
         else:
-            _receive_into(view, connection, sentinel, deadline)
+            _receive_into(content, connection, sentinel, deadline)
     finally:
         if memory is not None:
             os.close(memory)
-    loaded = ForkingPickler.loads(view[:num_object_bytes])
-    if isinstance(loaded, Failure):
-        return loaded
-    tensors = content[-(-num_object_bytes // _ALIGNMENT) * _ALIGNMENT :]
-
-    def restore(value: Any) -> Tensor:
-        """Returns the tensor that a place stands for."""
-        return value.of(tensors) if isinstance(value, _Placed) else value
-
-    return replace(loaded, items=_map_tensors(loaded.items, restore))
+    sizes = struct.unpack_from(f"!{num_contents}Q", content)
+    starts = accumulate(map(_aligned, sizes), initial=_aligned(8 * num_contents))
+    contents = [content[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+    return pickle.loads(contents[0], buffers=contents[1:])
 
 
 def new_memory() -> io.FileIO:
@@ -196,6 +169,10 @@ def new_memory() -> io.FileIO:
     descriptor, path = tempfile.mkstemp(prefix="jest_stream")
     os.unlink(path)
     return io.FileIO(descriptor, "r+")
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _receive_into(
@@ -219,29 +196,44 @@ def _wait(connection: socket.socket, sentinel: int | None, deadline: float) -> N
     ready = wait(watched, max(deadline - time.monotonic(), 0))
     if not ready:
         raise TimeoutError
+    # A process that has sent and then ended makes both ready: its message is still read.
     if connection not in ready:
         raise EOFError
 
 
-def _write(memory: int, data: Any) -> None:
-    view = memoryview(data)
-    while view.nbytes:
-        view = view[os.write(memory, view) :]
+def _pickled(
+    value: Any, take_buffer: Callable[[pickle.PickleBuffer], object] | None = None
+) -> memoryview:
+    """Returns the pickle of a value; bytes of tensors and arrays go to `take_buffer`, if given."""
+    file = io.BytesIO()
+    _Pickler(file, protocol=5, buffer_callback=take_buffer).dump(value)
+    return file.getbuffer()
 
 
-class _Pickler(ForkingPickler):
-    """Tensors within objects of other people travel as bytes, not in named shared memory."""
+class _Pickler(pickle.Pickler):
+    """Pickles tensors as their bytes.
 
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, 5)  # 5: arrays are copied once less
-        self.dispatch_table = copyreg.dispatch_table
+    `torch.multiprocessing` would give each a file in /dev/shm, and a descriptor that stays open
+    while the tensor lives; torch's own `__reduce_ex__` calls `torch.save` and `torch.load`.
+    """
 
     def reducer_override(self, value: Any) -> Any:
-        """Returns how a sparse tensor is copied: torch's own way keeps each that arrives.
+        """Returns how a tensor is rebuilt. There are three cases:
 
-        It puts them into a list that the next `torch.load` checks and empties (torch 2.14).
+        1. A dense tensor on the CPU is rebuilt over its bytes, as a plain tensor without gradient.
+        2. A sparse one is rebuilt of its dense parts, which come here again. Torch's own way keeps
+           each that arrives in a list, until the next `torch.load` checks them (torch 2.14).
+        3. Any other, and every other object, travels as its class says.
         """
-        layout = value.layout if isinstance(value, Tensor) else None
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        layout = value.layout
+        if layout == torch.strided:
+            if value.is_quantized or value.device.type != "cpu":
+                return NotImplemented
+            plain = value.detach().resolve_conj().resolve_neg().contiguous()
+            data: Any = plain.flatten().view(torch.uint8).numpy()
+            return _tensor, (pickle.PickleBuffer(data), plain.dtype, tuple(plain.shape))
         parts: tuple[Tensor, ...]
         if layout == torch.sparse_coo:
             make = partial(torch.sparse_coo_tensor, is_coalesced=value.is_coalesced())
@@ -258,30 +250,8 @@ class _Pickler(ForkingPickler):
         return partial(make, check_invariants=False), (*parts, value.shape)
 
 
-@dataclass(frozen=True)
-class _Placed:
-    """A tensor on its way between processes: where its bytes are, behind the object."""
-
-    offset: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def of(self, memory: np.ndarray[Any, Any]) -> Tensor:
-        """Returns the tensor."""
-        count = int(np.prod(self.shape))
-        if count == 0:
-            return torch.empty(self.shape, dtype=self.dtype)
-        return torch.frombuffer(memory, dtype=self.dtype, count=count, offset=self.offset).reshape(
-            self.shape
-        )
-
-
-def _map_tensors(value: Any, function: Callable[[Any], Any]) -> Any:
-    """Returns the value with `function` applied to the tensors in its dicts, lists and tuples."""
-    if isinstance(value, (Tensor, _Placed)):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: _map_tensors(entry, function) for key, entry in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)([_map_tensors(entry, function) for entry in value])
-    return value
+def _tensor(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Returns the tensor that lies in these bytes, without a copy."""
+    if len(data) == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).reshape(shape)
