@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from jest_stream.sources.blocks import BlockSettings, LaneBlocks
 from jest_stream.types import Cursor
-from jest_stream.workers import Message, Notes, Owner, Place, failure_message
+from jest_stream.workers import Activity, Message, ParentConnection, WorkerStatus, failure_message
 
 # A worker reads one turn over its lanes ahead: with blocks of one super-batch or less per turn,
 # about as much as is being scored meanwhile. The bounds are for few lanes, and for descriptors,
@@ -34,15 +34,15 @@ class ReadTask:
     max_ahead_bytes: int
     """Most bytes of blocks that wait to be taken; one block may be larger."""
 
-    def run(self, owner: Owner, notes: Notes) -> None:
+    def run(self, parent: ParentConnection, status: WorkerStatus) -> None:
         """Sends blocks of the lanes in turn, and an error as the last word."""
-        outbox = _Outbox(owner, len(self.cursors), self.max_ahead_bytes)
+        outbox = _Outbox(parent, len(self.cursors), self.max_ahead_bytes)
         lanes = {
-            lane: LaneBlocks(self.blocks, lane, cursor, note=notes.put)
+            lane: LaneBlocks(self.blocks, lane, cursor, note=status.put)
             for lane, cursor in self.cursors.items()
         }
         turns = deque(lanes)
-        while turns and owner.wants_more:
+        while turns and parent.wants_more:
             lane = turns.popleft()
             try:
                 block = lanes[lane].read()
@@ -54,17 +54,17 @@ class ReadTask:
                 if not block.is_end:
                     turns.append(lane)
             outbox.put(message)
-        while owner.wants_more:
+        while parent.wants_more:
             outbox.wait()
 
-    def describe(self, place: Place | None) -> str:
+    def describe(self, activity: Activity | None) -> str:
         """Returns the lanes that it reads, and the example that it read last."""
         lanes = list(self.cursors)
         shown = ", ".join(map(str, lanes[:8])) + (", ..." if len(lanes) > 8 else "")
         what = f"reads lanes {shown}"
-        if place is not None:
-            shard = self.blocks.source.shard_name(place.shard)
-            what += f", last example {place.num_before} of shard {shard!r}"
+        if activity is not None:
+            shard = self.blocks.source.shard_name(activity.number)
+            what += f", last example {activity.position} of shard {shard!r}"
         return what
 
 
@@ -74,8 +74,8 @@ class _Outbox:
     Writing waits while the training process computes; reading and decoding go on meanwhile.
     """
 
-    def __init__(self, owner: Owner, num_lanes: int, max_bytes: int) -> None:
-        self._owner = owner
+    def __init__(self, parent: ParentConnection, num_lanes: int, max_bytes: int) -> None:
+        self._parent = parent
         self._max_messages = min(max(_MIN_AHEAD, num_lanes), _MAX_AHEAD)
         self._max_bytes = max_bytes
         self._waiting: deque[int] = deque()  # sizes of what the training process has not taken
@@ -95,9 +95,9 @@ class _Outbox:
 
     def wait(self) -> None:
         """Returns when the training process has taken a message; exits when it is gone."""
-        self._owner.wait()
+        self._parent.wait()
         try:
-            taken = self._owner.connection.recv(1)
+            taken = self._parent.connection.recv(1)
         except OSError:
             taken = b""
         if not taken:
@@ -106,6 +106,6 @@ class _Outbox:
     def _send(self) -> None:
         try:
             while True:
-                self._queue.get().send(self._owner.connection)
+                self._queue.get().send(self._parent.connection)
         except OSError:
             pass  # nobody reads any more; the main thread will notice

@@ -17,15 +17,15 @@ from torch import Tensor
 from jest_stream.views.columns import Columns, View, require_same_fields, view_of
 from jest_stream.views.train import ARGUMENT, TrainView
 from jest_stream.workers import (
+    Activity,
     Failure,
     Finalizer,
     Job,
     Message,
-    Notes,
-    Owner,
-    Place,
+    ParentConnection,
     Watchdog,
     Worker,
+    WorkerStatus,
     WorkerTraceback,
     failure_message,
     start_workers,
@@ -54,17 +54,17 @@ class MakeTask:
 
     view: TrainView
 
-    def run(self, owner: Owner, notes: Notes) -> None:
+    def run(self, parent: ParentConnection, status: WorkerStatus) -> None:
         """Answers each order with the views, or with what went wrong."""
-        while owner.wants_more:
-            order: Order = owner.receive()
+        while parent.wants_more:
+            order: Order = parent.receive()
             place = 0
 
             def note(step: int, position: int) -> None:
                 """Says what is made next."""
                 nonlocal place
                 place = position
-                notes.put(step, position)
+                status.put(step, position)
 
             try:
                 views = self.view(
@@ -73,9 +73,9 @@ class MakeTask:
                 made = Order(step=order.step, positions=order.positions, items=views)
                 message = Message(made)
             except Exception as error:
-                message = failure_message(error, place=place)
+                message = failure_message(error, position=place)
             try:
-                message.send(owner.connection)
+                message.send(parent.connection)
             except OSError:  # nobody waits for it any more
                 sys.exit(1)
 
@@ -210,7 +210,7 @@ class LateViews:
         messages = [worker.receive(self._timeout_s) for worker in self._workers]
         failures = [m for m in messages if isinstance(m, Failure)]
         if failures:
-            first = min(failures, key=lambda failure: failure.place)
+            first = min(failures, key=lambda failure: failure.position)
             try:
                 raise first.error from WorkerTraceback(first.traceback)
             finally:
@@ -241,10 +241,10 @@ def _joined(parts: list[Order], chosen: Columns) -> View:
     return view_of(joined, "image")
 
 
-def _describe(chosen: dict[int, Columns], place: Place | None) -> str:
-    if place is None:
+def _describe(chosen: dict[int, Columns], activity: Activity | None) -> str:
+    if activity is None:
         return "makes train views"
-    step, position = place
+    step, position = activity
     of_step = chosen.get(step)
     if of_step is None:
         return f"makes train views, last that of step {step}"

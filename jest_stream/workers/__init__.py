@@ -1,9 +1,9 @@
-"""Worker processes: how they start and end, what they send, and what watches over them."""
+"""Worker processes: started, watched and ended here, with the messages that they exchange."""
 
 from jest_stream.workers.process import (
     Finalizer,
     Job,
-    Owner,
+    ParentConnection,
     Worker,
     start_workers,
     stop_workers,
@@ -14,16 +14,16 @@ from jest_stream.workers.transport import (
     WorkerTraceback,
     failure_message,
 )
-from jest_stream.workers.watch import Notes, Place, Watchdog
+from jest_stream.workers.watch import Activity, Watchdog, WorkerStatus
 
 __all__ = [
     "Failure",
     "Finalizer",
     "Job",
     "Message",
-    "Notes",
-    "Owner",
-    "Place",
+    "WorkerStatus",
+    "ParentConnection",
+    "Activity",
     "Watchdog",
     "Worker",
     "WorkerTraceback",

@@ -1,7 +1,8 @@
-"""One worker process, from both sides: how it is started, watched and ended, whatever it does.
+"""Worker processes, from both sides: they are started, watched and ended here.
 
-A `Task` travels to the process and runs there, with a socket of its own to the training process.
-Nothing is shared between workers: a socket ends when its worker does.
+In: a `Job` for each process; its task travels there and runs. Out: messages over one socket per
+worker. Workers share nothing, so a worker that is killed at any moment ends its own socket and
+leaves no lock or queue that the others wait for. No threads but the one of `end_with_parent`.
 """
 
 from __future__ import annotations
@@ -23,29 +24,29 @@ import torch.multiprocessing
 
 from jest_stream.errors import ConfigError, StalledError, WorkerDiedError
 from jest_stream.workers.transport import Message, receive
-from jest_stream.workers.watch import Notes, Place, end_with_parent
+from jest_stream.workers.watch import Activity, WorkerStatus, end_with_parent
 
 _STOP_TIMEOUT_S = 3.0
-# Terminals and schedulers send them to every process of a job, to interrupt it or have it save a
-# checkpoint. That is for the training process, whose handlers a worker inherits.
+# Terminals and schedulers send these to every process of a job, to interrupt it or have it save a
+# checkpoint. They are for the training process, whose handlers a worker inherits.
 _FOR_TRAINING = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Task(Protocol):
-    """What a worker process does. Travels to it."""
+    """The work of a worker process. Travels to it."""
 
-    def run(self, owner: Owner, notes: Notes) -> None:
-        """Works until `owner.wants_more` is False; notes what it is at."""
+    def run(self, parent: ParentConnection, status: WorkerStatus) -> None:
+        """Works until `parent.wants_more` is False; keeps `status` up to date."""
 
 
 class Job(NamedTuple):
-    """What a worker process is started for."""
+    """A task with the words that messages use of its worker."""
 
     name: str
-    """How messages call the worker, such as "worker 0 of 2"."""
+    """Name of the worker, such as "worker 0 of 2"."""
     task: Task
-    describe: Callable[[Place | None], str]
-    """For messages: what the worker does, and what it was at last. Stays in this process."""
+    describe: Callable[[Activity | None], str]
+    """Returns "reads lanes 0, 2, ..." with the last activity. Stays in this process."""
 
 
 class Worker:
@@ -53,26 +54,26 @@ class Worker:
 
     Args:
       context: of `torch.multiprocessing`, with the start method.
-      job: what it does.
+      job: the task and its names.
     """
 
     def __init__(self, context: Any, job: Job) -> None:
         self._name = job.name
         self._describe = job.describe
-        self._notes = Notes()
+        self._status = WorkerStatus()
         self._connection, self._theirs = socket.socketpair()
         self._connection.setblocking(False)
         self._method = context.get_start_method()
         ours = self._connection if self._method == "fork" else None
         self._process = context.Process(
             target=work,
-            args=(self._theirs, ours, self._notes, job.task),
+            args=(self._theirs, ours, self._status, job.task),
             name=f"jest_stream {job.name}",
         )
         self._process.daemon = True
 
     def start(self) -> None:
-        """Starts the process. From before on, its owner must be able to `join` it.
+        """Starts the process. Its owner must be able to `join` it before this is called.
 
         Raises:
           WorkerDiedError: if it cannot be started.
@@ -82,13 +83,13 @@ class Worker:
         except EOFError as error:  # of the fork server, which imports the main script
             raise WorkerDiedError(f"{self._name} could not be started. {_GUARD}") from error
         finally:
-            self._theirs.close()  # so that the connection ends when the worker does
+            self._theirs.close()  # the connection ends when the worker does
 
     def receive(self, timeout_s: float) -> Any:
         """Returns the worker's next message.
 
         Raises:
-          WorkerDiedError: if it is gone, with what it was at.
+          WorkerDiedError: if it is gone, with its last activity.
           StalledError: if it gave nothing for `timeout_s`, with its stacks.
         """
         try:
@@ -97,14 +98,14 @@ class Worker:
             raise StalledError(
                 f"{self._title()} gave nothing for timeout_s={timeout_s:g} seconds. A transform "
                 "that hangs, or storage that does? If it is only slow, raise timeout_s or use "
-                f"more workers. {self._notes.stacks(self._process.pid)}"
+                f"more workers. {self._status.stacks(self._process.pid)}"
             ) from None
         except (EOFError, ConnectionError) as error:
             self._check(error)
             raise
 
-    def answer(self) -> None:
-        """Tells the worker that a message of its was taken.
+    def acknowledge(self) -> None:
+        """Tells the worker that one of its messages was taken.
 
         Raises:
           WorkerDiedError: if it is gone.
@@ -116,9 +117,9 @@ class Worker:
             raise
 
     def send(self, message: Message) -> None:
-        """Sends a message that is in memory of its own; to a worker that is gone, nothing.
+        """Sends a message made with `is_inline=False`, and forgets it if the worker is gone.
 
-        That it is gone is said by the `receive` that waits for its answer.
+        The `receive` that waits for the worker's answer then says so.
         """
         try:
             message.send(self._connection)
@@ -126,12 +127,12 @@ class Worker:
             pass
 
     def ask_to_stop(self) -> None:
-        """Lets the process end, whatever it is doing."""
+        """Sends SIGTERM, which interrupts the task where it is."""
         if self._has_process:
             self._process.terminate()
 
     def join(self, deadline: float) -> None:
-        """Waits until the process is gone, not beyond `deadline`, and lets go of descriptors.
+        """Waits for the end of the process, kills it at `deadline`, and closes the descriptors.
 
         May be called again.
         """
@@ -141,7 +142,7 @@ class Worker:
                 self._process.kill()
                 self._process.join(_STOP_TIMEOUT_S)  # one that waits for a disk ends later
         self._theirs.close()
-        self._notes.close()
+        self._status.close()
         self._connection.close()
         if not self._has_process or self._process.exitcode is not None:
             self._process.close()
@@ -154,8 +155,8 @@ class Worker:
             return False
 
     def _title(self) -> str:
-        what = self._describe(self._notes.place)
-        return f"{self._name} (process {self._process.pid}), which {what},"
+        work = self._describe(self._status.activity)
+        return f"{self._name} (process {self._process.pid}), which {work},"
 
     def _check(self, cause: BaseException) -> None:
         """Raises if the process is gone; else the error is ours."""
@@ -164,24 +165,24 @@ class Worker:
             self._raise_died(cause)
 
     def _raise_died(self, cause: BaseException) -> NoReturn:
-        status = self._process.exitcode
-        how, why = f"ended with status {status}", "A transform that calls exit?"
-        if status < 0:
-            how = f"was killed by {signal.Signals(-status).name}"
+        exit_code = self._process.exitcode
+        how, why = f"ended with status {exit_code}", "A transform that calls exit?"
+        if exit_code < 0:
+            how = f"was killed by {signal.Signals(-exit_code).name}"
             why = "Look for the reason in the system log."
-        elif not self._notes.has_begun and self._method != "fork":
+        elif not self._status.has_begun and self._method != "fork":
             how, why = f"{how} before it began", _GUARD
-        if status == -signal.SIGKILL:
+        if exit_code == -signal.SIGKILL:
             why = "Often the system is out of memory: use fewer workers or a smaller super-batch."
-        elif status == -signal.SIGSEGV:
-            why = "A library crashed: look at that example, and at what decodes it."
-        text = f"{self._title()} {how}. {why} {self._notes.last_stacks}"
+        elif exit_code == -signal.SIGSEGV:
+            why = "A library crashed: look at that example, and at its decoder."
+        text = f"{self._title()} {how}. {why} {self._status.last_stacks}"
         raise WorkerDiedError(text.rstrip()) from cause
 
 
 _GUARD = (
     "Where workers are not forked, each imports the main script anew, and must not start the "
-    'training again: put what the script does under if __name__ == "__main__":, or see above for '
+    'training again: put the body of the script under if __name__ == "__main__":, or see above for '
     "the error of that import."
 )
 
@@ -207,7 +208,7 @@ def stop_workers(workers: list[Worker], owner_pid: int) -> None:
     if os.getpid() != owner_pid:
         return
     try:
-        for worker in workers:
+        for worker in workers:  # all are asked before the first is waited for
             worker.ask_to_stop()
         deadline = time.monotonic() + _STOP_TIMEOUT_S
         for worker in workers:
@@ -221,7 +222,9 @@ def stop_workers(workers: list[Worker], owner_pid: int) -> None:
 
 
 def start_workers(workers: list[Worker], jobs: Sequence[Job]) -> None:
-    """Starts a process for each job and puts them into `workers`, whose owner stops them.
+    """Starts a process for each job and appends it to `workers`, whose owner stops them.
+
+    Each is appended before it is started: Ctrl-C in between leaves none that nobody stops.
 
     Raises:
       ConfigError: if a task cannot be sent to a process, as some start methods need.
@@ -235,17 +238,16 @@ def start_workers(workers: list[Worker], jobs: Sequence[Job]) -> None:
         workers[-1].start()
 
 
-class Owner:
+class ParentConnection:
     """The training process, as a worker sees it.
 
     Args:
-      connection: to it; blocks.
+      connection: the socket to it; blocks.
       is_stopped: whether this process was asked to end.
     """
 
     def __init__(self, connection: socket.socket, is_stopped: Callable[[], bool]) -> None:
         self.connection = connection
-        """To the training process."""
         self._is_stopped = is_stopped
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
@@ -269,41 +271,40 @@ class Owner:
 
 
 def work(
-    connection: socket.socket, inherited: socket.socket | None, notes: Notes, task: Task
+    connection: socket.socket, inherited: socket.socket | None, status: WorkerStatus, task: Task
 ) -> None:
-    """What a worker process does: its task, until it is stopped.
+    """Runs a task in a worker process, until it is stopped.
 
     Args:
-      connection: to the training process.
-      inherited: the other end of it, where the worker was forked.
-      notes: what it is at.
-      task: what it does.
+      connection: the socket to the training process.
+      inherited: its other end, where the worker was forked.
+      status: shared with the training process.
+      task: the work.
     """
     is_stopped = False
     if inherited is not None:
         inherited.close()  # the connection ends when the training process lets go of it
 
     def leave(*_: object) -> None:
-        """Unwinds, so that nothing is left behind."""
+        """Unwinds the task, which closes its files."""
         nonlocal is_stopped
-        is_stopped = True  # what is raised here may be swallowed: Cython's imports do
+        is_stopped = True  # the exit raised here may be swallowed: Cython's imports do
         sys.exit()
 
     signal.set_wakeup_fd(-1)  # inherited, it would tell an event loop of the training process
     signal.signal(signal.SIGTERM, leave)
     for number in _FOR_TRAINING:
         signal.signal(number, signal.SIG_IGN)
-    # What was inherited is never collected here: its destructors may touch the GPU.
+    # Inherited objects are never collected here: their destructors may touch the GPU.
     gc.freeze()
     torch.set_num_threads(1)
-    notes.begin()
-    # Whatever the task waits for meanwhile, such as a transform that hangs.
-    end_with_parent()
-    task.run(Owner(connection, lambda: is_stopped), notes)
+    status.begin()
+    end_with_parent()  # from a thread: the task may hang in a transform
+    task.run(ParentConnection(connection, lambda: is_stopped), status)
 
 
 def _require_picklable(task: object) -> None:
-    """Demands what starting a process needs where it is not forked."""
+    """Raises `ConfigError` for a task that cannot travel to a process that is not forked."""
     try:
         ForkingPickler.dumps(task)
     except Exception as error:

@@ -44,8 +44,8 @@ class Failure:
 
     error: Exception
     traceback: str
-    place: int = 0
-    """Index of the item that it failed at, among those asked for."""
+    position: int = 0
+    """Of the item that it failed at, among those asked for."""
 
 
 class WorkerTraceback(Exception):
@@ -106,16 +106,16 @@ class Message:
             self._memory.close()
 
 
-def failure_message(error: Exception, *, place: int = 0) -> Message:
+def failure_message(error: Exception, *, position: int = 0) -> Message:
     """Returns an error as a message; as a `RuntimeError` where it cannot travel itself."""
     text = "".join(traceback.format_exception(error))
     try:
         arrived = pickle.loads(_pickled(error))  # some can be pickled but not unpickled
         if type(arrived) is type(error) and str(arrived) == str(error):
-            return Message(Failure(error, text, place))
+            return Message(Failure(error, text, position))
     except Exception:
         pass
-    return Message(Failure(RuntimeError(f"{type(error).__name__}: {error}"), text, place))
+    return Message(Failure(RuntimeError(f"{type(error).__name__}: {error}"), text, position))
 
 
 def receive(connection: socket.socket, sentinel: int | None, timeout_s: float) -> Any:

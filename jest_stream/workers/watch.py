@@ -1,8 +1,9 @@
-"""Who hangs, and where: what is being read, and the stacks of a process that gives nothing.
+"""Signs of life of a worker, for messages: its last activity, and its stacks when it hangs.
 
-`Notes` are kept by a worker and read by the training process, also when the worker is gone or
-hangs in C code, with or without the interpreter's lock. `Watchdog` is for reading in this process:
-a thread that sleeps, and logs all stacks when a read takes too long. Neither ends anything.
+`WorkerStatus` is written by a worker and read by the training process, also when the worker is gone
+or hangs in C code, with or without the interpreter's lock. `Watchdog` is for reading in this
+process: a thread that sleeps, and logs all stacks when a read takes too long. `end_with_parent`
+starts a thread in a worker. Neither of the first two ends anything.
 """
 
 from __future__ import annotations
@@ -28,40 +29,44 @@ _LOG = logging.getLogger("jest_stream")
 
 # A signal that schedulers and runtimes have no use for; SIGUSR1 and SIGUSR2 have many.
 _SHOW_STACKS = getattr(signal, "SIGRTMAX", signal.SIGUSR2)
-_PLACE = struct.Struct("qqq")  # 1 once there is a place, the shard, examples of it before
+_ACTIVITY = struct.Struct("qqq")  # 1 once the worker runs, then the two of `Activity`
 _STACKS_AT = 4096
 _MAX_STACKS_BYTES = 1 << 20
 _STACKS_TIMEOUT_S = 2.0
 _QUIET_S = 0.2  # without another byte: the stacks are complete
 
 
-class Place(NamedTuple):
-    """What was being read."""
+class Activity(NamedTuple):
+    """The example that a worker is busy with, in the numbers of its task."""
 
-    shard: int
-    num_before: int
-    """Examples of the shard that lie before the one that is being read."""
+    number: int
+    """Of the shard that is read, or of the step whose train views are made."""
+    position: int
+    """Of the example within it."""
 
 
-class Notes:
-    """What a worker is reading, and its stacks when asked. Owns a descriptor of shared memory."""
+class WorkerStatus:
+    """Last activity of a worker, and its stacks when asked. Owns a descriptor of shared memory.
+
+    Three numbers lie at the start of the memory, the text of the stacks from byte 4,096 on.
+    """
 
     def __init__(self, descriptor: int | None = None) -> None:
         self._memory = new_memory() if descriptor is None else io.FileIO(descriptor, "r+")
 
     def begin(self) -> None:
         """In the worker: says that it runs, and shows its stacks when it crashes or is asked."""
-        os.pwrite(self._memory.fileno(), _PLACE.pack(1, -1, 0), 0)
+        os.pwrite(self._memory.fileno(), _ACTIVITY.pack(1, -1, 0), 0)
         os.lseek(self._memory.fileno(), _STACKS_AT, os.SEEK_SET)
-        # Written in C, in the signal handler: whatever the interpreter is doing.
+        # Written in C, by the signal handler: also while the interpreter hangs in a library.
         faulthandler.enable(file=self._memory.fileno())
         faulthandler.register(
             _SHOW_STACKS, file=self._memory.fileno(), all_threads=True, chain=False
         )
 
-    def put(self, shard: int, num_before: int) -> None:
-        """In the worker: says what it reads next; 0.5 us."""
-        os.pwrite(self._memory.fileno(), _PLACE.pack(1, shard, num_before), 0)
+    def put(self, number: int, position: int) -> None:
+        """In the worker: notes the activity that begins; 0.5 us."""
+        os.pwrite(self._memory.fileno(), _ACTIVITY.pack(1, number, position), 0)
 
     @property
     def has_begun(self) -> bool:
@@ -69,13 +74,13 @@ class Notes:
         return len(os.pread(self._memory.fileno(), 1, 0)) > 0
 
     @property
-    def place(self) -> Place | None:
-        """What the worker was reading last; None if it has read nothing."""
-        data = os.pread(self._memory.fileno(), _PLACE.size, 0)
+    def activity(self) -> Activity | None:
+        """The last activity of the worker; None before the first."""
+        data = os.pread(self._memory.fileno(), _ACTIVITY.size, 0)
         if not data:
             return None
-        _, shard, num_before = _PLACE.unpack(data)
-        return None if shard < 0 else Place(shard, num_before)
+        _, number, position = _ACTIVITY.unpack(data)
+        return None if number < 0 else Activity(number, position)
 
     @property
     def last_stacks(self) -> str:
@@ -88,6 +93,7 @@ class Notes:
         if not self.has_begun:
             return "It had not begun to run Python code of ours."
         os.kill(pid, _SHOW_STACKS)
+        # faulthandler says no "end": the text is complete once nothing was added for 0.2 s.
         deadline = time.monotonic() + _STACKS_TIMEOUT_S
         text, is_quiet_at = "", deadline
         while time.monotonic() < min(deadline, is_quiet_at):
@@ -102,15 +108,15 @@ class Notes:
         self._memory.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """To a process that is being started, and was not forked."""
+        """Pickles it for a process that is being started, and was not forked."""
         return _reopened, (multiprocessing.reduction.DupFd(self._memory.fileno()),)
 
 
 class Watchdog:
-    """Logs all stacks of this process when what it watches takes longer than `timeout_s`.
+    """Logs all stacks of this process when a read takes longer than `timeout_s`.
 
     A context manager around each read; `close` ends its thread. The thread only reads two
-    attributes, which the reading thread sets: there is no lock.
+    attributes, which the reading thread sets, so it needs no lock.
     """
 
     def __init__(self, timeout_s: float, title: str) -> None:
@@ -123,7 +129,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="jest_stream watch", daemon=True)
 
     def __enter__(self) -> None:
-        if self._thread.ident is None:  # not before: somebody must be there to close this
+        if self._thread.ident is None:  # not in the constructor: its caller may never close this
             self._thread.start()
         self._reader = threading.get_ident()
         self._began_at = time.monotonic()
@@ -161,9 +167,9 @@ class Watchdog:
 
 
 def end_with_parent() -> None:
-    """Ends this process, from now on, when its parent is gone: killed, that cannot say so.
+    """Ends this process, from now on, once its parent is gone: a killed one cannot say so.
 
-    Its connection may not tell either: another worker may have inherited the other end.
+    The connection does not tell it either: another worker may have inherited the other end.
     """
     parent_pid = os.getppid()
 
@@ -189,7 +195,7 @@ def _own_stacks(first: int) -> str:
 
 
 def _state(pid: int) -> str:
-    """Returns what the system says of a process: stopped, or waiting for a disk, perhaps."""
+    """Returns the state of a process in words, such as stopped or waiting for a disk."""
     try:
         letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
@@ -198,5 +204,5 @@ def _state(pid: int) -> str:
     return known.get(letter, f"it is in state {letter}")
 
 
-def _reopened(descriptor: Any) -> Notes:
-    return Notes(descriptor.detach())
+def _reopened(descriptor: Any) -> WorkerStatus:
+    return WorkerStatus(descriptor.detach())
