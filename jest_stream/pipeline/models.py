@@ -13,7 +13,7 @@ from jest_stream.errors import ConfigError
 from jest_stream.reference_cache import ReferenceCache
 from jest_stream.scoring import has_bias, is_named, load_reference, two_tower
 from jest_stream.selection import needs
-from jest_stream.storage import check, scheme_of
+from jest_stream.storage import check_address, scheme_of
 from jest_stream.views import Key, Transform
 
 
@@ -142,7 +142,7 @@ def open_reference(
             named.module, transform or named.transform, tokenizer or named.tokenizer, is_own
         )
     if is_own:
-        address = check(os.fspath(reference))
+        address = check_address(os.fspath(reference))
         if not scheme_of(address) and not os.path.exists(address):
             raise ConfigError(
                 f"reference={os.fspath(reference)!r} is no folder of a reference cache, no model "
