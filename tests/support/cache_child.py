@@ -2,7 +2,7 @@
 
 Reads one JSON object per line: `{"url", "size", "pause"}`. Answers with lines: `ready`, then for
 each object `half` when half of a download is written (with "pause", it goes on at the next line),
-and `opened` with what was counted, or `failed` with the error. Files stay open until the end.
+and `opened` with the counts, or `failed` with the error. Files stay open until the end.
 """
 
 from __future__ import annotations
