@@ -1,10 +1,10 @@
 """Embed the icons once with the reference, then train from the embeddings: no reference runs.
 
-    pip install -e ".[demo,cache]"
     python examples/cache_reference.py
 
-The learner is also pulled towards the reference's embeddings of what was chosen (distillation, as
-in ACED, https://arxiv.org/abs/2411.18674): they come with the batch.
+Writes the embeddings to the folder `reference_cache`. The batches also bring the reference's
+embeddings of the chosen examples, and the learner is trained to imitate them as well (distillation,
+as in ACED, https://arxiv.org/abs/2411.18674).
 """
 
 from itertools import islice

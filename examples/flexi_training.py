@@ -6,6 +6,8 @@
 Scoring small views is cheap, but a model that never trains on them scores them badly. So half of
 each batch comes at the small size, and trains the same weights there: the position embeddings of
 the small model are resampled from the large one's, and gradients go back the same way.
+
+The reference here is untrained, which shows the mechanics and nothing else.
 """
 
 import argparse

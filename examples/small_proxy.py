@@ -3,10 +3,12 @@
     python examples/small_proxy.py                   # four steps on the demo's icons
     python examples/small_proxy.py --shards "/data/pairs/{00000..00099}.tar" --steps 10000
 
-For a model that is too large, or sharded over too many devices, to score with. The proxy sees what
-the model sees, so that what it has not learned yet stands for what the model has not learned yet
-(ActiveCLIP, https://arxiv.org/abs/2312.05328). The reference has the proxy's size: learnability
-is the difference between the two.
+For a model that is too large, or sharded over too many devices, to score with. The proxy sees the
+same batches as the model, so that the pairs it has not learned yet stand for those that the model
+has not learned yet (ActiveCLIP, https://arxiv.org/abs/2312.05328). The reference has the proxy's
+size: learnability is the difference between the two.
+
+The reference here is untrained, which shows the mechanics and nothing else.
 """
 
 import argparse
@@ -23,8 +25,8 @@ WORDS = 16
 def main() -> None:
     options = parse_arguments()
     torch.manual_seed(0)
-    model = clip(patch_size=8, width=192, layers=4)  # what is wanted
-    proxy = clip(patch_size=16, width=64, layers=2)  # what scores
+    model = clip(patch_size=8, width=192, layers=4)  # the model that is wanted
+    proxy = clip(patch_size=16, width=64, layers=2)  # the one that scores
     reference = clip(patch_size=16, width=64, layers=2)  # a real one is trained, on data you trust
 
     contrastive = open_clip.ClipLoss()

@@ -1,10 +1,10 @@
 """Stream pairs from a dataset repository of the Hugging Face Hub into a model.
 
-pip install -e ".[demo,hub]"
 hf auth login                                            # for a private or gated repository
 python examples/stream_from_hub.py org/name              # of tars or Parquet files
 
-Without an argument the name is that in the environment variable HUB_DATASET.
+Takes four steps with the demo's small model. Without an argument the name of the repository is read
+from the environment variable HUB_DATASET.
 """
 
 import os

@@ -1,11 +1,12 @@
 """Stream pairs from an object store into a model, and go on where a checkpoint was taken.
 
-pip install -e ".[demo,s3]"
+pip install -e ".[s3]"
 export AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=...   # as for every AWS tool
 export AWS_ENDPOINT_URL=https://...                      # for a store other than AWS
 python examples/stream_from_s3.py "s3://bucket/pairs-{00000..00099}.tar"
 
-Without an argument it reads the address from the environment variable PAIRS.
+Takes four steps with the demo's small model, then opens the stream again from its checkpoint, as
+after a restart. Without an argument the address is read from the environment variable PAIRS.
 """
 
 import os

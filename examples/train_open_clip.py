@@ -4,8 +4,8 @@
     python examples/train_open_clip.py --shards "/data/pairs/{00000..00099}.tar" \
         --model ViT-B-32 --reference laion2b_s34b_b79k --batch-size 256 --steps 10000
 
-The reference decides what is learned first: take one that is good at what your model is for. Left
-out, an untrained one stands in, which shows the mechanics and nothing else.
+The reference decides which pairs are learned first: take one that is good at the tasks of your
+model. Left out, an untrained one stands in, which shows the mechanics and nothing else.
 """
 
 import argparse

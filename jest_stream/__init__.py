@@ -1,13 +1,14 @@
-"""jest_stream: joint example selection (JEST) inside the training loop.
+"""jest_stream: joint example selection (JEST) inside the training loop, as a dataset.
 
-shards -> lanes -> super-batch -> score views -> embeddings -> selected -> batch
+shards -> lanes -> super-batch -> score views -> embeddings -> chosen rows -> batch
 
-sources     read shards lane by lane, here or in worker processes
-superbatch  cuts the stream into super-batches of exactly B candidates
-views       makes the small view that is scored, and the one that is trained on
-scoring     embeds candidates with the learner copy and the frozen reference
-selection   draws the sub-batch, chunk by chunk, each conditioned on those before
-dataset     hands it to the training loop, and remembers where it was
+sources          read shards lane by lane into blocks of examples, in worker processes if wanted
+views            make the small view of every candidate, and the train view of the chosen
+reference_cache  brings reference embeddings beside the examples, where they were made before
+scoring          embeds the candidates with the learner copy and the frozen reference
+selection        draws the sub-batch, chunk by chunk, each conditioned on those before
+pipeline         says which of these runs at which step, and describes where a run is
+dataset          hands the batch to the training loop
 """
 
 from jest_stream.config import (

@@ -9,30 +9,31 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jest_stream.errors import JESTError
 
 _DEMO = """\
-Train a small image-text model on real icons and emoji twice, on uniform batches and on jointly
-selected ones, and compare: at equal steps, equal FLOPs and equal wall time.
+Train on real icons with and without selection, and compare. A small image-text model is trained
+twice, on uniform batches and on jointly selected ones; the two are compared at equal steps, equal
+FLOPs and equal wall time.
 
 example:
   jest-stream demo --steps 400 --seed 1 --out my_demo
 """
 
 _INDEX = """\
-Count the examples of tar shards and write a manifest, which then serves as the source: with counts,
-repeat=False works on several ranks, and a shard that holds less than it should is noticed.
+Count the examples of tar shards and write a manifest. It then serves as the source: with counts,
+repeat=False works on several ranks, and a shard that was cut is noticed.
 
 example:
   jest-stream index "pairs-{00000..00999}.tar" --out sizes.json
 """
 
 _CACHE = """\
-Embed every example of a source once with a reference model, so that training reads the embeddings
+Embed every example of a source once with a reference model. Training then reads the embeddings
 instead of running the model. A build that was stopped goes on where it was; several processes share
 the work under torchrun.
 
@@ -42,6 +43,8 @@ examples:
   torchrun --nproc-per-node 8 -m jest_stream.cli cache "pairs-*.tar" --reference my_model \\
       --out cache --device cuda
 """
+
+_SOURCE = "shards: paths, patterns or addresses"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,14 +63,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jest-stream", description="Joint example selection.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = commands.add_parser(
-        "demo",
-        help="train on real icons with and without selection, and compare",
-        description=_DEMO,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(
+        prog="jest-stream",
+        description="Joint example selection. Examples: jest-stream COMMAND --help",
     )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def _add(name: str, run: Callable[[argparse.Namespace], None], description: str) -> Any:
+        command = commands.add_parser(
+            name,
+            help=description.partition(".")[0],
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        return command
+
+    _add_demo_options(_add("demo", _demo, _DEMO))
+    _add_index_options(_add("index", _index, _INDEX))
+    _add_cache_options(_add("cache", _cache, _CACHE))
+    return parser
+
+
+def _add_demo_options(demo: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--steps", type=int, default=None, help="training steps of each run (default 400)"
     )
@@ -77,28 +95,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--filter-ratio", type=float, default=0.8, help="share of candidates to drop (default 0.8)"
     )
-    demo.set_defaults(run=_demo)
-    index = commands.add_parser(
-        "index",
-        help="count the examples of shards, and write a manifest",
-        description=_INDEX,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    index.add_argument("source", nargs="+", help="shards: paths, patterns or addresses")
+
+
+def _add_index_options(index: argparse.ArgumentParser) -> None:
+    index.add_argument("source", nargs="+", help=_SOURCE)
     index.add_argument("--out", type=Path, required=True, help="the manifest, a .json file")
-    index.set_defaults(run=_index)
-    _add_cache(commands)
-    return parser
 
 
-def _add_cache(commands: Any) -> None:
-    cache = commands.add_parser(
-        "cache",
-        help="embed a source with a reference model, once",
-        description=_CACHE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    cache.add_argument("source", nargs="+", help="shards: paths, patterns or addresses")
+def _add_cache_options(cache: argparse.ArgumentParser) -> None:
+    cache.add_argument("source", nargs="+", help=_SOURCE)
     cache.add_argument(
         "--reference",
         required=True,
@@ -125,20 +130,20 @@ def _add_cache(commands: Any) -> None:
         "--on-bad-example",
         choices=("raise", "skip"),
         default="raise",
-        help="skip leaves out and counts what cannot be read (default raise)",
+        help="skip leaves out and counts examples that cannot be read (default raise)",
     )
-    cache.set_defaults(run=_cache)
 
 
 def _cache(options: argparse.Namespace) -> None:
     import torch
 
+    from jest_stream.config import DEFAULT_IMAGE_KEY, DEFAULT_TEXT_KEY
     from jest_stream.errors import IncompleteCacheError
-    from jest_stream.reference_cache import DEFAULT_IMAGE_KEY, DEFAULT_TEXT_KEY, ReferenceCache
+    from jest_stream.reference_cache import ReferenceCache
 
-    # torchrun's; a device that names its number is taken as it is.
-    local_rank = os.environ.get("LOCAL_RANK")
-    device = options.device
+    # torchrun numbers the processes of a machine: each takes the GPU of its number, unless the
+    # user named one.
+    device, local_rank = options.device, os.environ.get("LOCAL_RANK")
     if device == "cuda" and local_rank is not None:
         device = f"cuda:{local_rank}"
     source = options.source[0] if len(options.source) == 1 else options.source
@@ -157,7 +162,7 @@ def _cache(options: argparse.Namespace) -> None:
     ) as cache:
         try:
             print(cache.summary())
-        except IncompleteCacheError as incomplete:  # of other ranks, which are still at work
+        except IncompleteCacheError as incomplete:  # other ranks are still at work
             print(
                 f"{options.out}: this process has done its shards; {incomplete.num_done} of "
                 f"{incomplete.num_shards} are done in all"

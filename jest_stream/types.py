@@ -6,9 +6,10 @@ G: number of groups with a quota.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -19,70 +20,139 @@ Example = dict[str, Any]
 
 
 REFERENCE_ROW = "__reference__"
-"""Entry of an example that tells where its cached reference embeddings are: a `ReferenceRow`."""
+"""Entry of an example that holds the place of its cached reference embeddings: a `ReferenceRow`."""
 ReferenceRow = tuple[Tensor, Tensor, Tensor, int]
-"""`[n, D]` image and text embeddings and `[n, 2]` checksums of several examples, and which row is
-this one's: rows are gathered together, many times faster than each alone."""
+"""`[n, D]` image and text embeddings and `[n, 2]` checksums of several examples, and the row of
+this one. Rows are gathered together, many times faster than each alone."""
 
 
 class Cursor(NamedTuple):
-    """Where a lane goes on reading. Plain integers, so that a checkpoint can hold it."""
+    """The place where a lane goes on reading. Plain integers, which a checkpoint can hold."""
 
     epoch: int
     """Passes that the lane has completed."""
     shard: int
     """Position in the lane's shard order of this epoch."""
     offset: int
-    """Where the next example starts within the shard: bytes in a tar, else unused."""
+    """Start of the next example in the shard: a byte of a tar, a row of a table, else unused."""
     num_before: int
     """Examples of the shard that lie before `offset`."""
 
 
 class ObjectInfo(NamedTuple):
-    """What names the content of an object, so that a change is noticed."""
+    """Length and version of an object: a change of its content changes one of them."""
 
     num_bytes: int
     """Its length."""
     version: str = ""
-    """Its ETag, or whatever else names the content (a generation, a commit); "" if unknown."""
+    """Its ETag, generation or commit; "" if unknown."""
 
 
-class Source(Protocol):
+class Source(ABC):
     """A fixed list of shards, each readable from any example on.
 
-    Four members more are used where a source has them. `num_examples: Sequence[int] | None` says
-    how many examples each shard holds, where that is known. `take_counts() -> dict[str, int]`
-    returns what was counted in this process since the last call (bytes, retries, ...), for
-    `metrics()`. `close()` closes what this process holds open beyond single reads: connections.
-    `shard_content(shard) -> tuple[int, str]` returns what names the content of a shard now: its
-    length in bytes, and its ETag or the like, "" if that is unknown.
+    A source names its shards and reads them; the other members have defaults. Workers are sent a
+    copy: a source must pickle. An object of another class with the abstract members, and
+    any of the others, is a source too: `open_source` wraps it.
     """
 
     @property
+    @abstractmethod
     def num_shards(self) -> int:
-        """How many shards there are; the unit that lanes are dealt in."""
+        """Number of shards, the unit that lanes are dealt in."""
 
     @property
+    @abstractmethod
     def fingerprint(self) -> str:
         """Names the list of shards: a checkpoint of one list does not fit another."""
 
+    @abstractmethod
     def shard_name(self, shard: int) -> str:
-        """What to call a shard in a message."""
+        """Returns the name of a shard in messages."""
+
+    @abstractmethod
+    def read(
+        self, shard: int, *, offset: int = 0, index: int = 0
+    ) -> Iterator[tuple[Example | BadExampleError, int]]:
+        """Yields each example from `offset` on, with the offset of the one that follows it.
+
+        An example that cannot be used is yielded as the error that says why, not raised: reading
+        goes on after it, and it counts as an example. A generator: closing it closes the file.
+
+        Args:
+          shard: position in the list of shards.
+          offset: one that this method gave, or 0 for the start of the shard.
+          index: number of examples before `offset`; sources that cannot seek skip that many.
+        """
+
+    @property
+    def num_examples(self) -> Sequence[int] | None:
+        """Examples of each shard; None where that is not known."""
+        return None
+
+    def shard_content(self, shard: int) -> tuple[int, str] | None:
+        """Returns the names of a shard's content: its length in bytes, and its ETag or "".
+
+        None where a shard has no bytes. A cache of reference embeddings notices changes by it.
+        """
+        return None
+
+    def take_counts(self) -> dict[str, int]:
+        """Returns the counts (bytes, retries, ...) of this process since the last call."""
+        return {}
+
+    def close(self) -> None:
+        """Closes the connections of this process; reading opens them anew."""
+        return None  # most sources hold none
+
+
+class WrappedSource(Source):
+    """A source that passes every call on to another one. Subclasses change some of the answers."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the wrapped source."""
+        return self._source.num_shards
+
+    @property
+    def fingerprint(self) -> str:
+        """The wrapped source's."""
+        return self._source.fingerprint
+
+    def shard_name(self, shard: int) -> str:
+        """Returns the wrapped source's name of a shard."""
+        return self._source.shard_name(shard)
 
     def read(
         self, shard: int, *, offset: int = 0, index: int = 0
     ) -> Iterator[tuple[Example | BadExampleError, int]]:
-        """Yields each example from `offset` on, with the offset behind it.
+        """Yields the wrapped source's examples; see `Source.read`."""
+        return self._source.read(shard, offset=offset, index=index)
 
-        An example that cannot be used is yielded as the error that says why, not raised, so that
-        reading can go on behind it; it counts as an example. A generator: closing it closes the
-        file. `index` counts the examples before `offset`; sources that cannot seek skip that many.
-        """
+    @property
+    def num_examples(self) -> Sequence[int] | None:
+        """Examples of each shard, where the wrapped source knows them."""
+        return self._source.num_examples
+
+    def shard_content(self, shard: int) -> tuple[int, str] | None:
+        """Returns the wrapped source's answer."""
+        return self._source.shard_content(shard)
+
+    def take_counts(self) -> dict[str, int]:
+        """Returns the wrapped source's counts since the last call."""
+        return self._source.take_counts()
+
+    def close(self) -> None:
+        """Closes the connections of the wrapped source."""
+        self._source.close()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Embeddings:
-    """What a two-tower model says of B image-text pairs.
+    """The answer of a two-tower model for B image-text pairs.
 
     The logit of image i and text j is `logit_scale * image[i] @ text[j] + logit_bias`.
     """
@@ -99,7 +169,7 @@ class Embeddings:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which candidates were chosen, and how sharply. All tensors stay on the scoring device."""
+    """The chosen candidates and how sharply they were drawn. Tensors stay on the scoring device."""
 
     indices: Tensor
     """`[b]` int64, distinct, in draw order, chunk by chunk."""
@@ -114,8 +184,8 @@ class Selection:
     """`[]` float: mean over the chosen of their score when drawn last, in nats; NaN for uniform.
     Without sweeps every pair of two chunks counts once in it, with sweeps twice."""
     candidate_score: Tensor
-    """`[]` float: what `selected_score` would have been, had each chunk been drawn uniformly: the
-    mean score of the candidates that were left; NaN for uniform."""
+    """`[]` float: the value of `selected_score` had each chunk been drawn uniformly, the mean score
+    of the candidates that were left; NaN for uniform."""
     group_counts: Tensor
     """`[G]` int64: how many were chosen of each group that has a quota."""
     quota_excess: Tensor

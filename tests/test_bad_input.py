@@ -1,4 +1,4 @@
-"""Bad input gets a named error that says what, got, why and the fix; or is skipped and counted.
+"""Bad input raises an error that names the rule, the value and the fix; or is skipped and counted.
 
 pytest tests/test_bad_input.py
 """
@@ -33,10 +33,7 @@ from jest_stream.errors import (
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
-
-@pytest.fixture
-def shards(tmp_path: Path) -> list[str]:
-    return write_shards(tmp_path, num_shards=2, examples_per_shard=16)
+SHARDS = {"num_shards": 2, "examples_per_shard": 16}
 
 
 @pytest.mark.parametrize(
@@ -79,10 +76,10 @@ def shards(tmp_path: Path) -> list[str]:
     ],
 )
 def test_arguments_that_cannot_work_are_refused_at_construction(
-    shards: list[str], options: dict[str, Any], message: str
+    own_shards: list[str], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        jest(shards, **options)
+        jest(own_shards, **options)
 
 
 @pytest.mark.parametrize(
@@ -120,10 +117,10 @@ def test_ways_of_scoring_that_cannot_work_are_refused(
         ScoringConfig(**options)
 
 
-def test_integers_of_numpy_and_torch_are_integers(shards: list[str]) -> None:
+def test_integers_of_numpy_and_torch_are_integers(own_shards: list[str]) -> None:
     rule = SelectionConfig(num_chunks=np.int64(2))  # type: ignore[arg-type]
     dataset = jest(
-        shards,
+        own_shards,
         batch_size=np.int64(4),
         super_batch_size=torch.tensor(8),
         lookahead=np.int32(1),
@@ -136,22 +133,22 @@ def test_integers_of_numpy_and_torch_are_integers(shards: list[str]) -> None:
     assert len(list(dataset)) == 2
     state = dataset.state_dict()
     dataset.close()
-    assert type(state["layout"]["batch_size"]) is int and type(state["layout"]["seed"]) is int
+    assert type(state["settings"]["batch_size"]) is int and type(state["settings"]["seed"]) is int
     json.dumps(state)
 
 
-def test_a_missing_shard_is_named_before_training(shards: list[str]) -> None:
-    missing = shards[0].replace("00000", "00009")
+def test_a_missing_shard_is_named_before_training(own_shards: list[str]) -> None:
+    missing = own_shards[0].replace("00000", "00009")
     with pytest.raises(ShardUnavailableError, match="00009.tar") as caught:
-        jest([*shards, missing])
+        jest([*own_shards, missing])
     assert caught.value.shard.endswith("00009.tar")
 
 
-def test_a_shard_that_vanishes_during_training_is_named(shards: list[str]) -> None:
-    iterator = iter(jest(shards, lookahead=0))
+def test_a_shard_that_vanishes_during_training_is_named(own_shards: list[str]) -> None:
+    iterator = iter(jest(own_shards, lookahead=0))
     next(iterator)
     iterator.close()
-    Path(shards[1]).unlink()
+    Path(own_shards[1]).unlink()
     with pytest.raises(ShardUnavailableError, match=r"00001\.tar"):
         for _ in range(9):
             next(iterator)
@@ -242,38 +239,38 @@ def test_a_shard_of_bad_examples_only_ends_with_an_error(tmp_path: Path) -> None
         next(iter(jest(shard, on_bad_example="skip")))
 
 
-def test_a_batch_larger_than_the_data_is_named_where_the_data_end(shards: list[str]) -> None:
+def test_a_batch_larger_than_the_data_is_named_where_the_data_end(own_shards: list[str]) -> None:
     with pytest.raises(ConfigError, match="batch_size=40, but a whole pass over the data gives"):
-        list(jest(shards, batch_size=40, super_batch_size=None, repeat=False))
+        list(jest(own_shards, batch_size=40, super_batch_size=None, repeat=False))
 
 
-def test_lanes_that_do_not_fit_are_refused(shards: list[str]) -> None:
+def test_lanes_that_do_not_fit_are_refused(own_shards: list[str]) -> None:
     with pytest.raises(ConfigError, match="lanes"):
-        next(iter(jest(shards, lanes=3)))
+        next(iter(jest(own_shards, lanes=3)))
 
 
 @pytest.mark.parametrize("model", ["learner", "reference"])
-def test_embeddings_that_are_not_numbers_are_named(shards: list[str], model: str) -> None:
+def test_embeddings_that_are_not_numbers_are_named(own_shards: list[str], model: str) -> None:
     broken = TinyTwoTower(seed=3)
     with torch.no_grad():
         broken.words.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match=f"{model}.*text"):
-        next(iter(jest(shards, **{model: broken})))
+        next(iter(jest(own_shards, **{model: broken})))
 
 
-def test_images_without_a_transform_are_refused_with_the_fix(shards: list[str]) -> None:
+def test_images_without_a_transform_are_refused_with_the_fix(own_shards: list[str]) -> None:
     with pytest.raises(ConfigError, match="Pass transform="):
-        next(iter(jest(shards, transform=None)))
+        next(iter(jest(own_shards, transform=None)))
 
 
-def test_texts_without_a_tokenizer_are_refused_with_the_fix(shards: list[str]) -> None:
+def test_texts_without_a_tokenizer_are_refused_with_the_fix(own_shards: list[str]) -> None:
     with pytest.raises(ConfigError, match="Pass tokenizer="):
-        next(iter(jest(shards, tokenizer=None)))
+        next(iter(jest(own_shards, tokenizer=None)))
 
 
-def test_views_of_different_shapes_are_named(shards: list[str]) -> None:
+def test_views_of_different_shapes_are_named(own_shards: list[str]) -> None:
     with pytest.raises(ConfigError, match="text must have one shape and dtype"):
-        next(iter(jest(shards, tokenizer=lambda text: torch.zeros(len(text)))))
+        next(iter(jest(own_shards, tokenizer=lambda text: torch.zeros(len(text)))))
 
 
 def test_a_source_of_the_wrong_kind_is_refused() -> None:
@@ -304,22 +301,24 @@ def test_views_that_differ_between_shards_are_named(tmp_path: Path, bad: str) ->
         list(islice(jest(paths, transform=view), 4))
 
 
-def test_a_rule_that_is_no_rule_is_refused(shards: list[str]) -> None:
+def test_a_rule_that_is_no_rule_is_refused(own_shards: list[str]) -> None:
     with pytest.raises(ConfigError, match="selection must be a SelectionConfig, got 'uniform'"):
-        jest(shards, selection="uniform")
+        jest(own_shards, selection="uniform")
 
 
-def test_a_train_transform_that_makes_no_tensor_is_named(shards: list[str]) -> None:
+def test_a_train_transform_that_makes_no_tensor_is_named(own_shards: list[str]) -> None:
     with pytest.raises(ConfigError, match="Pass train_transform="):
-        next(iter(jest(shards, train_transform=lambda image: image)))
+        next(iter(jest(own_shards, train_transform=lambda image: image)))
 
 
-def test_weights_of_a_checkpoint_that_do_not_fit_are_refused_each_time(shards: list[str]) -> None:
+def test_weights_of_a_checkpoint_that_do_not_fit_are_refused_each_time(
+    own_shards: list[str],
+) -> None:
     """After the error nothing is scored with other weights than the checkpoint's."""
-    with jest(shards, refresh_every=5) as dataset:
+    with jest(own_shards, refresh_every=5) as dataset:
         next(iter(dataset))
         state = dataset.state_dict(include_learner_copy=True)
-    with jest(shards, refresh_every=5, learner=TinyTwoTower(seed=1, width=8)) as dataset:
+    with jest(own_shards, refresh_every=5, learner=TinyTwoTower(seed=1, width=8)) as dataset:
         dataset.load_state_dict(state)
         iterator = iter(dataset)
         next(iterator)  # chosen before the checkpoint

@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 from support.leaks import no_leaks  # noqa: F401
-from support.shards import write_shards
 from support.vision_models import WORDS, open_clip_model, timm_model, transformers_model
 from torch import Tensor, nn
 
@@ -26,11 +25,7 @@ from jest_stream.scoring.reference import ReferenceModel
 pytestmark = pytest.mark.usefixtures("no_leaks")
 GREEDY = SelectionConfig(num_chunks=4, gain=1e6)  # so that the noise of the run does not matter
 
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Six shards of 20 examples."""
-    return write_shards(tmp_path_factory.mktemp("shards"), num_shards=6, examples_per_shard=20)
+SHARDS = {"num_shards": 6, "examples_per_shard": 20}
 
 
 def view(size: int = 64, *, named: bool = False) -> Any:

@@ -1,4 +1,4 @@
-"""`JESTDataset` yields exactly what the rule selects, in the loops that users write.
+"""`JESTDataset` yields exactly the examples that the rule selects, in the loops that users write.
 
 pytest tests/test_dataset.py
 """
@@ -18,24 +18,19 @@ import pytest
 import torch
 from support.leaks import no_leaks  # noqa: F401
 from support.models import TinyTwoTower, flipped, tiny_dataset, to_tensor, tokenize
-from support.shards import draw, write_shards
+from support.shards import draw
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from jest_stream import Embeddings, IterableSource, ReferenceCache, SelectionConfig, select_jointly
-from jest_stream.scoring.encoders import two_tower
+from jest_stream.scoring.two_tower import two_tower
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 VIEWS: dict[str, Any] = {"transform": to_tensor, "tokenizer": tokenize}
 UNIFORM = SelectionConfig(method="uniform")
 
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Six shards of 20 examples."""
-    folder = tmp_path_factory.mktemp("shards")
-    return write_shards(folder, num_shards=6, examples_per_shard=20)
+SHARDS = {"num_shards": 6, "examples_per_shard": 20}
 
 
 jest = partial(tiny_dataset, batch_size=8, super_batch_size=24)

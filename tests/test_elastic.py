@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.leaks import no_leaks  # noqa: F401
 from support.models import TinyTwoTower, to_tensor, tokenize
+from support.pairs import Pairs, key_of, sizes_of, stream_config
 from support.ranks import on_ranks
-from support.shards import write_shards
 
 from jest_stream import JESTDataset, SelectionConfig, gather_state_dict
 from jest_stream.config.sizes import Layout
 from jest_stream.errors import ConfigError, ResumeMismatchError, StalledError
 from jest_stream.metrics.metrics import Metrics
 from jest_stream.pipeline.device.streams import Ring
-from jest_stream.pipeline.state import Progress, deal, merge_states, state_of
-from jest_stream.pipeline.super_batches import Position, Window
-from jest_stream.sources.reader import BlockReader
-from jest_stream.types import Cursor, Example
-from jest_stream.views.columns import collate
+from jest_stream.pipeline.state import (
+    RunState,
+    checkpoint_of,
+    layout_to_resume,
+    merge_states,
+    position_of,
+    run_of,
+)
+from jest_stream.pipeline.super_batches import Position, SuperBatchReader
+from jest_stream.sources import open_source
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -40,77 +44,42 @@ UNIFORM = SelectionConfig(method="uniform")
 GLOBAL_BATCH = 8
 
 
-class Numbers:
-    """Shards of bare keys, `SHARD-INDEX`: a source of one's own, in memory."""
-
-    def __init__(self, lengths: list[int]) -> None:
-        self.num_examples = lengths
-        self.num_shards = len(lengths)
-        self.fingerprint = f"numbers {lengths}"
-
-    def shard_name(self, shard: int) -> str:
-        return f"shard {shard}"
-
-    def read(self, shard: int, *, offset: int = 0, index: int = 0) -> Iterator[tuple[Example, int]]:
-        for number in range(index, self.num_examples[shard]):
-            yield {"__key__": f"{shard}-{number}"}, 0
-
-
-def key_of(example: Example) -> dict[str, Any]:
-    return {"key": example["__key__"]}
-
-
 class Rank:
     """A rank of a simulated run: takes super-batches, and has a state."""
 
-    def __init__(self, source: Numbers, layout: Layout, position: Position, step: int = 0) -> None:
+    def __init__(self, source: Pairs, layout: Layout, position: Position, step: int = 0) -> None:
         self.layout, self.step = layout, step
-        reader = BlockReader(
-            source,
-            lanes=layout.lanes,
-            num_lanes=layout.num_lanes,
-            seed=3,
-            cursors=position.cursors,
-            block_size=2,
-            prepare=key_of,
-            collate=collate,
-            end_epoch=None,
-            on_bad_example="raise",
-            num_workers=0,
-            timeout_s=10.0,
+        sizes = sizes_of(1, 2 * len(layout.lanes))  # blocks of 2 examples
+        self.reader = SuperBatchReader(
+            stream_config(seed=3), sizes, source=open_source(source), layout=layout, prepare=key_of
         )
-        self.window = Window(reader, position)
+        self.reader.go_to(position)
 
     def take(self, size: int) -> list[str]:
         self.step += 1
-        slot = Ring(torch.device("cpu")).slot()
-        keys: list[str] = self.window.take(size, slot=slot).columns["key"]
+        slot = Ring().slot()
+        keys: list[str] = self.reader.read(size, slot=slot, end_epoch=None).columns["key"]
         return keys
 
     def state(self) -> dict[str, Any]:
-        progress = Progress(
-            step=self.step,
-            epoch=0,
-            epoch_step=self.step,
-            epoch_batches=None,
-            position=self.window.position,
-            in_flight=[],
+        return checkpoint_of(
+            RunState(step=self.step, epoch_step=self.step),
+            self.reader.position,
+            settings={"lanes": self.layout.num_lanes, "world_size": self.layout.world_size},
+            layout=self.layout,
             counters={**Metrics().state_dict(), "steps": self.step},
         )
-        own = {"lanes": self.layout.num_lanes, "world_size": self.layout.world_size}
-        return state_of(progress, own, self.layout, None)
 
 
-def ranks_of(source: Numbers, num_lanes: int, world_size: int, state: Any = None) -> list[Rank]:
+def ranks_of(source: Pairs, num_lanes: int, world_size: int, state: Any = None) -> list[Rank]:
     ranks = []
     for rank in range(world_size):
         layout = Layout(num_lanes=num_lanes, rank=rank, world_size=world_size)
         if state is None:
-            position = Position({lane: Cursor(0, 0, 0, 0) for lane in layout.lanes}, 0)
-            ranks.append(Rank(source, layout, position))
+            ranks.append(Rank(source, layout, Position.of_epoch(0, layout.lanes)))
         else:
-            progress = deal(state, layout)
-            ranks.append(Rank(source, layout, progress.position, progress.step))
+            step = run_of(state, layout).step
+            ranks.append(Rank(source, layout, position_of(state, layout), step))
     return ranks
 
 
@@ -122,7 +91,7 @@ def test_any_layouts_in_a_row_read_the_same_global_stream(data: st.DataObject) -
     worlds = st.sampled_from([n for n in (1, 2, 3, 4, 6, 12) if num_lanes % n == 0])
     size = 12 * data.draw(st.integers(1, 2), "global super-batch / 12")
     lengths = data.draw(st.lists(st.integers(1, 5), min_size=num_lanes, max_size=num_lanes + 3))
-    source = Numbers(lengths)
+    source = Pairs(lengths)
     one = ranks_of(source, num_lanes, 1)[0]
     state = None
     for _ in range(data.draw(st.integers(1, 4), "resumes")):
@@ -139,7 +108,7 @@ def test_any_layouts_in_a_row_read_the_same_global_stream(data: st.DataObject) -
 def test_turns_are_kept_where_the_ranks_divide_them(turn: int, before: int, after: int) -> None:
     if turn % before or turn % after:
         return
-    source = Numbers([9] * 12)
+    source = Pairs([9] * 12)
     ranks = ranks_of(source, 12, before)
     for rank in ranks:
         if turn:
@@ -149,11 +118,11 @@ def test_turns_are_kept_where_the_ranks_divide_them(turn: int, before: int, afte
     state = merge_states([rank.state() for rank in ranks])
     for rank in range(after):
         layout = Layout(num_lanes=12, rank=rank, world_size=after)
-        assert deal(state, layout).position.next_lane == turn // after
+        assert position_of(state, layout).next_lane == turn // after
 
 
 def test_a_merge_needs_every_rank_at_the_same_moment() -> None:
-    ranks = ranks_of(Numbers([4] * 4), 4, 2)
+    ranks = ranks_of(Pairs([4] * 4), 4, 2)
     states = [rank.state() for rank in ranks]
     assert merge_states(states) == merge_states(states[::-1])
     with pytest.raises(ResumeMismatchError, match="hold ranks 1, but the run has 2"):
@@ -163,11 +132,7 @@ def test_a_merge_needs_every_rank_at_the_same_moment() -> None:
         merge_states([states[0], ranks[1].state()])
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Eight shards of 15 examples."""
-    folder = tmp_path_factory.mktemp("shards")
-    return write_shards(folder, num_shards=8, examples_per_shard=15)
+SHARDS = {"num_shards": 8, "examples_per_shard": 15}
 
 
 def jest(shards: Any, batch_size: int, **options: Any) -> JESTDataset:
@@ -289,8 +254,7 @@ def test_two_ranks_resume_their_choices_from_their_own_or_the_merged_state(
 def saved(shards: list[str], **options: Any) -> dict[str, Any]:
     """The merged state of two ranks with batches of 4, without starting them."""
     state = copy.deepcopy(jest(shards, 8, **options).state_dict())
-    layout = state["layout"]
-    layout.update(world_size=2, batch_size=4, super_batch_size=[[0, 4]])
+    state["settings"].update(world_size=2, batch_size=4, super_batch_size=[[0, 4]])
     state["ranks"]["1"] = copy.deepcopy(state["ranks"]["0"])
     return state
 
@@ -321,21 +285,18 @@ def test_the_lanes_are_those_of_the_checkpoint(shards: list[str]) -> None:
     resumed = jest(shards, 8)
     resumed.load_state_dict(few.state_dict())
     assert [batch["key"] for batch in islice(resumed, 3)] == expected[2:]
-    assert resumed.state_dict()["layout"]["lanes"] == 2
+    assert resumed.state_dict()["settings"]["lanes"] == 2
 
 
 def test_lanes_that_the_ranks_cannot_share_are_refused(shards: list[str]) -> None:
     state = saved(shards)
-    state["layout"]["lanes"] = 7
+    state["settings"]["lanes"] = 7
     with pytest.raises(ResumeMismatchError, match="lanes=7 on 2 ranks, which 2 ranks cannot"):
         merged_on_two(state, shards)
 
 
 def merged_on_two(state: dict[str, Any], shards: list[str]) -> None:
-    from jest_stream.pipeline.state import lanes_to_resume
-
-    wanted = {**state["layout"], "lanes": None}
-    lanes_to_resume(state, wanted)
+    layout_to_resume(state, {**state["settings"], "lanes": None}, rank=0)
 
 
 def test_a_time_limit_that_is_none_is_refused(shards: list[str]) -> None:

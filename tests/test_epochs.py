@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import types
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.leaks import no_leaks  # noqa: F401
 from support.models import TinyTwoTower
+from support.pairs import Pairs
 from support.ranks import on_ranks
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,35 +25,14 @@ from torch.utils.data import DataLoader
 from jest_stream import JESTDataset, SelectionConfig, gather_state_dict
 from jest_stream.config.selection import SelectionConfig as Rule
 from jest_stream.config.sizes import Layout, resolve_sizes
-from jest_stream.errors import BadExampleError, ConfigError
+from jest_stream.errors import ConfigError
 from jest_stream.pipeline.epochs import PassLength
 from jest_stream.sources.lanes import lane_shards, shard_order
-from jest_stream.types import Cursor, Example
+from jest_stream.types import Cursor
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 UNIFORM = SelectionConfig(method="uniform")
-
-
-class Pairs:
-    """Shards of ready pairs in memory; `num_examples` says how many, and may lie."""
-
-    def __init__(self, lengths: list[int], num_examples: Any = "lengths") -> None:
-        self._lengths = lengths
-        self.num_examples = lengths if num_examples == "lengths" else num_examples
-        self.num_shards = len(lengths)
-        self.fingerprint = f"pairs {lengths}"
-
-    def shard_name(self, shard: int) -> str:
-        return f"shard {shard}"
-
-    def read(
-        self, shard: int, *, offset: int = 0, index: int = 0
-    ) -> Iterator[tuple[Example | BadExampleError, int]]:
-        for number in range(index, self._lengths[shard]):
-            key = f"{shard}-{number}"
-            image = torch.full((3, 8, 8), float(shard))
-            yield {"__key__": key, "image": image, "text": torch.full((4,), number)}, 0
 
 
 def jest(source: Any, batch_size: int = 4, **options: Any) -> JESTDataset:

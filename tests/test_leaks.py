@@ -63,7 +63,7 @@ def test_every_test_of_an_error_in_reading_looks_for_what_is_left(path: Path) ->
     tree = ast.parse(path.read_text())
     assert not (opens(tree) and unchecked(tree)), (
         f"{', '.join(unchecked(tree))} of {path.name} expect errors of what opens files or "
-        'processes. Add: from leaks import no_leaks; pytestmark = usefixtures("no_leaks")'
+        'processes. Add: from support.leaks import no_leaks; pytestmark = usefixtures("no_leaks")'
     )
 
 

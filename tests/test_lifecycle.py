@@ -1,4 +1,4 @@
-"""Whatever ends a loop, no thread, process or file is left, and nothing hangs.
+"""However a loop ends, no thread, process or file is left, and nothing hangs.
 
 pytest tests/test_lifecycle.py
 """
@@ -33,12 +33,6 @@ from jest_stream.errors import (
 )
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("shards")
-    return write_shards(folder, num_shards=4, examples_per_shard=16)
 
 
 def alive() -> tuple[int, int, int]:
@@ -161,7 +155,7 @@ def test_an_error_comes_after_the_batches_before_it_and_leaves_nothing(
 ) -> None:
     paths = write_shards(tmp_path, num_shards=2, examples_per_shard=16)
     expected = [batch["key"] for batch in islice(jest(paths), 2)]
-    for path in paths:  # cut behind 13 of 16 examples, at a member boundary
+    for path in paths:  # cut after 13 of 16 examples, at a member boundary
         data = Path(path).read_bytes()
         cut = data.index(b"13.jpg" if path == paths[0] else b"29.jpg")
         Path(path).write_bytes(data[: cut - cut % 512])

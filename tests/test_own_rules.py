@@ -18,7 +18,7 @@ import pytest
 import torch
 from support.leaks import no_leaks  # noqa: F401
 from support.models import TinyTwoTower, tiny_dataset, train_step
-from support.shards import draw, make_example, members, write_shards, write_tar
+from support.shards import draw, make_example, members, write_tar
 from torch import Tensor
 
 from jest_stream import (
@@ -31,7 +31,7 @@ from jest_stream import (
     preset,
 )
 from jest_stream.errors import BadExampleError, ConfigError
-from jest_stream.scoring.encoders import two_tower
+from jest_stream.scoring.two_tower import two_tower
 from jest_stream.selection.joint import select_jointly
 from jest_stream.selection.targets import target_similarity
 
@@ -39,12 +39,8 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 GREEDY = SelectionConfig(gain=math.inf, num_chunks=4)
 
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Six shards of 20 examples; `json` holds `index`, `caption` and `size`."""
-    folder = tmp_path_factory.mktemp("shards")
-    return write_shards(folder, num_shards=6, examples_per_shard=20)
+SHARDS = {"num_shards": 6, "examples_per_shard": 20}
+"""Six shards of 20 examples; `json` holds `index`, `caption` and `size`."""
 
 
 jest = partial(tiny_dataset, batch_size=8, super_batch_size=24)

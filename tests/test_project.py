@@ -1,4 +1,4 @@
-"""The promises around the code: lint, types, imports, examples, README.
+"""The promises around the code: lint, types, imports, examples, READMEs.
 
 pytest tests/test_project.py
 """
@@ -8,26 +8,54 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from support.hub_server import HubServer
+from support.leaks import no_leaks  # noqa: F401
 from support.s3_server import S3Server
 from support.shards import write_shards
 
 import jest_stream
+from jest_stream import JESTDataset, SelectionConfig, cli
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "jest_stream"
 README = (ROOT / "README.md").read_text()
-LONG = {"flexi_training.py", "resume_after_kill.py", "small_proxy.py", "train_open_clip.py"}
+PAGES = {
+    name: (ROOT / name).read_text()
+    for name in (
+        "README.md",
+        "examples/README.md",
+        "jest_stream/README.md",
+        "tests/benchmarks/README.md",
+    )
+}
+LONG = {
+    "flexi_training.py",
+    "resume_after_kill.py",
+    "small_proxy.py",
+    "train_open_clip.py",
+    "train_open_clip_main.py",
+}
 EXAMPLES = [
     pytest.param(path, marks=[pytest.mark.slow] if path.name in LONG else [])
     for path in sorted((ROOT / "examples").glob("*.py"))
 ]
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def blocks_of(language: str) -> list[pytest.ParameterSet]:
+    """The code blocks of all pages, each named by its page and number."""
+    return [
+        pytest.param(block, id=f"{name}-{number}")
+        for name, page in PAGES.items()
+        for number, block in enumerate(re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL))
+    ]
 
 
 def run(*command: str, cwd: Path = ROOT, timeout_s: float = 300) -> str:
@@ -72,7 +100,8 @@ def test_the_public_names_are_sorted_and_there() -> None:
 def test_the_top_level_holds_what_was_laid_down() -> None:
     shown = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
     shown -= {path.name for path in ROOT.glob("*.egg-info")} | {"build", "jest_demo"}
-    assert shown == {"jest_stream", "tests", "examples", "pyproject.toml", "README.md", "LICENSE"}
+    files = {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
+    assert shown == {"jest_stream", "tests", "examples"} | files
 
 
 @pytest.fixture
@@ -102,14 +131,16 @@ def test_every_example_runs(
 
 
 @pytest.mark.filterwarnings("default")  # as for a user
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_every_python_block_of_the_readme_runs(block: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", blocks_of("python"))
+def test_every_python_block_runs(block: str, tmp_path: Path) -> None:
     """Blocks run as they stand, each in a folder with real shards called pairs-*.tar.
 
     In a fork, which has imported torch already.
     """
     for path in map(Path, write_shards(tmp_path, num_shards=4, examples_per_shard=32)):
         path.rename(path.with_name(f"pairs-{path.name}"))
+    weights = {"module.logit_scale": torch.zeros(())}
+    torch.save({"epoch": 32, "state_dict": weights}, tmp_path / "epoch_32.pt")  # as open_clip_train
 
     def run_block() -> None:
         os.chdir(tmp_path)
@@ -122,11 +153,72 @@ def test_every_python_block_of_the_readme_runs(block: str, tmp_path: Path) -> No
     process.close()
 
 
-def test_the_readme_names_every_module() -> None:
-    tree = README[README.index("```text") :]
-    for path in (ROOT / "jest_stream").rglob("*.py"):
-        if path.name != "__init__.py":
-            assert f"{path.name} " in tree, f"{path.name} is missing in the README's tree"
+@pytest.mark.parametrize("block", blocks_of("bash"))
+def test_every_command_of_a_shell_block_exists(
+    block: str,
+    capsys: pytest.CaptureFixture[str],
+    no_leaks: None,  # noqa: F811
+) -> None:
+    """Of ours: `--help` knows the command, and names each of the options given."""
+    lines = block.replace("\\\n", " ").replace("&&", "\n").splitlines()
+    for program, *arguments in filter(None, map(shlex.split, lines)):
+        assert program in ("jest-stream", "pip", "pytest")
+        if program == "jest-stream":
+            with pytest.raises(SystemExit) as ended:
+                cli.main([arguments[0], "--help"])
+            assert ended.value.code == 0
+            options = {argument for argument in arguments if argument.startswith("--")}
+            assert options <= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_of_a_page_leads_somewhere(name: str) -> None:
+    """To a file of the repository, and to a heading of it where one is named."""
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[name]):
+        if not target.startswith("https://"):
+            path, _, heading = target.partition("#")
+            file = (ROOT / name).parent / path if path else ROOT / name
+            assert file.exists(), f"{name} links {target}"
+            assert not heading or heading in headings_of(file.read_text()), f"{name}: {target}"
+
+
+def headings_of(page: str) -> set[str]:
+    """The names by which headings are linked, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_guide_names_every_metric() -> None:
+    guide = PAGES["examples/README.md"]
+    dataset = JESTDataset(
+        [(torch.zeros(2), torch.zeros(2))],
+        selection=SelectionConfig(method="uniform"),
+        batch_size=1,
+    )
+    with dataset:
+        for name in dataset.metrics():
+            assert f"`{name}`" in guide, f"{name} is missing in the guide"
+
+
+def test_the_first_page_is_short() -> None:
+    assert README.count("\n") <= 250
+
+
+def test_the_tree_names_every_module() -> None:
+    """In the README of the code, each with a word on it, and no file that is gone."""
+    page = PAGES["jest_stream/README.md"]
+    tree = re.findall(r"^( +)([\w.]+/?)( .*)?$", page[page.rindex("```text") :], re.MULTILINE)
+    named, folders = set(), {4: PACKAGE}
+    for indent, name, about in tree:
+        path = folders[len(indent)] / name
+        named.add(path)
+        if name.endswith("/"):
+            folders[len(indent) + 4] = path
+        else:
+            assert about.strip(), f"{name} has no word on it"
+    modules = {path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
+    assert {path for path in named if path.suffix == ".py"} >= modules
+    assert all(path.exists() for path in named)
 
 
 def test_the_two_set_up_commands_stand_alone() -> None:

@@ -29,12 +29,8 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 NUM_STEPS = 9
 Batch = tuple[list[str], Tensor, Tensor]
 
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Five shards of 12 examples: a run of nine steps passes over them several times."""
-    folder = tmp_path_factory.mktemp("shards")
-    return write_shards(folder, num_shards=5, examples_per_shard=12)
+SHARDS = {"num_shards": 5, "examples_per_shard": 12}
+"""Five shards of 12 examples: a run of nine steps passes over them several times."""
 
 
 def jest(shards: Any, learner: TinyTwoTower | None, **options: Any) -> JESTDataset:
@@ -345,7 +341,7 @@ def test_shards_that_shrank_are_noticed(tmp_path: Path) -> None:
     train(dataset, learner, 1)
     state = dataset.state_dict()
     dataset = jest(f"{tmp_path}/*.tar", learner, repeat=False)
-    state["layout"]["lookahead"] = 1
+    state["settings"]["lookahead"] = 1
     state["ranks"]["0"]["in_flight"] = 2 * [record_of(20, 0, selection_of(6))]
     dataset.load_state_dict(state)
     iterator = iter(dataset)

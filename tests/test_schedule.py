@@ -11,16 +11,9 @@ from typing import Any
 import pytest
 import torch
 from support.models import TinyTwoTower, tiny_dataset
-from support.shards import write_shards
 from torch import Tensor
 
 from jest_stream import SelectionConfig
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("shards")
-    return write_shards(folder, num_shards=4, examples_per_shard=16)
 
 
 class Recorder(TinyTwoTower):

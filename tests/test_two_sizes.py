@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from support.leaks import no_leaks  # noqa: F401
 from support.models import TinyTwoTower, flipped, to_tensor, tokenize
-from support.shards import write_shards
 from torch import Tensor
 
 from jest_stream import JESTDataset, ScoringConfig, SelectionConfig
@@ -24,11 +23,8 @@ from jest_stream.pipeline.two_sizes import small_rows
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Six shards of 20 examples, pictures of 32 px."""
-    return write_shards(tmp_path_factory.mktemp("shards"), num_shards=6, examples_per_shard=20)
+SHARDS = {"num_shards": 6, "examples_per_shard": 20}
+"""Six shards of 20 examples, pictures of 32 px."""
 
 
 def picture(image: Image.Image) -> Tensor:

@@ -76,8 +76,8 @@ def attribution_page(rows: list[dict[str, Any]], icon_sets: dict[str, IconSet]) 
     for prefix, count in sorted(counts.items()):
         icon_set = icon_sets[prefix]
         author = icon_set.author.replace("|", "/")
-        who = f"[{author}]({icon_set.url})" if icon_set.url else author
-        page += f"| {prefix} | {icon_set.name} | {who} | {icon_set.licence} | {count} |\n"
+        author_link = f"[{author}]({icon_set.url})" if icon_set.url else author
+        page += f"| {prefix} | {icon_set.name} | {author_link} | {icon_set.licence} | {count} |\n"
     page += "\n## The licences\n\n"
     used = sorted({row["licence"] for row in rows})
     page += "".join(f"- {licence}: {LICENCES[licence]}\n" for licence in used)

@@ -3,11 +3,11 @@
     npm install --ignore-scripts @iconify/json cldr-annotations-full \\
         cldr-annotations-derived-full @mdi/svg @tabler/icons lucide-static \\
         @fortawesome/fontawesome-free
-    pip install resvg-py pillow pyarrow
+    pip install resvg-py                                      # besides jest_stream
 
-    python build_icons.py --npm node_modules --demo assets/          # what the package ships, 1 min
+    python build_icons.py --npm node_modules --demo assets/   # the file that the package ships
     python build_icons.py --npm node_modules --curated curated.parquet   # trains the reference
-    python build_icons.py --npm node_modules --large shards/         # 300k pairs and more, 15 min
+    python build_icons.py --npm node_modules --large shards/  # tar shards of all sets
 
 The same packages give the same bytes. Only sets under permissive licences are used.
 """
@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
-import json
-import tarfile
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import webdataset
 from attribution import attribution_page
 from catalogue import Captions, Icon, IconSet, read_icon_sets, read_icons
 from rendering import render_all
@@ -36,7 +35,7 @@ GENERAL = ("flat-color-icons", "healthicons", "lucide", "streamline-kameleon-col
 RELATIVES = {"feather", "fluent-emoji", "fluent-emoji-high-contrast", "lucide-lab"}
 """Redrawings or forks of held-out sets: neither in the pool nor in the reference's data."""
 CURATED = ("emojione", "noto", "noto-v1", "twemoji")
-"""What the reference learns from: emoji in colour with clean names."""
+"""The sets that the reference learns from: emoji in colour with clean names."""
 BRANDS = {"gcp", "selfhst", "streamline-logos", "thesvg", "thesvg-color", "token", "token-branded"}
 """Collections of company logos and ticker symbols whose own terms are unclear: not shipped."""
 
@@ -80,7 +79,7 @@ def choose_demo(
 ) -> list[tuple[Icon, str]]:
     """Returns the icons that the package ships with their roles, held-out ones first.
 
-    First because the first of exact duplicates stays: what is held out is in no pool.
+    First because the first of exact duplicates stays: held-out pictures are in no pool.
     """
     emoji, others, held_out = [], [], []
     for prefix, icon_set in sorted(icon_sets.items()):
@@ -102,7 +101,7 @@ def choose_demo(
 
 
 def choose_curated(npm: Path, icon_sets: dict[str, IconSet], captions: Captions) -> list[Icon]:
-    """Returns what the reference learns from."""
+    """Returns the icons that the reference learns from."""
     return [
         icon
         for prefix in CURATED
@@ -164,22 +163,16 @@ def write_shards(rows: list[Row], folder: Path) -> int:
     """Writes tar shards of webp, txt and json members; returns how many."""
     folder.mkdir(parents=True, exist_ok=True)
     rows.sort(key=lambda row: _digest("order", row["key"]))
-    num_shards = -(-len(rows) // EXAMPLES_PER_SHARD)
-    for shard in range(num_shards):
-        path = folder / f"icons-{shard:05d}.tar"
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for row in rows[shard * EXAMPLES_PER_SHARD : (shard + 1) * EXAMPLES_PER_SHARD]:
-                about = {name: row[name] for name in ("set", "family", "category", "licence")}
-                _add(tar, row["key"] + ".webp", row["image"])
-                _add(tar, row["key"] + ".txt", row["text"].encode())
-                _add(tar, row["key"] + ".json", json.dumps(about).encode())
-    return num_shards
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # its times and owners are fixed: same rows, same bytes
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+    pattern = f"{folder}/icons-%05d.tar"
+    # Members have a fixed time, so that the same rows give the same bytes.
+    with webdataset.ShardWriter(
+        pattern, maxcount=EXAMPLES_PER_SHARD, maxsize=math.inf, mtime=0, verbose=0
+    ) as writer:
+        for row in rows:
+            about = {name: row[name] for name in ("set", "family", "category", "licence")}
+            members = {"webp": row["image"], "txt": row["text"], "json": about}
+            writer.write({"__key__": row["key"], **members})
+    return -(-len(rows) // EXAMPLES_PER_SHARD)
 
 
 def _evenly(groups: list[list[Icon]], count: int) -> list[Icon]:

@@ -1,4 +1,4 @@
-"""What the installed npm packages hold: icons as SVG, each with a caption, set, category, licence.
+"""Reads the installed npm packages: icons as SVG, each with a caption, set, category, licence.
 
 `@iconify/json` gives the drawings and names of some 240 sets; CLDR gives emoji their names and
 keywords; four sets bring tags in packages of their own. Nothing is rendered here.
@@ -39,13 +39,13 @@ class IconSet:
 
     @property
     def is_permissive(self) -> bool:
-        """Whether its drawings may be passed on without terms for what they are used in."""
+        """Whether its drawings may be passed on without terms for the works that use them."""
         return self.licence in PERMISSIVE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Icon:
-    """One drawing and what its authors call it."""
+    """One drawing and the name that its authors gave it."""
 
     key: str
     text: str
@@ -165,11 +165,12 @@ def _svg(drawing: dict[str, Any], data: dict[str, Any]) -> str:
         field: drawing.get(field, data.get(field, default))
         for field, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
     }
+    body: str = drawing["body"]
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}" '
         'color="#222">'.format(**box)
-        + drawing["body"]
+        + body
         + "</svg>"
     )
 

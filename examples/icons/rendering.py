@@ -26,10 +26,10 @@ def render_all(
     """Yields each icon with its picture, in the given order, the first of exact duplicates only.
 
     Args:
-      icons: what to render.
+      icons: the drawings.
       size: edge of the pictures in pixels.
       jobs: processes that render.
-      dropped: counts what is left out, by reason; added to.
+      dropped: counts the drawings left out, by reason; added to.
     """
     seen: set[bytes] = set()
     with multiprocessing.Pool(jobs) as pool:
@@ -53,7 +53,7 @@ def _render(icon: Icon, *, size: int) -> tuple[Icon, bytes, str]:
         picture = _on_white_square(Image.open(io.BytesIO(bytes(png))), size)
     except Exception as error:
         return icon, b"", f"error: {type(error).__name__}"
-    if all(low == high for low, high in picture.getextrema()):
+    if all(channel.getextrema()[0] == channel.getextrema()[1] for channel in picture.split()):
         return icon, b"", "blank"
     if picture.getcolors(MAX_COLOURS) is None:
         palette = picture.quantize(

@@ -1,4 +1,4 @@
-"""Trains the demo's reference: the model that says which pairs can be learned.
+"""Trains the demo's reference, the model that says which pairs can be learned.
 
     python build_icons.py --npm node_modules --curated curated.parquet
     python train_reference.py --data curated.parquet --out reference.safetensors     # 1 minute

@@ -1,23 +1,28 @@
-"""The settings, frozen and checked once.
+"""The settings, each frozen and checked when it is made.
 
-`selection` says how sub-batches are chosen, `scoring` how candidates are embedded, `stream` the
-rest of what `JESTDataset` was given; `checks` are shared by all.
+Users make `SelectionConfig`, `ScoringConfig`, `StorageConfig` and `Limits`; `JESTDataset` makes the
+rest of its arguments and puts all of them into `RunSettings`. `checks` are shared by all.
 """
 
 from jest_stream.config.checks import (
+    as_config,
     as_device,
     as_integer,
     as_number,
     finite,
-    require_bool,
-    require_functions,
-    require_key,
     require_one_of,
 )
-from jest_stream.config.limits import DEFAULT_LIMITS, Limits
 from jest_stream.config.presets import preset
-from jest_stream.config.scoring import ScoringConfig, require_scoring
+from jest_stream.config.run import (
+    BatchConfig,
+    OnBadExample,
+    OnBadShard,
+    RunSettings,
+    StreamConfig,
+)
+from jest_stream.config.scoring import ScoringConfig
 from jest_stream.config.selection import (
+    SCORE_NAMES,
     Loss,
     Metadata,
     Method,
@@ -27,25 +32,41 @@ from jest_stream.config.selection import (
     TargetSimilarity,
     Term,
     require_quotas,
-    require_rule,
     require_sampling,
 )
 from jest_stream.config.sizes import FilterRatio, Layout, Sizes, quota_sizes, resolve_sizes
 from jest_stream.config.storage import SCHEMES, StorageConfig
-from jest_stream.config.stream import OnBadExample, OnBadShard, StreamConfig
+from jest_stream.config.views import (
+    DEFAULT_IMAGE_KEY,
+    DEFAULT_LIMITS,
+    DEFAULT_TEXT_KEY,
+    Key,
+    Limits,
+    ReducedDecoding,
+    TrainViewFrom,
+    Transform,
+    ViewConfig,
+)
 
 __all__ = [
+    "BatchConfig",
+    "DEFAULT_IMAGE_KEY",
     "DEFAULT_LIMITS",
-    "Limits",
+    "DEFAULT_TEXT_KEY",
     "FilterRatio",
+    "Key",
     "Layout",
+    "Limits",
     "Loss",
     "Metadata",
     "Method",
     "OnBadExample",
     "OnBadShard",
     "Quota",
+    "ReducedDecoding",
+    "RunSettings",
     "SCHEMES",
+    "SCORE_NAMES",
     "ScoreFunction",
     "ScoringConfig",
     "SelectionConfig",
@@ -54,19 +75,18 @@ __all__ = [
     "StreamConfig",
     "TargetSimilarity",
     "Term",
+    "TrainViewFrom",
+    "Transform",
+    "ViewConfig",
+    "as_config",
     "as_device",
     "as_integer",
     "as_number",
     "finite",
     "preset",
     "quota_sizes",
-    "require_bool",
-    "require_functions",
-    "require_key",
     "require_one_of",
     "require_quotas",
-    "require_rule",
     "require_sampling",
-    "require_scoring",
     "resolve_sizes",
 ]

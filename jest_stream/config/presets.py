@@ -1,7 +1,7 @@
-"""Published ways of selecting, as settings: `JESTDataset(..., **preset("jest"))`.
+"""Published methods of selection, as settings: `JESTDataset(..., **preset("jest"))`.
 
-Each holds what its paper says of selection. Batch sizes, learning rates and models are the user's;
-where they are part of the recipe, the comment names them.
+Each holds its paper's rule and ratio. Batch sizes, learning rates and models are the user's; where
+they are part of the recipe, the comment names them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PRESETS: dict[str, Preset] = {
     # SigLIP 2, https://arxiv.org/abs/2502.14786, after ACID (https://arxiv.org/abs/2411.18674):
     # a last phase of training for its small models, at learning rate 1e-5 without weight decay and
     # with a larger reference (So400m). 32k of 64k are kept; B/32 discards 75 %: pass
-    # filter_ratio=0.75 for that. `start_step` is for whoever trains both phases in one run.
+    # filter_ratio=0.75 for that. `start_step` serves runs that hold both phases.
     "siglip2_acid": {
         "selection": SelectionConfig(method="joint", score="learnability", loss="sigmoid"),
         "filter_ratio": 0.5,
@@ -48,13 +48,14 @@ _PRESETS: dict[str, Preset] = {
         "selection": SelectionConfig(method="independent", score="learnability", gain=math.inf),
         "filter_ratio": 0.9,
     },
-    # No selection. The ratio says whose stream is read: here that of "jest", batch by batch.
+    # No selection. The ratio names the run to compare with: the same shards, lane by lane, as for
+    # "jest", but batch by batch.
     "uniform": {"selection": SelectionConfig(method="uniform"), "filter_ratio": 0.8},
 }
 
 
 def preset(name: str) -> Preset:
-    """Returns the settings of a published method, to be passed on: `**preset("jest")`.
+    """Returns the settings of a published method, as arguments of `JESTDataset`.
 
     Args:
       name: "jest", "siglip2_acid", "activeclip", "rho_loss" or "uniform". To change a part of one,

@@ -1,6 +1,7 @@
-"""How sub-batches are chosen: `SelectionConfig`, and what it is made of.
+"""`SelectionConfig`: the rule by which sub-batches are chosen, and its parts.
 
-`Term` and `TargetSimilarity` add to an example's score, `Quota` bounds a group.
+`Term` and `TargetSimilarity` add to an example's score, `Quota` bounds a group. Frozen and checked
+when made. Scores are in nats, as losses are.
 """
 
 from __future__ import annotations
@@ -12,7 +13,15 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from jest_stream.config.checks import as_integer, as_number, finite, require_one_of, set_field
+from jest_stream.config.checks import (
+    as_integer,
+    as_number,
+    as_optional_integer,
+    finite,
+    require_one_of,
+    require_share,
+    set_field,
+)
 from jest_stream.errors import ConfigError
 
 Method = Literal["joint", "independent", "uniform"]
@@ -22,12 +31,13 @@ ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 Metadata = str | Callable[[Mapping[str, Any]], Any]
 """A member of the example or an entry of its `json`; or a function of the decoded example."""
 
-_SCORES = ("learnability", "easy_reference", "hard_learner")
+SCORE_NAMES = ("learnability", "easy_reference", "hard_learner")
+"""The scores known by name; `selection.scores` makes them, in this order."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Term:
-    """A number that an example brings along, such as its quality, added to its score."""
+    """A number of the example's metadata, such as its quality, added to its score."""
 
     value: Metadata
     """Where the number is. Finite, or else the example is a bad one."""
@@ -43,20 +53,20 @@ class Term:
             )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TargetSimilarity:
-    """How close an example is, for the reference, to examples of what the model is meant for.
+    """The example's similarity, for the reference, to examples of the task that is trained for.
 
     NormSim of Wang et al., NeurIPS 2024 (https://arxiv.org/abs/2405.19547): the norm of the
-    example's similarities to all targets.
+    example's cosine similarities to all targets.
     """
 
     targets: Tensor
-    """`[T, D]`, what the reference makes of the targets by the same tower; normalised here."""
+    """`[T, D]` embeddings of the targets, by the same tower of the reference; of any norm."""
     weight: float = 1.0
     """Factor on the similarity; the product counts as nats, before the gain."""
     tower: Literal["image", "text"] = "image"
-    """Which embedding of the example is compared. The paper's is the image's."""
+    """The embedding of the example that is compared. The paper's is the image's."""
     norm: float = math.inf
     """Infinity: the similarity to the nearest target. 2: the root of the sum of their squares."""
 
@@ -78,27 +88,26 @@ class TargetSimilarity:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Quota:
-    """How much of a sub-batch one group of examples must, may or should make up.
+    """Bounds on the part of a sub-batch that one group of examples makes up.
 
-    Given to the whole sub-batch in integers: a floor is rounded up, a cap down, a share is kept to
-    the example.
+    They become numbers of examples: a floor is rounded up, a cap down, and a share to either side
+    (see `quota_sizes`).
     """
 
     floor: float = 0.0
     """Least share. Met as long as the super-batch holds enough of the group."""
     cap: float = 1.0
-    """Largest share. Kept as long as there is enough else to fill the sub-batch with."""
+    """Largest share. Kept as long as other groups hold enough to fill the sub-batch."""
     share: float | None = None
     """Target share: floor and cap in one."""
 
     def __post_init__(self) -> None:
-        for name, value in (("floor", self.floor), ("cap", self.cap), ("share", self.share)):
-            if name == "share" and value is None:
-                continue
-            if not 0 <= as_number(f"Quota.{name}", value) <= 1:
-                raise ConfigError(f"Quota.{name} must be a share in [0, 1], got {value}")
+        require_share("Quota.floor", self.floor)
+        require_share("Quota.cap", self.cap)
+        if self.share is not None:
+            require_share("Quota.share", self.share)
         if self.share is not None and (self.floor, self.cap) != (0, 1):
             raise ConfigError(
                 f"Quota.share={self.share} is floor and cap in one, got floor={self.floor} and "
@@ -118,9 +127,9 @@ class Quota:
         return self.cap if self.share is None else self.share
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SelectionConfig:
-    """How a sub-batch is chosen from a super-batch."""
+    """The rule by which a sub-batch is chosen from a super-batch."""
 
     method: Method = "joint"
     """`joint` is JEST; `independent` scores each example alone; `uniform` skips scoring: the
@@ -130,30 +139,31 @@ class SelectionConfig:
     learner pass), `hard_learner` (learner loss, no reference), a `WeightedScore`, or a function of
     the two tiles of pair losses."""
     terms: tuple[Term | TargetSimilarity, ...] = ()
-    """What is added to the score of each example."""
+    """Terms added to the score of each example."""
     num_chunks: int = 16
-    """Sequential draws, each conditioned on those before; never more than the batch has examples.
+    """Sequential draws, each conditioned on those before; no more than the batch has examples.
     16 is the paper's default, 1 is independent selection."""
     num_sweeps: int = 0
-    """How often all chunks are drawn again, one at a time given all others, so that what was drawn
-    first does not steer the rest. Each sweep costs one more selection, next to nothing beside
-    scoring; 2 are enough."""
+    """Times that all chunks are drawn again, one at a time given all others: the chunks drawn first
+    no longer steer the rest. Each sweep costs one more selection, next to nothing beside scoring; 2
+    are enough."""
     gain: float = 1.0
     """Factor on the scores before sampling. Larger is greedier; infinity takes the best."""
     effective_support: float | None = None
-    """Instead of a gain: among how many candidates each chunk is really chosen, 1 / sum(p^2). The
-    gain that gives it is found for each chunk."""
+    """Instead of a gain: the number of candidates that each chunk is effectively drawn from,
+    1 / sum(p^2). The gain that gives it is found for each chunk."""
     uniform_fraction: float = 0.0
     """Share of each sub-batch that is drawn uniformly: coverage, and an unbiased control."""
     group_by: Metadata | tuple[str, ...] | None = None
-    """What tells the group of an example. Of several keys, their values in a tuple."""
+    """The example's group: its value under a key, a tuple of values for several keys, or the result
+    of a function."""
     quotas: Mapping[Hashable, Quota] | None = None
-    """Bounds of the groups, by what `group_by` gives. Groups without one have none."""
+    """Bounds by group. Groups that are not in it have none."""
     loss: Loss = "auto"
-    """Family of the pair losses. `auto`: sigmoid when learner and reference, as far as the score
-    needs them, have a bias; softmax otherwise."""
+    """Family of the pair losses. `auto`: sigmoid if those of learner and reference that the score
+    needs have a bias; else softmax."""
     start_step: int = 0
-    """First step whose batch is selected; those before are uniform and score nothing."""
+    """First step whose batch is selected; earlier ones are uniform and score nothing."""
     stop_step: int | None = None
     """First step whose batch is uniform again. None: selection never stops."""
 
@@ -161,12 +171,12 @@ class SelectionConfig:
         require_one_of("selection.method", self.method, ("joint", "independent", "uniform"))
         require_one_of("selection.loss", self.loss, ("auto", "sigmoid", "softmax"))
         if not callable(self.score):
-            require_one_of("selection.score", self.score, _SCORES, "or a function of two tiles")
-        integers = {"num_chunks": 1, "num_sweeps": 0, "start_step": 0}
-        for name, least in integers.items():
-            set_field(self, name, as_integer(f"selection.{name}", getattr(self, name), least))
-        if self.stop_step is not None:
-            set_field(self, "stop_step", as_integer("selection.stop_step", self.stop_step, 0))
+            require_one_of("selection.score", self.score, SCORE_NAMES, "or a function of two tiles")
+        set_field(self, "num_chunks", as_integer("selection.num_chunks", self.num_chunks, 1))
+        set_field(self, "num_sweeps", as_integer("selection.num_sweeps", self.num_sweeps, 0))
+        set_field(self, "start_step", as_integer("selection.start_step", self.start_step, 0))
+        stop_step = as_optional_integer("selection.stop_step", self.stop_step, 0)
+        set_field(self, "stop_step", stop_step)
         if self.stop_step is not None and self.stop_step <= self.start_step:
             raise ConfigError(
                 f"selection.stop_step={self.stop_step} is not after "
@@ -181,7 +191,10 @@ class SelectionConfig:
 def require_sampling(
     prefix: str, gain: float, effective_support: float | None, uniform_fraction: float
 ) -> None:
-    """Raises `ConfigError` unless examples can be drawn like this; `prefix` precedes the names."""
+    """Raises `ConfigError` unless examples can be drawn like this.
+
+    `select_jointly` and its baselines take the same three; `prefix` precedes the names in messages.
+    """
     if not as_number(f"{prefix}gain", gain) > 0:
         raise ConfigError(
             f"{prefix}gain must be above 0, got {gain}: it multiplies the scores before sampling. "
@@ -206,12 +219,12 @@ def require_sampling(
 
 
 def require_quotas(quotas: Mapping[Hashable, Quota]) -> None:
-    """Raises `ConfigError` if they are no quotas, or if the floors leave no room for each other."""
+    """Raises `ConfigError` for values that are no quotas, and for floors above 1 together."""
     for group, quota in quotas.items():
         if not isinstance(quota, Quota):
             raise ConfigError(f"quotas must be Quota objects, got {quota!r} for group {group!r}.")
     total = sum(quota.least for quota in quotas.values())
-    if total > 1 + 1e-9:
+    if total > 1 + 1e-9:  # twenty floors of 0.05 add up to 1.0000000000000002
         raise ConfigError(
             f"the floors and shares of the quotas add up to {total:.4g}, more than there is room "
             f"for: all groups together make up 1. Lower some of them."
@@ -243,13 +256,3 @@ def _require_groups(group_by: object, quotas: Mapping[Hashable, Quota] | None) -
             f"decoded example, got {group_by!r}"
         )
     require_quotas(quotas)
-
-
-def require_rule(selection: object) -> SelectionConfig:
-    """Returns `selection`, or raises `ConfigError` if it is no `SelectionConfig`."""
-    if isinstance(selection, SelectionConfig):
-        return selection
-    raise ConfigError(
-        f"selection must be a SelectionConfig, got {selection!r}. Write for example "
-        f"SelectionConfig(method='uniform'), or **preset('uniform')."
-    )

@@ -1,7 +1,7 @@
-"""How many candidates each step chooses from: the ratios that users give, made integers once.
+"""Sizes of super-batches, batches and quotas: ratios of the user in, integers out, made once.
 
-B: super-batch size, b: batch size. b never changes within a run; B may, from given steps on.
-Quotas of groups become numbers of examples here too, and `Layout` says which lanes are whose.
+Shapes: B: super-batch size, b: batch size. b never changes within a run; B may, from given steps
+on. `Layout` tells the lanes of each rank.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ FilterRatio = float | Mapping[int, float]
 """The share of each super-batch that is discarded; or by first step: `{0: 0.5, 1000: 0.8}`."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """How the stream is laid out over lanes and ranks."""
+    """The lanes of a run, and the ranks that read them."""
 
     num_lanes: int
     rank: int
@@ -36,7 +36,7 @@ class Layout:
         return list(range(rank, self.num_lanes, self.world_size))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
     """Sizes of the super-batches of a run. Made by `resolve_sizes`."""
 
@@ -45,7 +45,7 @@ class Sizes:
     changes: tuple[tuple[int, int], ...]
     """(step, B from this step on), in order, the first at step 0. B = b: all are taken."""
     stream_size: int
-    """What the lanes divide: the largest super-batch that was asked for, also where uniform
+    """The size that the lanes divide: the largest super-batch asked for, also where uniform
     selection reads less. So the baseline reads the stream of the run that it is compared with."""
 
     @property
@@ -54,16 +54,19 @@ class Sizes:
         return max(size for _, size in self.changes)
 
     def at(self, step: int) -> int:
-        """Returns how many candidates the sub-batch of `step` is chosen from."""
+        """Returns the number of candidates that the sub-batch of `step` is chosen from."""
         return next(size for first, size in reversed(self.changes) if first <= step)
 
     def num_batches(self, num_examples: int, *, first_step: int) -> int:
-        """Returns how many sub-batches one pass over so many examples gives, from a step on.
+        """Returns the number of sub-batches that one pass over the examples gives, from a step on.
 
-        The last super-batch may be smaller than B; a rest below b makes no sub-batch.
+        The last super-batch may be smaller than B; a rest below b makes no sub-batch. For example,
+        100 examples at b = 10, B = 20 until step 3 and 30 from there: 20, 20, 20, 30 and the last
+        10, so 5.
         """
         step = first_step
         while num_examples >= self.batch_size:
+            # All super-batches of one size at once: a pass may have millions.
             size = self.at(step)
             count = max(1, num_examples // size)
             changes = [change for change, _ in self.changes if change > step]
@@ -86,8 +89,8 @@ def resolve_sizes(
 ) -> Sizes:
     """Returns the integer sizes of a run; `super_batch_size` has precedence over the ratio.
 
-    `method="uniform"` chooses nothing, so that it reads b per step, unless `super_batch_size` says
-    otherwise. Outside `selection.start_step` to `stop_step` it is likewise b.
+    There are three cases in which B is b, since nothing is chosen: `method="uniform"`, unless
+    `super_batch_size` is given; steps before `selection.start_step`; steps from `stop_step` on.
 
     Raises:
       ConfigError: for a ratio outside [0, 1), a super-batch smaller than a batch, or more floors
@@ -97,7 +100,8 @@ def resolve_sizes(
     quota_sizes(list((selection.quotas or {}).values()), batch_size)
     ratios = _checked(filter_ratio if isinstance(filter_ratio, Mapping) else {0: filter_ratio})
     if super_batch_size is None:
-        wanted = {step: _super_batch_size(batch_size, f) for step, f in ratios.items()}
+        # Rounded, and only here: int(256 / (1 - 0.95)) is 5119 in floating point, not 5120.
+        wanted = {step: round(batch_size / (1 - ratio)) for step, ratio in ratios.items()}
     else:
         wanted = {0: _at_least_a_batch(super_batch_size, batch_size)}
     stream_size = max(wanted.values())
@@ -111,11 +115,11 @@ def resolve_sizes(
 
 
 def quota_sizes(quotas: Sequence[Quota], batch_size: int) -> tuple[list[int], list[int]]:
-    """Returns the least and the most examples of each group that a batch of b should hold.
+    """Returns the least and the most examples of each group in a batch of b.
 
-    Floors are rounded up, caps down, and a share to either side. Where the floors are too many
-    only because of that, those with the smallest remainders are rounded down: thirds of 100 are
-    34, 33 and 33.
+    Floors are rounded up, caps down, and a share to either side. Where the floors are too many only
+    because of that, those with the smallest remainders are rounded down: thirds of 100 are 34, 33
+    and 33.
 
     Raises:
       ConfigError: if there are more groups with a floor than there is room for.
@@ -125,6 +129,7 @@ def quota_sizes(quotas: Sequence[Quota], batch_size: int) -> tuple[list[int], li
     is_share = [quota.share is not None for quota in quotas]
     least = [math.floor(w) if s else math.ceil(w) for w, s in zip(wanted, is_share, strict=True)]
     most = [math.ceil(a) if s else math.floor(a) for a, s in zip(allowed, is_share, strict=True)]
+    # Floors that were rounded up may lose that again, but no group with a floor gets nothing.
     num_over = sum(least) - batch_size
     can_shrink = [group for group, size in enumerate(least) if size > max(1, wanted[group])]
     if num_over > len(can_shrink):
@@ -137,11 +142,6 @@ def quota_sizes(quotas: Sequence[Quota], batch_size: int) -> tuple[list[int], li
     for group in can_shrink[len(can_shrink) - max(0, num_over) :]:
         least[group] -= 1
     return least, list(map(max, most, least))
-
-
-def _super_batch_size(batch_size: int, filter_ratio: float) -> int:
-    # Rounded, and only here: int(256 / (1 - 0.95)) is 5119 in floating point.
-    return round(batch_size / (1 - filter_ratio))
 
 
 def _between(
@@ -162,7 +162,7 @@ def _between(
 def _checked(ratios: Mapping[int, float]) -> Mapping[int, float]:
     if 0 not in ratios:
         raise ConfigError(
-            f"filter_ratio must say what holds from step 0 on, got {dict(ratios)}. Write for "
+            f"filter_ratio must give the ratio from step 0 on, got {dict(ratios)}. Write for "
             f"example {{0: 0.5, 1000: 0.8}}."
         )
     checked = {}

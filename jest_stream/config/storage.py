@@ -1,4 +1,4 @@
-"""How remote shards are read."""
+"""`StorageConfig`: the settings for reading remote shards, and the schemes of their addresses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jest_stream.config.checks import as_integer, as_number, set_field
 from jest_stream.errors import ConfigError
 
 SCHEMES = ("s3", "gs", "http", "https", "hf")
@@ -16,12 +17,12 @@ SCHEMES = ("s3", "gs", "http", "https", "hf")
 _LEAST_READ_AHEAD = 1 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StorageConfig:
-    """How shards are read that do not lie on a local disk. Nothing here concerns local paths."""
+    """Settings for reading remote shards. None of them concerns local paths."""
 
     cache_folder: str | None = None
-    """Where shards are kept once read, for later epochs and other processes; None: nowhere. Objects
+    """Folder that keeps the shards read, for later epochs and other processes; None: none. Objects
     of servers that send no ETag are not kept, since a change would not be noticed."""
     cache_bytes: int = 64 << 30
     """Most bytes that the cache folder may hold."""
@@ -31,26 +32,33 @@ class StorageConfig:
     connect_timeout_s: float = 10.0
     """Longest wait for a connection."""
     stall_timeout_s: float = 30.0
-    """Longest wait for a next byte."""
+    """Longest wait for the next byte."""
     retry_timeout_s: float = 120.0
     """Longest time over all attempts of one read. A failed attempt is repeated, where that can
-    help, after a pause that doubles; what has arrived is not read again."""
+    help, after a pause that doubles; bytes that have arrived are not read again."""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
-    """What fsspec's driver of a scheme is given, such as `{"s3": {"anon": True}}`; `"http"` is for
-    `https://` too. Not shown in the repr, since it may hold secrets."""
+    """Arguments of fsspec's drivers by scheme, such as `{"s3": {"anon": True}}`; `"http"` is for
+    `https://` too. Not in the repr, since they may hold secrets."""
 
     def __post_init__(self) -> None:
         if self.cache_folder is not None:
             if not self.cache_folder:
                 raise ConfigError("StorageConfig.cache_folder is empty; pass a folder, or None.")
-            object.__setattr__(self, "cache_folder", os.fspath(self.cache_folder))
-        _require_int("cache_bytes", self.cache_bytes, 1)
-        _require_int("read_ahead_bytes", self.read_ahead_bytes, _LEAST_READ_AHEAD)
-        for name in ("connect_timeout_s", "stall_timeout_s", "retry_timeout_s"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+            set_field(self, "cache_folder", os.fspath(self.cache_folder))
+        for name, num_bytes, least in (
+            ("cache_bytes", self.cache_bytes, 1),
+            ("read_ahead_bytes", self.read_ahead_bytes, _LEAST_READ_AHEAD),
+        ):
+            checked = as_integer(f"StorageConfig.{name}", num_bytes, least, "a number of bytes")
+            set_field(self, name, checked)
+        for name, seconds in (
+            ("connect_timeout_s", self.connect_timeout_s),
+            ("stall_timeout_s", self.stall_timeout_s),
+            ("retry_timeout_s", self.retry_timeout_s),
+        ):
+            if not 0 < as_number(f"StorageConfig.{name}", seconds) < math.inf:
                 raise ConfigError(
-                    f"StorageConfig.{name} must be a number of seconds above 0, got {value!r}"
+                    f"StorageConfig.{name} must be a number of seconds above 0, got {seconds!r}"
                 )
         for scheme, options in self.options.items():
             if scheme not in SCHEMES or scheme == "https":
@@ -63,10 +71,3 @@ class StorageConfig:
                     f"StorageConfig.options[{scheme!r}] must be a dict of fsspec options, got "
                     f"{type(options).__name__}."
                 )
-
-
-def _require_int(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(
-            f"StorageConfig.{name} must be a number of bytes of at least {least:,}, got {value!r}"
-        )

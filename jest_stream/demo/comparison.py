@@ -1,6 +1,6 @@
-"""What two runs say about selection: a table, and a verdict that the figures carry.
+"""Comparison of two runs: a table, and a verdict that claims no more than the figures carry.
 
-Compared are measured points only: the end of the uniform run with the JEST run at as many steps,
+Only measured points are compared: the end of the uniform run with the JEST run at as many steps,
 and at its last test before it had cost more FLOPs, or more time. Pure functions.
 """
 
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from jest_stream.demo.training import Recall
 
 CLEAR = 2.0
-"""Standard errors from which on a difference counts as one."""
+"""A difference counts from so many standard errors on."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
-    """What a run had cost and what its model could do, at one test."""
+class CurvePoint:
+    """The cost of a run and the accuracy of its model, at one test."""
 
     steps: int
     scored: int
-    """Candidates that were scored, those of the super-batch in flight included."""
+    """Scored candidates, those of the super-batch in flight included."""
     trained: int
     """Pairs that were trained on."""
     flops: float
@@ -33,26 +33,26 @@ class Standing:
     """By domain."""
 
 
-Curve = Sequence[Standing]
+Curve = Sequence[CurvePoint]
 """The tests of one run, the untrained model first."""
 
-COSTS: dict[str, Callable[[Standing], float]] = {
-    "steps": lambda standing: standing.steps,
-    "FLOPs": lambda standing: standing.flops,
-    "wall time": lambda standing: standing.seconds,
+COSTS: dict[str, Callable[[CurvePoint], float]] = {
+    "steps": lambda point: point.steps,
+    "FLOPs": lambda point: point.flops,
+    "wall time": lambda point: point.seconds,
 }
 
 
-def compare(uniform: Curve, jest: Curve) -> dict[str, Standing]:
-    """Returns the end of the uniform run, and where JEST stood at equal steps, FLOPs and time."""
+def compare(uniform: Curve, jest: Curve) -> dict[str, CurvePoint]:
+    """Returns the end of the uniform run, and JEST's points at equal steps, FLOPs and time."""
     rows = {"uniform": uniform[-1]}
     for name, cost in COSTS.items():
-        # The untrained model cost nothing, so that there is always a point.
+        # Never empty: the untrained model cost nothing.
         rows[f"JEST, equal {name}"] = [at for at in jest if cost(at) <= cost(uniform[-1])][-1]
     return rows
 
 
-def table(rows: Mapping[str, Standing]) -> str:
+def table(rows: Mapping[str, CurvePoint]) -> str:
     """Returns the rows as an aligned Markdown table."""
     domains = list(next(iter(rows.values())).accuracy)
     cells = [["", "steps", "scored", "trained", "TFLOP", "seconds"]]
@@ -69,12 +69,12 @@ def table(rows: Mapping[str, Standing]) -> str:
 
 
 def verdict(uniform: Curve, jest: Curve, num_pairs: Mapping[str, int]) -> list[str]:
-    """Returns what the figures say and no more: a paragraph on the costs and one per domain.
+    """Returns sentences that say no more than the figures: on the costs, then on each domain.
 
     Args:
       uniform: the tests of the uniform run.
       jest: the tests of the JEST run.
-      num_pairs: how many pairs each domain was tested on.
+      num_pairs: number of pairs that each domain was tested on.
     """
     ratios = [
         f"{COSTS[name](jest[-1]) / COSTS[name](uniform[-1]):.1f} times the {name}"
@@ -87,8 +87,11 @@ def verdict(uniform: Curve, jest: Curve, num_pairs: Mapping[str, int]) -> list[s
 
 
 def clear_sign(recall: float, other: float, num_pairs: int) -> int:
-    """Returns 1 if `recall` is clearly above `other`, -1 if clearly below, else 0. In percent."""
-    # Both directions of retrieval share the pairs, so that a pair counts once.
+    """Returns 1 if `recall` is clearly above `other`, -1 if clearly below, else 0. In percent.
+
+    Clear is a difference of more than `CLEAR` standard errors of two binomial shares.
+    """
+    # Both directions of retrieval share the pairs: each pair counts once, not twice.
     error = math.sqrt(sum(share * (100 - share) for share in (recall, other)) / num_pairs)
     difference = recall - other
     return 0 if abs(difference) <= CLEAR * error else int(math.copysign(1, difference))
@@ -96,6 +99,8 @@ def clear_sign(recall: float, other: float, num_pairs: int) -> int:
 
 def _judge(uniform: Curve, jest: Curve, domain: str, num_pairs: int) -> str:
     """Says of one domain whether selection paid, by R@5 with its sampling error."""
+    # There are three cases: 1. no run learnt anything clearly, so that nothing can be said; JEST is
+    # 2. clearly ahead by at least one cost, or 3. by none.
     end, *rows = compare(uniform, jest).values()
     goal, untrained = end.accuracy[domain].at_5, uniform[0].accuracy[domain].at_5
     recalls = [row.accuracy[domain].at_5 for row in rows]
@@ -115,8 +120,8 @@ def _judge(uniform: Curve, jest: Curve, domain: str, num_pairs: int) -> str:
     return f"{domain}: {conclusion}. JEST is {_listed(found)}. {_catching_up(end, jest, domain)}"
 
 
-def _catching_up(uniform: Standing, jest: Curve, domain: str) -> str:
-    """Says when JEST was first as good as the uniform run in the end."""
+def _catching_up(uniform: CurvePoint, jest: Curve, domain: str) -> str:
+    """Says when JEST first was as good as the uniform run in the end."""
     goal = uniform.accuracy[domain].at_5
     reached = [at for at in jest if at.steps > 0 and at.accuracy[domain].at_5 >= goal]
     if not reached:
@@ -127,5 +132,5 @@ def _catching_up(uniform: Standing, jest: Curve, domain: str) -> str:
 
 
 def _listed(parts: Sequence[str]) -> str:
-    """`a, b and c`."""
+    """Returns `a, b and c`."""
     return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))

@@ -1,7 +1,7 @@
 """The pictures that ship with the package, as tar shards and as tensors.
 
 `icons.parquet` holds 43,000 icons and emoji at 32 px with their names: a pool to train on, and
-five sets that are in no pool to test on. `ATTRIBUTION.md` beside it names the authors and licences;
+five more sets to test on. `ATTRIBUTION.md` beside it names the authors and licences;
 `examples/icons` builds it.
 """
 
@@ -12,7 +12,6 @@ import io
 import json
 import os
 import shutil
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,9 +30,9 @@ ASSETS = Path(__file__).parent / "assets"
 TARGET = "fluent-emoji-flat"
 """The held-out set of the reference's domain: emoji, by a vendor that is in no training set."""
 NUM_SHARDS = 32
-"""More than a lane each for small batches, so that neighbours in a batch come from afar."""
+"""More shards than lanes even for small batches: neighbours in a batch come from afar."""
 
-_LAYOUT = 1  # of the unpacked shards; part of the folder's name
+_LAYOUT = 2  # of the unpacked shards; part of the folder's name
 _MAX_SHIFT = 2
 
 
@@ -50,11 +49,11 @@ class Pairs:
 def unpack(cache_dir: str | os.PathLike[str] | None = None) -> list[str]:
     """Returns the paths of the pool's tar shards, writing them at the first call.
 
-    The folder is named by what it holds and appears by renaming, so that it is whole whenever it
-    is there, also when two runs unpack at once.
+    The folder is named by a hash of the pictures and appears whole, by renaming, also when two runs
+    unpack at once.
 
     Args:
-      cache_dir: where to keep them. Default: `jest_stream` in the user's cache folder.
+      cache_dir: folder to keep them in. Default: `jest_stream` in the user's cache folder.
 
     Raises:
       ConfigError: if the folder cannot be written.
@@ -84,7 +83,7 @@ def evaluation_sets() -> dict[str, Pairs]:
 
 
 def read_pairs(path: str | os.PathLike[str]) -> Pairs:
-    """Returns everything in a Parquet file with the columns `image` and `text`."""
+    """Returns all pairs of a Parquet file with the columns `image` and `text`."""
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(path, columns=["image", "text"])
@@ -92,11 +91,11 @@ def read_pairs(path: str | os.PathLike[str]) -> Pairs:
 
 
 def load_reference() -> TwoTowerModel:
-    """Returns the model that defines what is learnable: trained on emoji, at half resolution."""
+    """Returns the model that defines learnability: trained on emoji, at half resolution."""
     from safetensors.torch import load_file
 
     weights = load_file(ASSETS / "reference.safetensors")
-    with torch.device("meta"):  # its own start is not drawn: the caller's random state stays
+    with torch.device("meta"):  # draws no initial weights: the caller's random state stays
         model = TwoTowerModel()
     state = {name: weight.float() for name, weight in weights.items()}
     model.load_state_dict(state, assign=True)
@@ -109,12 +108,12 @@ def full_view(image: Image.Image) -> Tensor:
 
 
 def half_view(image: Image.Image) -> Tensor:
-    """Returns `[3, 16, 16]` uint8 pixels: what candidates are scored on, at low cost."""
+    """Returns `[3, 16, 16]` uint8 pixels: the cheap view that candidates are scored on."""
     return full_view(image.reduce(2))
 
 
 def shifted_view(image: Image.Image) -> Tensor:
-    """Returns `[3, 32, 32]` uint8 pixels, moved at random: what the selected are trained on."""
+    """Returns `[3, 32, 32]` uint8 pixels, moved at random: the view that is trained on."""
     pixels = np.pad(np.array(image), ((_MAX_SHIFT,) * 2, (_MAX_SHIFT,) * 2, (0, 0)), mode="edge")
     top, left = torch.randint(2 * _MAX_SHIFT + 1, (2,)).tolist()
     moved = pixels[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE]
@@ -144,7 +143,7 @@ def _unpack_into(folder: Path) -> None:
     partial = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
     try:
         _write_shards(partial)
-        partial.chmod(0o755)  # mkdtemp's own is for this user alone
+        partial.chmod(0o755)  # mkdtemp makes folders for this user alone
         try:
             partial.rename(folder)
         except OSError:
@@ -155,19 +154,23 @@ def _unpack_into(folder: Path) -> None:
 
 
 def _write_shards(folder: Path) -> None:
-    """Deals the pool out to shards; its rows are in shuffled order already."""
+    """Deals the pool out to shards; its rows are in shuffled order already.
+
+    Two runs write the same bytes: all members have one date.
+    """
+    from webdataset import TarWriter
+
     rows = list(_rows(("pool",)))
     for shard in range(NUM_SHARDS):
         path = folder / f"icons-{shard:03d}.tar"
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with path.open("wb") as file, TarWriter(file, mtime=0, encoder=False) as archive:
             for row in rows[shard::NUM_SHARDS]:
                 about = {name: row[name] for name in ("set", "family", "category", "licence")}
-                _add(tar, row["key"] + ".webp", row["image"])
-                _add(tar, row["key"] + ".txt", row["text"].encode())
-                _add(tar, row["key"] + ".json", json.dumps(about).encode())
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+                archive.write(
+                    {
+                        "__key__": row["key"],
+                        "webp": row["image"],
+                        "txt": row["text"].encode(),
+                        "json": json.dumps(about).encode(),
+                    }
+                )

@@ -1,7 +1,7 @@
 """The demo's two-tower model: a small vision transformer and a bag of hashed words.
 
-It has what the adapters ask of any module: `encode_image`, `encode_text`, `logit_scale` (the log)
-and `logit_bias`. One training step on 256 pairs takes about 0.1 s on two CPU cores.
+It has the members that the adapters ask of any module: `encode_image`, `encode_text`, `logit_scale`
+(the log) and `logit_bias`. One training step on 256 pairs takes about 0.1 s on two CPU cores.
 
 Shapes: B: pairs, L: token ids per caption, T: image patches, W: width, D: embedding dimension.
 """
@@ -24,7 +24,7 @@ PADDING = 0
 
 
 class HashTokenizer:
-    """Captions to ids of their words and 4-letter pieces, equal in every process and run."""
+    """Turns captions into ids of their words and 4-letter pieces, the same in every process."""
 
     def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
         self.max_tokens = max_tokens
@@ -40,7 +40,8 @@ class HashTokenizer:
 
 
 def _hashed_ids(text: str) -> list[int]:
-    """Words first, so that a long caption loses pieces rather than words."""
+    # Words first, since a long caption loses its last ids. "red car" has the words <red> and <car>
+    # and the pieces <red, red>, <car, car>.
     words = re.findall(r"\w+", text.lower())
     marked = [f"<{word}>" for word in words]
     pieces = [word[at : at + 4] for word in marked for at in range(max(1, len(word) - 3))]
@@ -48,7 +49,7 @@ def _hashed_ids(text: str) -> list[int]:
 
 
 class TwoTowerModel(nn.Module):
-    """Image and text embeddings whose dot product says whether a picture and a caption match."""
+    """Embeds pictures and captions; the dot product says whether they match."""
 
     def __init__(
         self, *, width: int = 96, depth: int = 2, patch_size: int = 8, embedding_dim: int = 64
@@ -84,9 +85,10 @@ class TwoTowerModel(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Patches to one embedding by self-attention. A smaller image has fewer patches.
+    """Turns patches into one embedding by self-attention.
 
-    So the model scores candidates at half the resolution for a quarter of the cost.
+    A smaller image has fewer patches: candidates are scored at half the resolution for a quarter of
+    the cost.
     """
 
     def __init__(self, *, width: int, depth: int, patch_size: int, embedding_dim: int) -> None:
@@ -94,7 +96,7 @@ class VisionTransformer(nn.Module):
         num_patches = IMAGE_SIZE // patch_size
         self.patches = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
         self.positions = nn.Parameter(torch.randn(1, width, num_patches, num_patches) * 0.02)
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(TransformerLayer(width) for _ in range(depth)))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, embedding_dim))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -108,8 +110,8 @@ class VisionTransformer(nn.Module):
         return embeddings
 
 
-class Block(nn.Module):
-    """Attention and a two-layer perceptron, each added to what comes in."""
+class TransformerLayer(nn.Module):
+    """Attention and a two-layer perceptron, each added to its input."""
 
     def __init__(self, width: int, head_width: int = 32) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ import torch
 from jest_stream.config import Method, SelectionConfig
 from jest_stream.dataset import JESTDataset
 from jest_stream.demo import data
-from jest_stream.demo.comparison import Curve, Standing, compare, table, verdict
+from jest_stream.demo.comparison import Curve, CurvePoint, compare, table, verdict
 from jest_stream.demo.data import Pairs
 from jest_stream.demo.model import HashTokenizer, TwoTowerModel
 from jest_stream.demo.plot import save_plot
@@ -47,7 +47,7 @@ def run_demo(
     *,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Returns what it writes to `results.json`: settings, curves and the verdict.
+    """Returns the content of `results.json`: settings, curves and the verdict.
 
     Args:
       steps: training steps of each run. Default: 400.
@@ -55,7 +55,7 @@ def run_demo(
       out: folder for the results, made if need be.
       device: where to train and score.
       filter_ratio: share of the candidates that JEST drops.
-      cache_dir: where the pictures are unpacked. Default: the user's cache folder.
+      cache_dir: folder to unpack the pictures in. Default: the user's cache folder.
 
     Raises:
       ConfigError: for settings that cannot work.
@@ -105,7 +105,7 @@ def price_of_training(model: TwoTowerModel, pairs: Pairs) -> float:
 
 
 class _Run:
-    """One training run: its stream, how far it is, and what its tests said."""
+    """One training run: its stream, its progress bar and the points of its curve."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class _Run:
         from tqdm import tqdm
 
         self.name = name
-        self.curve: list[Standing] = []
+        self.curve: list[CurvePoint] = []
         self._dataset = dataset
         test_every = max(1, steps // TESTS_PER_RUN)
         self._training = train(model, dataset, sets, steps=steps, test_every=test_every)
@@ -140,7 +140,7 @@ class _Run:
         self._bar.close()
 
     def _note(self, point: Point) -> None:
-        self.curve.append(_standing(point, self._dataset.cost()))
+        self.curve.append(_curve_point(point, self._dataset.cost()))
         news = f"R@5 emoji {point.target.at_5:.1f} %, others {point.others.at_5:.1f} %"
         self._bar.set_postfix_str(news)
         if self._bar.disable:
@@ -148,17 +148,15 @@ class _Run:
 
 
 def _alternate(runs: list[_Run]) -> None:
-    """Advances the runs by turns, from test to test.
-
-    One after the other, a machine that slows down meanwhile (heat, other work) would make the
-    second run look slow.
-    """
+    """Advances the runs by turns, from test to test."""
+    # One after the other, a machine that slows down meanwhile (heat, other work) would make the
+    # second run look slow.
     while runs:
         runs = [run for run in runs if run.advance()]
 
 
-def _standing(point: Point, cost: RunCost) -> Standing:
-    return Standing(
+def _curve_point(point: Point, cost: RunCost) -> CurvePoint:
+    return CurvePoint(
         steps=point.step,
         scored=cost.samples_scored,
         trained=cost.samples_trained,
@@ -206,10 +204,8 @@ def _checked(steps: int, device: str, folder: Path) -> Path:
 
 @contextmanager
 def _shared_cores(device: str) -> Iterator[int]:
-    """Yields how many processes should read, and leaves the other cores to torch meanwhile.
-
-    More threads than cores make both slow: three on two cores halve the speed.
-    """
+    """Yields the number of processes that should read; torch gets the other cores meanwhile."""
+    # More threads than cores make both slow: three on two cores halve the speed.
     cores = os.cpu_count() or 1
     num_workers = max(1, min(4, cores // 2))
     num_threads = torch.get_num_threads()

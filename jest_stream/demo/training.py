@@ -1,7 +1,9 @@
-"""The training loop of the demo and its test: what a user would write, with or without JEST.
+"""The training loop of the demo and its test: a user's own code, the same with and without JEST.
 
-Zero-shot retrieval: of all pictures of a set that no model has trained on, which belongs to this
-caption, and the other way round. Shapes: n: pairs of a set, D: embedding dimension.
+The test is zero-shot retrieval: among all pictures of a set that no model has trained on, the one
+that belongs to a caption must be found, and the other way round.
+
+Shapes: n: pairs of a set, D: embedding dimension.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class Recall:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """Where a run stands after some steps."""
+    """Time and accuracy of a run after some steps."""
 
     step: int
     seconds: float
@@ -44,7 +46,7 @@ class Point:
 
 
 def make_optimizer(model: TwoTowerModel) -> torch.optim.Optimizer:
-    """Returns AdamW as both runs and the reference use it."""
+    """Returns the AdamW of both runs and of the reference."""
     return torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY
     )

@@ -1,19 +1,16 @@
-"""What the stream did: counters, gauges and times, and what they cost in FLOPs."""
+"""Metrics of a run: counters, last values and times go in, one flat dict and a cost come out.
+
+    metrics.py     counters, last values, times
+    accounting.py  rows that models took, counted and priced in FLOPs
+    flops.py       FLOPs of a pass and of a step; the cost formula
+    run_cost.py    the cost of a run, and the steps that selection must save to pay
+
+Fed by the training thread.
+"""
 
 from jest_stream.metrics.accounting import Accounting, Model, Pass
-from jest_stream.metrics.compute import Flops, cost_ratio, forward_flops, training_flops
-from jest_stream.metrics.cost import RunCost
+from jest_stream.metrics.flops import training_flops
 from jest_stream.metrics.metrics import Metrics, shared_out
+from jest_stream.metrics.run_cost import RunCost
 
-__all__ = [
-    "Accounting",
-    "Flops",
-    "Metrics",
-    "Model",
-    "Pass",
-    "RunCost",
-    "cost_ratio",
-    "forward_flops",
-    "shared_out",
-    "training_flops",
-]
+__all__ = ["Accounting", "Metrics", "Model", "Pass", "RunCost", "shared_out", "training_flops"]

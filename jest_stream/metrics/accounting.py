@@ -1,9 +1,9 @@
-"""What a run paid in FLOPs: rows are counted as they pass, and priced when somebody asks.
+"""Accounting of a run's FLOPs: rows are counted as they pass, and priced when somebody asks.
 
-Counting remembers how many rows of which shapes a model took: a few integers, no tensors. The price
-of a row is measured once for each model and shapes, by one forward pass of a row of ones. It runs
-where the model is, without gradients and with the random state put back. A checkpoint holds the
-counts; prices are measured anew.
+Counting remembers the number of rows of each shape that a model took: a few integers, no tensors.
+The price of a row is measured once for each model and shapes, by one forward pass of a row of ones.
+It runs on the model's device, without gradients and with the random state put back. A checkpoint
+holds the counts; prices are measured anew.
 """
 
 from __future__ import annotations
@@ -11,28 +11,29 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from jest_stream.metrics.compute import Flops, forward_flops
+from jest_stream.metrics.flops import Flops, forward_flops
 
 _LOG = logging.getLogger("jest_stream")
 
 Role = Literal["learner", "reference", "trained", "reusable", "small", "reusable_small"]
-"""Who took the rows: the learner copy, the reference, the user's training step; or, a second time,
-the training step of rows that the learner copy had scored in the same shapes. `small` are those
-that were trained at the score size."""
+"""The taker of the rows: the learner copy, the reference, the user's training step (`small` at the
+score size). Rows that the learner copy scored in the shapes they are trained in count a second time
+as `reusable`: the paper's loader runs their forward pass once."""
 Model = Literal["learner", "reference", "trained"]
-"""Whose forward pass is measured: the learner copy's, which may be altered to be cheap, the
-reference's, or the learner's own."""
+"""The owner of a measured forward pass: the learner copy, which may be altered to be cheap, the
+reference, or the learner itself."""
 View = Tensor | Mapping[str, Tensor]
 Pass = Callable[[View, View], object]
 """One forward pass of a model without gradients: images and texts in."""
 Shapes = tuple[tuple[str, str, tuple[int, ...]], ...]
-"""Name, dtype and size of a row of each tensor; a size of -1 where there is no tensor."""
+"""Name, dtype and size of a row of each tensor; a size of -1 for values that are no tensors."""
 
 _PREFIX = "flops/"
 _SELECTION = _PREFIX + "selection"
@@ -46,7 +47,6 @@ _MODEL_OF: dict[Role, Model] = {
     "small": "learner",
     "reusable_small": "learner",
 }
-_BOTH: tuple[Model, Model] = ("learner", "trained")
 
 
 class Accounting:
@@ -59,7 +59,7 @@ class Accounting:
 
     def __init__(self, *, training_flops: float | None = None) -> None:
         self._training_flops = training_flops
-        self._rows: dict[tuple[Role, Shapes], int] = {}
+        self._rows: Counter[tuple[Role, Shapes]] = Counter()
         self._selection = 0
         self._scored: Shapes | None = None  # by the learner copy, last
         self._prices: dict[tuple[Model, Shapes], float] = {}  # per row; NaN where it failed
@@ -72,7 +72,7 @@ class Accounting:
     def count_scored(self, model: Literal["learner", "reference"], image: View, text: View) -> None:
         """Notes that a model embedded the rows of these views."""
         shapes = shapes_of(image, text)
-        self._add(model, shapes, _num_rows(image))
+        self._rows[model, shapes] += _num_rows(image)
         if model == "learner":
             self._scored = shapes
 
@@ -92,14 +92,14 @@ class Accounting:
           is_small: whether they are handed out at the score size: the model takes as few tokens
             of them as the learner copy does.
         """
-        shapes = shapes_of(image, text)
-        self._add("small" if is_small else "trained", shapes, _num_rows(image))
+        shapes, num_rows = shapes_of(image, text), _num_rows(image)
+        self._rows["small" if is_small else "trained", shapes] += num_rows
         if was_scored and shapes == self._scored:
-            self._add("reusable_small" if is_small else "reusable", shapes, _num_rows(image))
+            self._rows["reusable_small" if is_small else "reusable", shapes] += num_rows
 
     @property
     def is_unpriced(self) -> bool:
-        """Whether rows were counted whose price was not measured yet."""
+        """Whether the price of some counted rows was not measured yet."""
         return bool(self._unpriced())
 
     def price(self, passes: Mapping[Model, Pass]) -> None:
@@ -118,7 +118,7 @@ class Accounting:
                 self._prices[model, shapes] = _price(model, passes[model], shapes)
 
     def flops(self) -> Flops:
-        """Returns what was paid so far; NaN for what could not be priced, or was not yet."""
+        """Returns the FLOPs paid so far; NaN for parts that are not or cannot be priced."""
         paid: dict[Role, float] = dict.fromkeys(get_args(Role), 0)
         for (role, shapes), num_rows in self._rows.items():
             paid[role] += num_rows * self._row_price(role, shapes)
@@ -140,7 +140,8 @@ class Accounting:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes on counting from `state`, in which other counters may be too."""
         self._selection = state.get(_SELECTION, 0)
-        self._rows, self._scored = {}, None
+        self._rows, self._scored = Counter(), None
+        # Names are such as `flops/learner [["image", "float32", [3, 224, 224]], ...]`.
         for name, count in state.items():
             role, _, shapes = name.removeprefix(_PREFIX).partition(" ")
             if self.owns(name) and name != _SELECTION:
@@ -154,17 +155,21 @@ class Accounting:
         """Returns whether a counter of this name is one of those that `state_dict` gives."""
         return name.startswith(_PREFIX)
 
-    def _add(self, role: Role, shapes: Shapes, num_rows: int) -> None:
-        self._rows[role, shapes] = self._rows.get((role, shapes), 0) + num_rows
+    def _measured(self, model: Model, shapes: Shapes) -> float:
+        """Returns the FLOPs of a forward pass of one row; NaN if they are not known."""
+        return self._prices.get((model, shapes), math.nan)
 
     def _spared(self, training: float) -> float:
-        """Returns what `training` would cost more with all rows at the size of the train view."""
+        """Returns the extra cost of `training` if all rows had the size of the train view.
+
+        Forward passes are compared, since the user may have stated `training` as one number: 4 rows
+        of 10 FLOPs and 4 small ones of 5 make 60 where whole ones make 80, a third more.
+        """
         num_rows, forwards = {"trained": 0, "small": 0}, {"trained": 0.0, "small": 0.0}
         for (role, shapes), count in self._rows.items():
             if role in num_rows:
                 num_rows[role] += count
-                price = self._prices.get((_MODEL_OF[role], shapes), math.nan)
-                forwards[role] += count * price
+                forwards[role] += count * self._measured(_MODEL_OF[role], shapes)
         if not num_rows["small"]:
             return 0.0
         whole = forwards["trained"] * (1 + num_rows["small"] / num_rows["trained"])
@@ -173,7 +178,9 @@ class Accounting:
 
     def _unpriced(self) -> set[tuple[Model, Shapes]]:
         needed: set[tuple[Model, Shapes]] = set()
-        has_small = any(role == "small" for role, _ in self._rows)  # then forwards are compared
+        # Where the user states the FLOPs of training, its rows need no price, but for one case:
+        # with small rows among them, `_spared` compares forward passes.
+        has_small = any(role == "small" for role, _ in self._rows)
         for role, shapes in self._rows:
             if role not in ("trained", "small") or self.is_training_estimated or has_small:
                 needed.add((_MODEL_OF[role], shapes))
@@ -183,15 +190,16 @@ class Accounting:
         if role in ("trained", "small") and self._training_flops is not None:
             return self._training_flops
         if role != "reusable":
-            price = self._prices.get((_MODEL_OF[role], shapes), math.nan)
+            price = self._measured(_MODEL_OF[role], shapes)
             return price * _TRAINING_FORWARDS if role in ("trained", "small") else price
-        # What scored at larger patches or without some tokens cannot be trained on.
-        scoring, forward = (self._prices.get((m, shapes), math.nan) for m in _BOTH)
+        # A copy that scored at larger patches or without some tokens was cheaper than the learner
+        # is in the same shapes: its pass is no part of training.
+        scoring, forward = self._measured("learner", shapes), self._measured("trained", shapes)
         return 0 if scoring < forward else scoring
 
 
 def shapes_of(image: Any, text: Any) -> Shapes:
-    """Returns what one row of the views looks like."""
+    """Returns name, dtype and size of each tensor in one row of the views."""
     found = []
     for name, view in (("image", image), ("text", text)):
         entries = view if isinstance(view, Mapping) else {"": view}
@@ -212,14 +220,14 @@ def _price(model: Model, forward: Pass, shapes: Shapes) -> float:
     try:
         return forward_flops(forward, _ones(shapes, "image"), _ones(shapes, "text"))
     except Exception as error:  # of any model: counting must not end a training run
-        what, advice = f"{model}'s scoring", ""
+        work, advice = f"{model}'s scoring", ""
         if model == "trained":
-            what = "training step"
+            work = "training step"
             advice = " JESTDataset(training_flops=...) states them."
         _LOG.warning(
-            "The FLOPs of the %s cannot be counted, so that metrics() reports NaN; training is "
-            "not affected.%s %s: %s",
-            what,
+            "The FLOPs of the %s cannot be counted, so metrics() reports NaN; training is not "
+            "affected.%s %s: %s",
+            work,
             advice,
             type(error).__name__,
             error,
@@ -239,7 +247,7 @@ def _ones(shapes: Shapes, view: str) -> View:
 
 
 def _is_recorded() -> bool:
-    """Whether what runs now is captured or traced, so that it would run again each time."""
+    """Returns whether the present work is captured or traced, to run again each time."""
     if torch.compiler.is_compiling():
         return True
     is_ready = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]

@@ -1,18 +1,19 @@
-"""What the stream did so far: counters, last values, times, FLOPs, as one flat dict for loggers.
+"""Metrics of a stream so far: counters, last values, times, FLOPs, as one flat dict for loggers.
 
-Fed by the training thread. Tensors are kept as they come and read only by `as_dict`, so that no
-step waits for the device.
+Fed by the training thread. Tensors are kept as they come and read only by `as_dict`: no step waits
+for the device. Keys are public: there, examples are called samples.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 from jest_stream.metrics.accounting import Accounting, Model, Pass
-from jest_stream.metrics.cost import RunCost
+from jest_stream.metrics.run_cost import RunCost
 from jest_stream.types import Selection
 
 _COUNTERS = (
@@ -42,13 +43,12 @@ def shared_out(
 ) -> dict[str, int]:
     """Returns a rank's share of the counters of all ranks of a former run.
 
-    All steps, since ranks take them together; of everything else one part, so that the sum over
-    the ranks is what it was.
+    All steps, since ranks take them together; of everything else one part, and the sum over the
+    ranks stays: 7 over 3 ranks are 3, 2 and 2.
     """
-    totals: dict[str, int] = {}
+    totals: Counter[str] = Counter()
     for state in states:
-        for name, count in state.items():
-            totals[name] = totals.get(name, 0) + count
+        totals.update(state)
     shares = {
         name: total // world_size + (rank < total % world_size) for name, total in totals.items()
     }
@@ -68,12 +68,12 @@ class Metrics:
           training_flops: of a training step per example, see `Accounting`.
         """
         self.accounting = Accounting(training_flops=training_flops)
-        """What it costs in FLOPs."""
+        """Its cost in FLOPs."""
         self._counts = dict.fromkeys(_COUNTERS, 0)
         self._groups = [str(group) for group in groups]
         self._group_counts = {f"{name}{group}": 0 for name in _OF_GROUPS for group in self._groups}
-        self._skipped: dict[str, int] = {}
-        self._of_source: dict[str, int] = {}
+        self._skipped: Counter[str] = Counter()
+        self._of_source: Counter[str] = Counter()
         self._seconds = dict.fromkeys(_STAGES, 0.0)
         self._device_seconds: dict[str, float] = {}
         self._stage: str | None = None  # the stage whose time is running,
@@ -87,15 +87,14 @@ class Metrics:
 
     def count_skipped(self, reason: str, amount: int = 1) -> None:
         """Adds examples that were left out, under the reason's name."""
-        self._skipped[reason] = self._skipped.get(reason, 0) + amount
+        self._skipped[reason] += amount
 
     def count_source(self, counts: Mapping[str, int]) -> None:
-        """Adds what reading counted, under the names that the source gives."""
-        for name, amount in counts.items():
-            self._of_source[name] = self._of_source.get(name, 0) + amount
+        """Adds the counts of reading, under the names that the source gives."""
+        self._of_source.update(counts)
 
     def count_groups(self, counts: list[int], excess: list[int]) -> None:
-        """Adds what was handed out of each group, and by how much that missed its quota."""
+        """Adds the examples handed out of each group, and by how many they missed its quota."""
         for group, count, above in zip(self._groups, counts, excess, strict=True):
             self._group_counts[f"selected/{group}"] += count
             self._group_counts[f"quota_shortfall/{group}"] += max(0, -above)
@@ -121,8 +120,8 @@ class Metrics:
     def timed(self, stage: str) -> Iterator[None]:
         """Adds the wall time of the block to a stage: data, scoring, selecting, yielding.
 
-        Stages nest: the inner one's time is not counted in the outer one, so that they add up.
-        On CUDA this is the host's time; work that was only enqueued is not in it, see
+        Stages nest: the inner one's time is not counted in the outer one.
+        On CUDA this is the host's time, without the work that it only enqueued: see
         `add_device_seconds`.
         """
         outer = self._stage
@@ -141,12 +140,12 @@ class Metrics:
         self._switch_to(None)
 
     def price(self, passes: Mapping[Model, Pass]) -> None:
-        """Measures what is not priced yet, see `Accounting`; within a loop as part of yielding."""
+        """Measures missing prices, see `Accounting`; within a loop as part of yielding."""
         with self.timed("yielding") if self._stage else nullcontext():
             self.accounting.price(passes)
 
     def cost(self) -> RunCost:
-        """Returns what the run paid so far, FLOPs as far as they are priced."""
+        """Returns the cost of the run so far, FLOPs as far as they are priced."""
         self._switch_to(self._stage)  # books the time that is running
         return RunCost(
             samples_read=self._counts["samples_read"],
@@ -158,13 +157,13 @@ class Metrics:
         )
 
     def as_dict(self) -> dict[str, float | int]:
-        """Returns everything, flat; the same keys each time but for what is first counted later:
-        reasons of skipping, what the source counts, and on CUDA `scoring_device_s` and
-        `selecting_device_s`, the device's seconds for the batches that were handed out.
+        """Returns everything, flat, under the same keys each time.
 
-        Last values are NaN where there is none (before the first batch, or for uniform
-        selection), FLOPs where they are not priced. Times are seconds since this object was made;
-        the counters go on after a resume.
+        Keys first counted later come in later: reasons of skipping, counts of the source, and on
+        CUDA `scoring_device_s` and `selecting_device_s`, the device's seconds for the batches that
+        were handed out. Last values are NaN before the first batch and for uniform selection,
+        FLOPs where they are not priced. Times are seconds since this object was made; the counters
+        go on after a resume.
         """
         nan = math.nan
         last = self._selection
@@ -198,23 +197,21 @@ class Metrics:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes on counting from `state`."""
         self._counts = {name: state[name] for name in _COUNTERS}
-        self._skipped = {
-            name.removeprefix(_SKIPPED): count
-            for name, count in state.items()
-            if name.startswith(_SKIPPED)
-        }
-        # Quotas may change with a resume: what is new starts at 0.
+        # Quotas may change with a resume: new groups start at 0.
         self._group_counts = {name: state.get(name, 0) for name in self._group_counts}
         self.accounting.load_state_dict(state)
-        self._of_source = {
-            name: count
-            for name, count in state.items()
-            if name not in self._counts
-            and not name.startswith((_SKIPPED, *_OF_GROUPS))
-            and not self.accounting.owns(name)
-        }
+        # The state is flat, and a prefix tells whose a counter is. Names without one that are not
+        # ours are the source's.
+        self._skipped, self._of_source = Counter(), Counter()
+        for name, count in state.items():
+            if name.startswith(_SKIPPED):
+                self._skipped[name.removeprefix(_SKIPPED)] = count
+            elif not (name in _COUNTERS or name.startswith(_OF_GROUPS) or Accounting.owns(name)):
+                self._of_source[name] = count
 
     def _switch_to(self, stage: str | None) -> None:
+        # One clock runs at a time: a stage within another stops the outer one, and their times add
+        # up to the wall clock's.
         now = time.perf_counter()
         if self._stage is not None:
             self._seconds[self._stage] += now - self._since

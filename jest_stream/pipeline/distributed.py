@@ -1,7 +1,7 @@
-"""What ranks do together: for now, gather their checkpoints. Everything else is local to a rank.
+"""The ranks' only common work: the states of all ranks in, one merged state out.
 
-Collectives run on the CPU, in the thread that calls, in a group of their own with a time limit, and
-only where the user asks for one.
+Everything else is local to a rank. Collectives run on the CPU, in the thread that calls, in a group
+made for them with a time limit, and only where the user asks for one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jest_stream.pipeline.state import merge_states
 
 
 class Resumable(Protocol):
-    """What has a state of its own on each rank: a `JESTDataset`."""
+    """An object with a state on each rank: a `JESTDataset`."""
 
     def state_dict(self, *, include_learner_copy: bool = False) -> dict[str, Any]:
         """Returns the state of this rank."""
@@ -37,7 +37,7 @@ def gather_state_dict(
     """Returns the state of all ranks in one, on every rank; any number of ranks can load it.
 
     A collective: every rank must call it, after the same step. It sends some kilobytes between
-    CPUs over gloo, whatever backend training uses. Without a process group it is `state_dict()`.
+    CPUs over gloo, beside any backend of training. Without a process group it is `state_dict()`.
 
     Args:
       dataset: the `JESTDataset` of this rank.

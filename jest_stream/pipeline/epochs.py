@@ -1,8 +1,8 @@
-"""How many batches a pass gives, from the number of examples in each shard.
+"""The number of examples in each shard in, the number of batches that a pass gives out.
 
-With `repeat=False` lanes end with their data. Ranks own different lanes, so that one may hold a
-batch more than another; in a data-parallel run it would wait for the others for ever. Where the
-counts are known, every rank computes the same end instead, without asking the others.
+With `repeat=False` lanes end with their data. Ranks own different lanes, and one may hold a batch
+more than another; in a data-parallel run it would wait for the others for ever. Where the counts
+are known, every rank computes the same end instead, without asking the others. Pure functions.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def shard_counts(source: Source) -> list[int] | None:
     """Returns how many examples each shard holds; None if the source does not know of all.
 
     Raises:
-      ConfigError: if what the source says cannot be right.
+      ConfigError: if the source's counts cannot be right.
     """
-    counts: Sequence[int | None] | None = getattr(source, "num_examples", None)
+    counts: Sequence[int | None] | None = source.num_examples
     if counts is None or any(count is None for count in counts):
         return None
     if len(counts) != source.num_shards:
@@ -40,7 +40,7 @@ class PassLength:
     counts: list[int]
     """Examples of each shard."""
     sizes: Sizes
-    """What a step takes."""
+    """Of batches and super-batches."""
     seed: int
     """Of the deal and the orders."""
 
@@ -48,7 +48,7 @@ class PassLength:
     def of(
         cls, source: Source, config: StreamConfig, sizes: Sizes, world_size: int
     ) -> PassLength | None:
-        """Returns what is needed to end passes evenly; None where each rank may end as it likes.
+        """Returns the lengths that end passes evenly; None where each rank may end as it likes.
 
         Raises:
           ConfigError: if a pass could end on one rank while others wait for it.
@@ -73,13 +73,15 @@ class PassLength:
         return cls(counts=counts, sizes=sizes, seed=config.seed)
 
     def num_left(self, cursors: Mapping[int, Cursor], layout: Layout, epoch: int) -> int:
-        """Returns how many examples of a pass lie behind the cursors of some lanes."""
+        """Returns how many examples of a pass lie after the cursors of some lanes."""
         left = 0
         for lane, cursor in cursors.items():
             if cursor.epoch > epoch:  # the lane has ended
                 continue
             shards = lane_shards(len(self.counts), layout.num_lanes, lane, self.seed)
             order = shard_order(shards, lane, self.seed, epoch)
+            # A lane of shards with 5, 4 and 6 examples, in its second shard after 3 of them, has
+            # 4 + 6 - 3 = 7 left.
             left += sum(self.counts[shard] for shard in order[cursor.shard :]) - cursor.num_before
         return left
 
@@ -90,7 +92,7 @@ class PassLength:
 
         Args:
           cursors: of all lanes, where they go on.
-          layout: who reads them.
+          layout: the ranks that read them.
           epoch: the pass.
           step: the step of the next batch.
 
@@ -100,9 +102,10 @@ class PassLength:
         if len(cursors) < layout.num_lanes:
             raise ResumeMismatchError(
                 f"the checkpoint holds {len(cursors)} of {layout.num_lanes} lanes; where a pass "
-                f"ends on other ranks than before depends on all of them. Load what "
+                f"ends on other ranks than before depends on all of them. Load the state that "
                 f"gather_state_dict made."
             )
+        # The rank that has the fewest decides for all: the others leave out the rest.
         return min(
             self.sizes.num_batches(
                 self.num_left(

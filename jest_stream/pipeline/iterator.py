@@ -1,4 +1,8 @@
-"""One loop over a dataset's stream: ends with its epoch, and stops what it started when dropped."""
+"""One loop over a dataset's stream: batches out, until the epoch ends or the loop is dropped.
+
+Runs in the training thread. Worker processes and open files are the stream's; an iterator stops and
+closes them when it is dropped, unless a newer one uses them.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,10 @@ from jest_stream.errors import ClosedError, UserCodeError
 
 
 class Stream(Protocol):
-    """What an iterator draws from: a `JESTDataset`."""
+    """The stream that an iterator draws from: a `JESTDataset`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what resumes the stream behind the last batch handed out."""
+        """Returns the state that resumes the stream after the last batch handed out."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to where `state_dict()` was taken."""
@@ -24,7 +28,7 @@ class Stream(Protocol):
         """Stops worker processes and closes files."""
 
     def _rest(self) -> None:
-        """Notes that the loop has ended: what the user does next is not training."""
+        """Notes that the loop has ended: the user's time from now on is not training."""
 
     def _is_held_by(self, token: object) -> bool:
         """Returns whether no newer iterator, with another token, has taken over."""

@@ -1,15 +1,14 @@
-"""The schedule: which super-batch is read, scored and handed out at which step, and its state.
+"""The schedule: the super-batch that is read, scored and handed out at each step, and its state.
 
-The call that hands out batch t also scores super-batch t + lookahead, with the learner's weights
-as they are at that call. The same on every device: what a CPU test sees is what a GPU does.
-Runs in the training thread; only the reader below it may own processes.
+The call that hands out batch t also scores super-batch t + lookahead, with the learner's weights as
+they are at that call. It is the same on every device: a CPU test sees the order that a GPU follows.
+Runs in the training thread; only the super-batch reader and late views may own processes.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,30 +16,46 @@ import torch
 from jest_stream.config import Layout, Sizes, StreamConfig
 from jest_stream.errors import ConfigError, NonFiniteError, ResumeMismatchError
 from jest_stream.metrics import Metrics
-from jest_stream.pipeline.batches import Batches, Ledger
-from jest_stream.pipeline.device import Ring
-from jest_stream.pipeline.embedder import Embedder
+from jest_stream.pipeline.batches import Batches, book, book_skipped
 from jest_stream.pipeline.epochs import PassLength, shard_counts
 from jest_stream.pipeline.selector import Selector
 from jest_stream.pipeline.state import (
-    Progress,
     Record,
-    Standing,
+    RunState,
     all_cursors,
-    deal,
-    lanes_to_resume,
+    checkpoint_of,
+    counters_of,
+    layout_to_resume,
+    position_of,
     read_record,
-    record_of,
-    state_of,
+    run_of,
+    upgraded,
 )
-from jest_stream.pipeline.super_batches import Feed, Position, Scored, SuperBatch
-from jest_stream.randomness import derive_seed
-from jest_stream.types import Cursor, Source
-from jest_stream.views import Columns, ScoreView
+from jest_stream.pipeline.super_batches import (
+    Position,
+    ScoredSuperBatch,
+    SuperBatch,
+    SuperBatchReader,
+)
+from jest_stream.types import Example, Source
+from jest_stream.views import Columns
 
 
 class Pipeline:
-    """Reads, scores and hands out, step by step. Owns the feed and the queue."""
+    """Reads, scores and hands out, step by step. Owns the reader and the super-batches in flight.
+
+    Args:
+      config: how to read, and how far ahead to score.
+      sizes: of batches and super-batches.
+      source: where the shards are.
+      layout: the lanes and ranks of the run; a checkpoint may bring other lanes.
+      score_view: makes the rows that are scored.
+      batches: makes batches of selected rows.
+      selector: scores and selects.
+      metrics: where all of it is counted.
+      devices: returns the devices of batches and of scoring. Asked when reading begins: models may
+        be moved until then.
+    """
 
     def __init__(
         self,
@@ -49,226 +64,144 @@ class Pipeline:
         *,
         source: Source,
         layout: Layout,
-        score_view: ScoreView,
+        score_view: Callable[[Example], dict[str, Any]],
         batches: Batches,
-        embedder: Embedder,
         selector: Selector,
         metrics: Metrics,
         devices: Callable[[], tuple[torch.device, torch.device]],
     ) -> None:
         self._config = config
-        self._ahead = config.lookahead
         self._sizes = sizes
         self._source = source
         self._batches = batches
-        self._embedder = embedder
         self._selector = selector
         self._metrics = metrics
-        self._ledger = Ledger(metrics)
-        self._devices = devices  # asked when reading begins: models may be moved until then
-        self._device = torch.device("cpu")
-        self._ring = Ring(self._device)  # of the scoring device
-        # By rank, since each rank chooses among candidates of its own.
-        self._key = derive_seed("selection", config.seed, layout.rank)
-        self._feed = Feed(config, sizes, source=source, layout=layout, prepare=score_view)
+        self._devices = devices
+        self._device = torch.device("cpu")  # of batches
+        self._ahead = config.lookahead
+        self._reader = SuperBatchReader(
+            config, sizes, source=source, layout=layout, prepare=score_view
+        )
         self._error: Exception | None = None  # waits until the batches before it are handed out
         # With repeat=False on several ranks: where the pass ends on all of them.
         self._pass = PassLength.of(source, config, sizes, layout.world_size)
-        self.at = Standing()
+        self.run = RunState()
         """Where the run is."""
         self._begin_pass(0)
 
     def next_batch(self) -> Columns | None:
         """Returns the next sub-batch as columns on the training device; None at a pass's end.
 
-        An error leaves in flight what was chosen. Ctrl-C, wherever it comes, undoes the call.
+        An error leaves in flight the super-batches scored before. Ctrl-C, at any line, undoes the
+        call: the next one reads, scores and returns the same.
         """
-        before = self.at.copy(), self._feed.position, self._metrics.state_dict()
+        before = self.run.copy(), self._reader.position, self._metrics.state_dict()
         try:
             return self._next_batch()
         except Exception:
             raise
         except BaseException:
-            self.at, position, counters = before
-            self._feed.go_to(position)
+            self.run, position, counters = before
+            self._reader.go_to(position)
             self._batches.forget()
             self._metrics.load_state_dict(counters)
             self._error = None  # is met again
             raise
 
     def _next_batch(self) -> Columns | None:
-        # Whatever mode the caller is in: tensors made in inference mode cannot be trained on.
+        # In the caller's inference mode batches would be made that cannot be trained on.
         with torch.inference_mode(False), torch.no_grad():
+            # 1. Train views of super-batches in flight begin, as far as their selection has come.
             self._batches.open()
-            self._start_views()  # of former calls, as far as their choice has come
-            self._fill()
-            if not self.at.in_flight:
+            self._start_views()
+            # 2. Super-batches are read and scored until `lookahead` follow the one to hand out.
+            self._read_ahead()
+            if not self.run.in_flight:
                 self._end_pass()
                 return None
-            # Only now, with all that is next queued, may the host wait for a choice.
-            self._start_views(num_awaited=len(self.at.in_flight) - 1)
-            batch = self._hand_out(self.at.in_flight[0])
-        self._ledger.book(self.at.in_flight.popleft(), batch, step=self.at.step)
-        self.at.step += 1
-        self.at.epoch_step += 1
-        self.at.is_resumed, self.at.has_begun = False, True
-        if self.at.epoch_step == self._config.steps_per_epoch:
-            self.at.epoch_step = 0
-        elif self.at.epoch_step == self.at.epoch_batches:
+            # 3. With all later work queued, the host may wait for selections: for all but the
+            #    newest, whose scoring runs while the loop trains on the batch returned here.
+            self._start_views(num_awaited=len(self.run.in_flight) - 1)
+            # 4. The oldest super-batch's selection becomes the batch.
+            batch = self._hand_out(self.run.in_flight[0])
+        # 5. Only a batch that exists is counted.
+        book(self._metrics, self.run.in_flight.popleft(), batch, step=self.run.step)
+        self.run.step += 1
+        self.run.epoch_step += 1
+        self.run.is_resumed, self.run.has_begun = False, True
+        # 6. An epoch ends with its last batch, where its length is known; a pass of unknown length
+        #    ends with the call after it, see 2.
+        if self.run.epoch_step == self._config.steps_per_epoch:
+            self.run.epoch_step = 0
+        elif self.run.epoch_step == self.run.epoch_batches:
             self._end_pass()
         return batch
 
-    def num_batches(self) -> int | None:
-        """Returns the batches of an epoch, at the sizes that hold now; None if nobody knows."""
-        config = self._config
-        if config.steps_per_epoch is not None or config.repeat or config.skips:
-            return config.steps_per_epoch
-        if self.at.epoch_batches is not None:
-            return self.at.epoch_batches
-        counts = shard_counts(self._source)
-        if counts is None:
-            return None
-        return self._sizes.num_batches(sum(counts), first_step=self.at.step - self.at.epoch_step)
+    def _start_views(self, *, num_awaited: int = 0) -> None:
+        """Has the train views made of super-batches in flight whose selection is known.
 
-    def begin_epoch(self) -> None:
-        """Starts the next epoch: with `repeat=False` the next pass, else the stream goes on."""
-        self.at.epoch_step = 0
-        if not self._config.repeat:
-            self._begin_pass(self.at.epoch + 1)
+        Args:
+          num_awaited: the number of selections to wait for, from the next to hand out on.
+        """
+        for number, scored in enumerate(self.run.in_flight):
+            if number < num_awaited or scored.selection.is_known():
+                self._batches.start(scored, step=self.run.step + number)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Goes to an epoch, unless the stream is there already; see `JESTDataset.set_epoch`."""
-        if not self._config.repeat:
-            is_there = epoch == self.at.epoch and (self.at.epoch_step == 0 or self.at.is_resumed)
-            if not is_there:
-                self._begin_pass(epoch)
-        elif not self.at.has_begun:
-            self.at.step = epoch * (self._config.steps_per_epoch or 0)
-            self._go_to(self._start_of(epoch), restored=[])
-
-    def price(self) -> None:
-        """Measures what the models' forward passes cost, as far as that is not known."""
-        self._embedder.price()
-
-    def refresh(self) -> None:
-        """Copies the learner's weights now."""
-        self._place()
-        self._embedder.refresh(self.at.step, force=True)
-
-    def describe(self) -> str:
-        """Returns the live state, for `repr`."""
-        parts = [f"step {self.at.step}", f"{len(self.at.in_flight)} super-batches in flight"]
-        if self._embedder.weights_step is not None:
-            parts.append(f"learner copy {self.at.step - self._embedder.weights_step} steps old")
-        return " | ".join(parts)
-
-    def pause(self) -> None:
-        """Stops workers and closes files. The next call goes on where this one stopped."""
-        self._feed.pause()
-        self._batches.pause()
-
-    def close(self) -> None:
-        """Stops workers, closes files, lets go of examples and models; `state_dict` still works."""
-        self._error = None  # its traceback holds this, and all frames up to the user's loop
-        self._feed.go_to(self._feed.position)
-        self._batches.forget()
-        for scored in self.at.in_flight:
-            scored.choice.on_host()  # for `state_dict`
-            scored.super_batch.columns.clear()
-            scored.super_batch.on_host.clear()
-        self._ring.close()
-        self._embedder.close()
-
-    def _start_of(self, epoch: int) -> Position:
-        return Position({lane: Cursor(epoch, 0, 0, 0) for lane in self._feed.layout.lanes}, 0)
-
-    def _begin_pass(self, epoch: int) -> None:
-        """Goes to the start of a pass; what was in flight of another is counted as abandoned."""
-        lost = [scored.super_batch for scored in self.at.in_flight]
-        for super_batch in lost if self.at.tail is None else [*lost, self.at.tail]:
-            self._metrics.count("epoch_abandoned", super_batch.size)
-            self._ledger.book_skipped(super_batch)
-        self._metrics.count("epoch_abandoned", sum(size for size, *_ in self.at.restored))
-        self.at.epoch, self.at.epoch_step = epoch, 0
-        self._go_to(self._start_of(epoch), restored=[])
-        if self._pass is not None:
-            self.at.epoch_batches = self._pass.batches_from_start(
-                self._feed.layout, epoch=epoch, step=self.at.step
-            )
-
-    def _fill(self) -> None:
-        """Reads and scores until `lookahead` super-batches wait behind the one to hand out.
+    def _read_ahead(self) -> None:
+        """Reads and scores until `lookahead` super-batches follow the one to hand out.
 
         An error waits until the batches before it are handed out. The next call then reads the
         failed super-batch again.
         """
-        while self._error is None and self.at.tail is None:
-            restored = self.at.restored[0] if self.at.restored else None
-            num_ready = len(self.at.in_flight)
-            is_full = restored is None and num_ready > self._lookahead()
-            if is_full or self.at.epoch_step + num_ready == self.at.epoch_batches:
+        run = self.run
+        while self._error is None and run.tail is None:
+            num_ready = len(run.in_flight)
+            # There are three cases:
+            # 1. A pass of known length ends with the super-batches in flight.
+            if run.epoch_step + num_ready == run.epoch_batches:
                 return
-            start = self._feed.position
+            # 2. A checkpoint had super-batches in flight: they come first, however many they are.
+            # 3. Otherwise one more is scored, unless enough are in flight.
+            if not run.to_restore and num_ready > self._lookahead():
+                return
+            position = self._reader.position
             try:
-                scored = self._restore(restored) if restored else self._score_next()
+                scored = self._restore(run.to_restore[0]) if run.to_restore else self._score_next()
             except Exception as error:
-                self._feed.go_to(start)
+                self._reader.go_to(position)
                 self._error = error
             else:
                 if scored is not None:
-                    self.at.in_flight.append(scored)
-                    del self.at.restored[:1]
+                    run.in_flight.append(scored)
+                    del run.to_restore[:1]
                     self._start_views()
-        if self._error is not None and not self.at.in_flight:
+        if self._error is not None and not run.in_flight:
             due, self._error = self._error, None
             try:
                 raise due
             finally:
                 del due  # its traceback holds this frame, and those up to the user's loop
 
-    def _start_views(self, *, num_awaited: int = 0) -> None:
-        """Has the train views made of what is in flight, where the choice has come or is awaited.
-
-        Args:
-          num_awaited: for how many of the choices to wait; the next ones to hand out come first.
-        """
-        for number, scored in enumerate(self.at.in_flight):
-            if number < num_awaited or scored.choice.is_known():
-                self._batches.start(scored.super_batch, scored.choice, step=self.at.step + number)
-
-    def _lookahead(self) -> int:
-        """Returns how many super-batches are scored ahead, settled when it is first asked."""
-        if self._ahead is None:
-            self._ahead = self._batches.lookahead(self._devices()[1])
-        return self._ahead
-
-    def _score_next(self) -> Scored | None:
-        step, batch_size = self.at.step + len(self.at.in_flight), self._sizes.batch_size
+    def _score_next(self) -> ScoredSuperBatch | None:
+        """Reads and scores the next super-batch; None where too few candidates are left."""
+        run, batch_size = self.run, self._sizes.batch_size
+        step = run.step + len(run.in_flight)
         super_batch = self._read(self._sizes.at(step))
         if super_batch.size < batch_size:
-            if self.at.epoch_batches is not None:
+            if run.epoch_batches is not None:
                 raise ConfigError(
                     f"the shards of this rank hold fewer examples than source.num_examples says: "
-                    f"{self.at.epoch_batches} batches were promised for this pass, and the data "
-                    f"ended after {step - self.at.step + self.at.epoch_step}. Correct the counts."
+                    f"{run.epoch_batches} batches were promised for this pass, and the data "
+                    f"ended after {step - run.step + run.epoch_step}. Correct the counts."
                 )
-            self.at.tail = super_batch
-            self._feed.go_to(super_batch.start)  # a checkpoint taken now finds the same tail
+            run.tail = super_batch
+            self._reader.go_to(super_batch.position)  # a checkpoint taken now finds the same tail
             return None
-        choice, weights_step = self._selector.choose(
-            super_batch.columns,
-            slot=super_batch.slot,
-            size=super_batch.size,
-            batch_size=batch_size,
-            key=self._key,
-            step=step,
-            now=self.at.step,
-        )
-        return Scored(super_batch=super_batch, choice=choice, weights_step=weights_step)
+        return self._selector.select(super_batch, batch_size=batch_size, step=step, now=run.step)
 
-    def _restore(self, record: Record) -> Scored:
-        """Reads a super-batch of a checkpoint again; its choice is known."""
-        size, weights_step, selection = read_record(record, torch.device("cpu"))
+    def _restore(self, record: Record) -> ScoredSuperBatch:
+        """Reads a super-batch of a checkpoint again; its selection is known."""
+        size, weights_step, selection = read_record(record)
         super_batch = self._read(size)
         if super_batch.size != size:
             raise ResumeMismatchError(
@@ -276,121 +209,186 @@ class Pipeline:
                 f"the shards have {super_batch.size} left there. "
                 f"They have changed since; start anew, or resume from the same data."
             )
-        choice = self._selector.restore(
-            super_batch.columns, slot=super_batch.slot, selection=selection
-        )
-        return Scored(super_batch=super_batch, choice=choice, weights_step=weights_step)
+        return self._selector.restore(super_batch, selection, weights_step)
 
     def _read(self, size: int) -> SuperBatch:
         with self._metrics.timed("data"):
-            if not self._feed.is_open:
+            if not self._reader.is_open:
                 self._place()
-            end_epoch = None if self._config.repeat else self.at.epoch + 1
-            slot = self._ring.slot(in_use=[each.super_batch.slot for each in self.at.in_flight])
-            return self._feed.take(size, slot=slot, end_epoch=end_epoch)
+            end_epoch = None if self._config.repeat else self.run.epoch + 1
+            slot = self._selector.slot(in_use=self.run.in_flight)
+            return self._reader.read(size, slot=slot, end_epoch=end_epoch)
+
+    def _hand_out(self, scored: ScoredSuperBatch) -> Columns:
+        """Returns the selected rows, gathered on the stream that the training loop uses."""
+        if not scored.selection.on_host().is_finite:  # on a CPU it raised when scoring
+            self._go_to(scored.super_batch.position)  # to be selected from again
+            raise NonFiniteError(
+                f"scoring for step {self.run.step} gave NaN or infinity. Check the learner (has "
+                f"training diverged?), the reference and the autocast dtype."
+            )
+        with self._metrics.timed("yielding"), scored.super_batch.slot.handing_out():
+            return self._batches.make(scored, step=self.run.step, device=self._device)
 
     def _place(self) -> None:
         self._device, scoring_device = self._devices()
-        if scoring_device != self._ring.device:
-            self._ring.drain()
-            self._ring = Ring(scoring_device)
-        self._embedder.ring = self._ring
+        self._selector.place(scoring_device)
 
-    def _go_to(self, position: Position, *, restored: list[Record]) -> None:
-        """Forgets what is in flight; reading goes on at `position`."""
-        self._feed.go_to(position)
-        self._batches.forget()
-        self.at.in_flight.clear()
-        self.at.restored, self._error, self.at.tail = restored, None, None
+    def _lookahead(self) -> int:
+        """Returns how many super-batches are scored ahead, settled when it is first asked."""
+        if self._ahead is None:
+            self._ahead = self._batches.lookahead(self._devices()[1])
+        return self._ahead
 
-    def _hand_out(self, scored: Scored) -> Columns:
-        """Returns the chosen rows, gathered on the stream that the training loop uses."""
-        super_batch, choice = scored.super_batch, scored.choice
-        if not choice.on_host().is_finite:  # on a CPU it raised when scoring
-            self._go_to(super_batch.start, restored=[])  # to be chosen from again
-            raise NonFiniteError(
-                f"scoring for step {self.at.step} gave NaN or infinity. Check the learner (has "
-                f"training diverged?), the reference and the autocast dtype."
+    def num_batches(self) -> int | None:
+        """Returns the batches of an epoch, at the sizes that hold now; None if nobody knows."""
+        config, run = self._config, self.run
+        if config.steps_per_epoch is not None or config.repeat or config.skips:
+            return config.steps_per_epoch
+        if run.epoch_batches is not None:
+            return run.epoch_batches
+        counts = shard_counts(self._source)
+        if counts is None:
+            return None
+        return self._sizes.num_batches(sum(counts), first_step=run.step - run.epoch_step)
+
+    def begin_epoch(self) -> None:
+        """Starts the next epoch: with `repeat=False` the next pass, else the stream goes on."""
+        self.run.epoch_step = 0
+        if not self._config.repeat:
+            self._begin_pass(self.run.epoch + 1)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Goes to an epoch, unless the stream is there already; see `JESTDataset.set_epoch`."""
+        run = self.run
+        if not self._config.repeat:
+            is_there = epoch == run.epoch and (run.epoch_step == 0 or run.is_resumed)
+            if not is_there:
+                self._begin_pass(epoch)
+        elif not run.has_begun:
+            run.step = epoch * (self._config.steps_per_epoch or 0)
+            self._go_to(self._start_of(epoch))
+
+    def _begin_pass(self, epoch: int) -> None:
+        """Goes to the start of a pass; examples in flight of another are counted as abandoned."""
+        run = self.run
+        lost = [scored.super_batch for scored in run.in_flight]
+        for super_batch in lost if run.tail is None else [*lost, run.tail]:
+            self._metrics.count("epoch_abandoned", super_batch.size)
+            book_skipped(self._metrics, super_batch)
+        self._metrics.count("epoch_abandoned", sum(size for size, *_ in run.to_restore))
+        run.epoch, run.epoch_step = epoch, 0
+        self._go_to(self._start_of(epoch))
+        if self._pass is not None:
+            run.epoch_batches = self._pass.batches_from_start(
+                self._reader.layout, epoch=epoch, step=run.step
             )
-        with self._metrics.timed("yielding"), super_batch.slot.handing_out():
-            return self._batches.make(super_batch, choice, step=self.at.step, device=self._device)
 
     def _end_pass(self) -> None:
-        """Books what is left at the end of a pass: fewer examples than make a sub-batch."""
-        at = self.at
-        if at.tail is not None:
-            if at.epoch_step == 0:
+        """Books the examples left at the end of a pass: fewer than make a sub-batch."""
+        run = self.run
+        if run.tail is not None:
+            if run.epoch_step == 0:  # the loop would begin pass after pass, for ever
                 raise ConfigError(
                     f"batch_size={self._sizes.batch_size}, but a whole pass over the data gives "
-                    f"this rank {at.tail.size} examples. Use a smaller batch_size, more data, "
+                    f"this rank {run.tail.size} examples. Use a smaller batch_size, more data, "
                     f"or repeat=True."
                 )
-            self._metrics.count("epoch_tail", at.tail.size)
-            self._ledger.book_skipped(at.tail)
-            at.tail = None
+            self._metrics.count("epoch_tail", run.tail.size)
+            book_skipped(self._metrics, run.tail)
+            run.tail = None
         elif self._pass is not None:
-            left = self._pass.num_left(self._feed.position.cursors, self._feed.layout, at.epoch)
-            self._metrics.count("epoch_tail", left)
+            cursors, layout = self._reader.position.cursors, self._reader.layout
+            self._metrics.count("epoch_tail", self._pass.num_left(cursors, layout, run.epoch))
         self.begin_epoch()
 
+    def _start_of(self, epoch: int) -> Position:
+        return Position.of_epoch(epoch, self._reader.layout.lanes)
+
+    def _go_to(self, position: Position) -> None:
+        """Forgets the super-batches in flight; reading goes on at `position`."""
+        self._reader.go_to(position)
+        self._batches.forget()
+        self.run.in_flight.clear()
+        self.run.to_restore, self.run.tail, self._error = [], None, None
+
     def state_dict(self, *, include_learner_copy: bool) -> dict[str, Any]:
-        """Returns what describes the last batch handed out: no samples, no open files."""
-        at = self.at
-        in_flight = [
-            record_of(scored.super_batch.size, scored.weights_step, scored.choice.on_host())
-            for scored in at.in_flight
-        ]
-        progress = Progress(
-            step=at.step,
-            epoch=at.epoch,
-            epoch_step=at.epoch_step,
-            epoch_batches=at.epoch_batches,
-            position=at.in_flight[0].super_batch.start if in_flight else self._feed.position,
-            in_flight=[*in_flight, *at.restored],
+        """Returns a checkpoint of the last batch handed out: no samples, no open files."""
+        return checkpoint_of(
+            self.run,
+            self._reader.position,
+            settings=self._settings(self._reader.layout.num_lanes, self._lookahead()),
+            layout=self._reader.layout,
             counters=self._metrics.state_dict(),
+            learner_copy=self._selector.state_dict() if include_learner_copy else None,
         )
-        copy = self._embedder.copy_state() if include_learner_copy else None
-        settings = self._settings(self._feed.layout.num_lanes, self._lookahead())
-        return state_of(progress, settings, self._feed.layout, copy)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to the place of a checkpoint, without reading yet.
+        """Goes to where a checkpoint was taken, without reading yet.
 
         Raises:
           ResumeMismatchError: if it was taken under other settings; names both values.
         """
+        state = upgraded(state)
         settings = self._settings(self._config.lanes, self._config.lookahead)
-        num_lanes = lanes_to_resume(state, settings)
-        layout = replace(self._feed.layout, num_lanes=num_lanes)
-        progress = deal(state, layout)
-        epoch_batches = progress.epoch_batches
-        if self._pass is not None and epoch_batches is None:  # other ranks: they end elsewhere
-            epoch_batches = progress.epoch_step + self._pass.batches_left(
-                all_cursors(state), layout, epoch=progress.epoch, step=progress.step
+        layout = layout_to_resume(state, settings, self._reader.layout.rank)
+        run = run_of(state, layout)
+        if self._pass is not None and run.epoch_batches is None:  # other ranks: they end elsewhere
+            run.epoch_batches = run.epoch_step + self._pass.batches_left(
+                all_cursors(state), layout, epoch=run.epoch, step=run.step
             )
-        self._go_to(progress.position, restored=progress.in_flight)
-        self._feed.layout = layout
-        self._ahead = state["layout"]["lookahead"]
-        self.at.step, self.at.epoch = progress.step, progress.epoch
-        # An epoch may have another length by now.
-        self.at.epoch_step = progress.epoch_step % (self._config.steps_per_epoch or sys.maxsize)
-        self.at.epoch_batches = epoch_batches
-        self.at.is_resumed = self.at.has_begun = True
-        self._metrics.load_state_dict(progress.counters)
-        self._embedder.load_copy_state(state["learner_copy"])
+        # An epoch may have another length by now: step 5 in epochs of 3 is their step 2.
+        run.epoch_step %= self._config.steps_per_epoch or sys.maxsize
+        # All is checked: only from here on anything changes.
+        self._go_to(position_of(state, layout))
+        self._reader.layout = layout
+        self.run, self._ahead = run, state["settings"]["lookahead"]
+        self._metrics.load_state_dict(counters_of(state, layout))
+        self._selector.load_state_dict(state["learner_copy"])
 
     def _settings(self, num_lanes: int | None, lookahead: int | None) -> dict[str, Any]:
-        """Returns what must be the same where a checkpoint is loaded."""
-        config = self._config
+        """Returns the settings that must be the same where a checkpoint is loaded."""
         return {
             "source": self._source.fingerprint,
             "num_shards": self._source.num_shards,
-            "seed": config.seed,
+            "seed": self._config.seed,
             "lanes": num_lanes,
-            "world_size": self._feed.layout.world_size,
+            "world_size": self._reader.layout.world_size,
             "batch_size": self._sizes.batch_size,
             "super_batch_size": [list(change) for change in self._sizes.changes],
             "lookahead": lookahead,
-            "repeat": config.repeat,
+            "repeat": self._config.repeat,
             "quotas": self._selector.groups,
         }
+
+    def price(self) -> None:
+        """Measures the cost of the models' forward passes, as far as it is not known."""
+        self._selector.price()
+
+    def refresh(self) -> None:
+        """Copies the learner's weights now."""
+        self._place()
+        self._selector.refresh(self.run.step)
+
+    def describe(self) -> str:
+        """Returns the live state, for `repr`."""
+        parts = [f"step {self.run.step}", f"{len(self.run.in_flight)} super-batches in flight"]
+        if self._selector.weights_step is not None:
+            parts.append(f"learner copy {self.run.step - self._selector.weights_step} steps old")
+        return " | ".join(parts)
+
+    def pause(self) -> None:
+        """Stops workers and closes files. The next call goes on where this one stopped."""
+        self._reader.pause()
+        self._batches.pause()
+
+    def close(self) -> None:
+        """Stops workers, closes files, lets go of examples and models; `state_dict` still works."""
+        self._error = None  # its traceback holds this, and all frames up to the user's loop
+        self._reader.go_to(self._reader.position)
+        self._batches.forget()
+        for scored in self.run.in_flight:
+            scored.selection.on_host()  # for `state_dict`
+            scored.super_batch.columns.clear()
+            scored.super_batch.on_host.clear()
+        self._selector.close()

@@ -1,9 +1,10 @@
-"""What a checkpoint holds, and how it is dealt to any number of ranks. Pure functions.
+"""Where a run is, and the checkpoint that says so: made, merged over ranks, dealt to any number.
 
-A state is made of plain dicts, lists, strings and numbers, so that `torch.load(weights_only=True)`
-and even json read it back. It is keyed by lane and by rank: the states of several ranks merge by
-uniting them, and a rank of another layout takes the lanes that are its own. Everything below these
-keys is a list, which `torch.distributed.checkpoint` keeps whole.
+`RunState` changes as batches are handed out; the functions turn it into a checkpoint and back. A
+checkpoint is made of plain dicts, lists, strings and numbers, which `torch.load(weights_only=True)`
+and even json read back. It is keyed by lane and by rank: the checkpoints of several ranks merge by
+uniting them, and a rank of another layout takes the lanes that are its own. All values below these
+keys are lists, which `torch.distributed.checkpoint` keeps whole. Runs in the training thread.
 """
 
 from __future__ import annotations
@@ -18,45 +19,53 @@ import torch
 from jest_stream.config import Layout
 from jest_stream.errors import ResumeMismatchError
 from jest_stream.metrics import shared_out
-from jest_stream.pipeline.super_batches import Position, Scored, SuperBatch
+from jest_stream.pipeline.super_batches import Position, ScoredSuperBatch, SuperBatch
 from jest_stream.types import Cursor, Selection
 
-VERSION = 2
+VERSION = 3
 
-_SHARED = ("step", "epoch", "epoch_step", "epoch_batches")
-# Per rank; what counts is the product with the number of ranks.
-_PER_RANK = ("batch_size", "super_batch_size")
+_SHARED = ("step", "epoch", "epoch_step", "epoch_batches")  # of `RunState`: equal on all ranks
+_PER_RANK = ("batch_size", "super_batch_size")  # the product with the number of ranks must match
 _DTYPES = {
     str(t): t for t in (torch.int64, torch.float16, torch.float32, torch.float64, torch.bool)
 }
 
 Record = list[Any]
-"""A super-batch in flight: its size, the step of the weights behind its choice, and the choice.
-New weights would choose otherwise."""
+"""A super-batch in flight as a checkpoint holds it: its size, the step of the weights that scored
+it, and its selection, which other weights would make otherwise. See `record_of`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far a rank is."""
+@dataclass
+class RunState:
+    """Where a run is: all that changes as batches are handed out, but for the stream's position."""
 
-    step: int
+    step: int = 0
     """Batches handed out."""
-    epoch: int
+    epoch: int = 0
     """Passes begun before this one, where `repeat=False`."""
-    epoch_step: int
-    """Batches handed out in this epoch."""
-    epoch_batches: int | None
+    epoch_step: int = 0
+    """Batches handed out in this epoch; 0 again as soon as it is complete, where its length is
+    known before."""
+    epoch_batches: int | None = None
     """Batches of this pass, where that was computed beforehand."""
-    position: Position
-    """Where the first super-batch starts that was not handed out."""
-    in_flight: list[Record]
-    """Super-batches that were chosen from and not handed out, the next one first."""
-    counters: dict[str, int]
-    """As `Metrics.state_dict` gives them."""
+    in_flight: deque[ScoredSuperBatch] = field(default_factory=deque)
+    """Super-batches that are selected from and not handed out, the next one first."""
+    to_restore: list[Record] = field(default_factory=list)
+    """Super-batches that a checkpoint had in flight, still to be read; they follow `in_flight`."""
+    tail: SuperBatch | None = None
+    """Too small for a batch: where a pass has ended."""
+    is_resumed: bool = False
+    """Whether a checkpoint was loaded and nothing handed out since."""
+    has_begun: bool = False
+    """Whether a batch was handed out or a checkpoint loaded."""
+
+    def copy(self) -> RunState:
+        """Returns the same state, which does not change with this one."""
+        return replace(self, in_flight=self.in_flight.copy(), to_restore=self.to_restore.copy())
 
 
 def record_of(size: int, weights_step: int | None, selection: Selection) -> Record:
-    """Returns what a checkpoint keeps of a super-batch in flight."""
+    """Returns the record of a super-batch in flight; the selection lies on the CPU."""
     columns = []
     for each in fields(Selection):
         tensor = getattr(selection, each.name)
@@ -64,49 +73,77 @@ def record_of(size: int, weights_step: int | None, selection: Selection) -> Reco
     return [size, weights_step, columns]
 
 
-def read_record(record: Record, device: torch.device) -> tuple[int, int | None, Selection]:
-    """Returns what `record_of` was given, with its tensors on `device`."""
+def read_record(record: Record) -> tuple[int, int | None, Selection]:
+    """Returns the arguments of `record_of`."""
     size, weights_step, columns = record
-    tensors = {
-        name: torch.tensor(values, dtype=_DTYPES[dtype], device=device)
-        for name, dtype, values in columns
-    }
+    tensors = {name: torch.tensor(values, dtype=_DTYPES[dtype]) for name, dtype, values in columns}
     return size, weights_step, Selection(**tensors)
 
 
-def state_of(
-    progress: Progress, settings: Mapping[str, Any], layout: Layout, learner_copy: Any
+def checkpoint_of(
+    run: RunState,
+    position: Position,
+    *,
+    settings: Mapping[str, Any],
+    layout: Layout,
+    counters: Mapping[str, int],
+    learner_copy: Any = None,
 ) -> dict[str, Any]:
-    """Returns the state of one rank.
+    """Returns the checkpoint of one rank.
 
     Args:
-      progress: how far it is.
-      settings: what must match on load, by name; with `lanes` and `world_size`.
-      layout: whose state this is.
+      run: where it is.
+      position: the place where reading goes on, after all super-batches in flight.
+      settings: the settings that must match on load, by name; with `lanes` and `world_size`.
+      layout: names the rank and its lanes.
+      counters: as `Metrics.state_dict` gives them.
       learner_copy: weights to keep with it, or None.
     """
-    cursors, next_lane = progress.position
+    in_flight = [
+        record_of(scored.super_batch.size, scored.weights_step, scored.selection.on_host())
+        for scored in run.in_flight
+    ]
+    if run.in_flight:  # they are read again
+        position = run.in_flight[0].super_batch.position
     return {
         "version": VERSION,
-        "layout": dict(settings),
-        **{name: getattr(progress, name) for name in _SHARED},
-        # Where each lane goes on, and whether it has had its turn in the round at hand.
+        "settings": dict(settings),
+        **{name: getattr(run, name) for name in _SHARED},
+        # Per lane its cursor, and 1 if it has had its turn in the round at hand. With lanes 0, 2, 4
+        # and `next_lane` 1 the turns are 1, 0, 0.
         "lanes": {
-            str(lane): [*cursors[lane], int(turn < next_lane)]
+            str(lane): [*position.cursors[lane], int(turn < position.next_lane)]
             for turn, lane in enumerate(layout.lanes)
         },
         "ranks": {
             str(layout.rank): {
-                "in_flight": list(progress.in_flight),
-                "counters": [list(item) for item in progress.counters.items()],
+                "in_flight": [*in_flight, *run.to_restore],
+                "counters": [list(item) for item in counters.items()],
             }
         },
         "learner_copy": learner_copy,
     }
 
 
+def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a checkpoint in the present format.
+
+    Raises:
+      ResumeMismatchError: for a version that this release cannot read.
+    """
+    if state.get("version") == VERSION:
+        return state
+    if state.get("version") == 2:  # the settings had another name
+        rest = {name: value for name, value in state.items() if name != "layout"}
+        return {**rest, "version": VERSION, "settings": state["layout"]}
+    raise ResumeMismatchError(
+        f"the checkpoint has format version {state.get('version')}, this release reads 2 and "
+        f"{VERSION}. Resume with the release that wrote it."
+    )
+
+
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns one state of all ranks, which any layout can load.
+    """Returns one checkpoint of all ranks, which any layout can load.
 
     Args:
       states: of every rank, in any order, taken after the same step. The learner copy of the first
@@ -115,10 +152,10 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Raises:
       ResumeMismatchError: if they are not of one moment of one run, or one is missing.
     """
+    states = [upgraded(state) for state in states]
     first = states[0]
     for other in states:
-        _require_version(other)
-        for name in ("layout", *_SHARED):
+        for name in ("settings", *_SHARED):
             if other[name] != first[name]:
                 raise ResumeMismatchError(
                     f"the states of ranks {', '.join(first['ranks'])} and "
@@ -131,7 +168,7 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "lanes": _united(state["lanes"] for state in states),
         "ranks": _united(state["ranks"] for state in states),
     }
-    world_size, num_lanes = first["layout"]["world_size"], first["layout"]["lanes"]
+    world_size, num_lanes = first["settings"]["world_size"], first["settings"]["lanes"]
     for name, wanted in (("ranks", world_size), ("lanes", num_lanes)):
         if len(merged[name]) != wanted:
             raise ResumeMismatchError(
@@ -141,87 +178,100 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def lanes_to_resume(state: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
-    """Returns the lanes of a checkpoint, if a dataset of these settings may continue it.
+def layout_to_resume(state: Mapping[str, Any], settings: Mapping[str, Any], rank: int) -> Layout:
+    """Returns the lanes of a checkpoint over the present ranks, if this rank may continue it.
 
     Args:
-      state: of a rank, or merged.
-      settings: the dataset's own; `lanes` and `lookahead` are None where any number is
-        right.
+      state: of a rank, or merged; in the present format.
+      settings: the dataset's own; `lanes` and `lookahead` are None where any number is right.
+      rank: of this process.
 
     Raises:
-      ResumeMismatchError: if it was taken under other settings; names both values.
+      ResumeMismatchError: if it was taken under other settings, naming both values; or if it lacks
+        lanes or super-batches of this rank.
     """
-    _require_version(state)
-    saved, world_size = state["layout"], settings["world_size"]
-    is_same_world = saved["world_size"] == world_size
+    saved, world_size = state["settings"], settings["world_size"]
     for name, value in settings.items():
+        # There are three kinds of settings:
+        # 1. Free ones: the number of ranks may change, and these two if they were left open.
         if name == "world_size" or (name in ("lanes", "lookahead") and value is None):
             continue
-        if name in _PER_RANK and not is_same_world:
+        # 2. Sizes per rank: on other ranks their total must be the same.
+        if name in _PER_RANK and saved["world_size"] != world_size:
             _require_same_total(name, saved, settings)
+        # 3. All others must be equal.
         elif saved[name] != value:
             raise ResumeMismatchError(
                 f"the checkpoint was taken with {name}={saved[name]!r}, this dataset has "
                 f"{name}={value!r}. Resume with the former value, or start a new run."
             )
-    num_lanes: int = saved["lanes"]
-    if num_lanes % world_size:
+    if saved["lanes"] % world_size:
         raise ResumeMismatchError(
-            f"the checkpoint was taken with lanes={num_lanes} on {saved['world_size']} ranks, "
+            f"the checkpoint was taken with lanes={saved['lanes']} on {saved['world_size']} ranks, "
             f"which {world_size} ranks cannot share out evenly. Resume on a number of ranks that "
-            f"divides {num_lanes}."
+            f"divides {saved['lanes']}."
         )
-    return num_lanes
+    layout = Layout(num_lanes=saved["lanes"], rank=rank, world_size=world_size)
+    needed, found = [str(lane) for lane in layout.lanes], state["lanes"]
+    has_rank = str(rank) in state["ranks"] or not _is_same_world(state, layout)
+    if not has_rank or not found.keys() >= set(needed):
+        raise ResumeMismatchError(
+            f"the checkpoint is of rank {', '.join(state['ranks'])} of {saved['world_size']} and "
+            f"of lanes {', '.join(found)}; this is rank {rank} of {world_size}, which reads lanes "
+            f"{', '.join(needed)}. Load on each rank the state that it saved, or on all the one "
+            f"that gather_state_dict made."
+        )
+    return layout
 
 
-def deal(state: Mapping[str, Any], layout: Layout) -> Progress:
-    """Returns what a rank takes of a checkpoint that fits it.
+def run_of(state: Mapping[str, Any], layout: Layout) -> RunState:
+    """Returns where a rank is that continues a checkpoint; the layout is `layout_to_resume`'s.
 
     With the ranks of before, each goes on with its own super-batches in flight. Other ranks begin
-    at the first of them, to be read and chosen from anew; lanes and counters are shared out.
-
-    Raises:
-      ResumeMismatchError: if the state lacks what the rank needs.
+    at the first of them, to be read and selected from anew; their pass may end elsewhere.
     """
-    needed = [str(lane) for lane in layout.lanes]
-    is_same_world = state["layout"]["world_size"] == layout.world_size
-    found = state["lanes"]
-    is_known = str(layout.rank) in state["ranks"] or not is_same_world
-    if not is_known or not found.keys() >= set(needed):
-        raise ResumeMismatchError(
-            f"the checkpoint is of rank {', '.join(state['ranks'])} of "
-            f"{state['layout']['world_size']} and of lanes {', '.join(found)}; this is rank "
-            f"{layout.rank} of {layout.world_size}, which reads lanes {', '.join(needed)}. Load "
-            f"on each rank the state that it saved, or on all the one that gather_state_dict made."
-        )
-    of_rank = {rank: dict(each["counters"]) for rank, each in state["ranks"].items()}
-    if is_same_world:
-        in_flight = list(state["ranks"][str(layout.rank)]["in_flight"])
-        counters = of_rank[str(layout.rank)]
-    else:
-        in_flight = []
-        counters = shared_out(
-            list(of_rank.values()), rank=layout.rank, world_size=layout.world_size
-        )
-    had_turn = [bool(found[lane][-1]) for lane in needed]
-    return Progress(
+    is_same_world = _is_same_world(state, layout)
+    return RunState(
         step=state["step"],
         epoch=state["epoch"],
         epoch_step=state["epoch_step"],
         epoch_batches=state["epoch_batches"] if is_same_world else None,
-        position=Position(
-            cursors={int(lane): Cursor(*found[lane][:-1]) for lane in needed},
-            next_lane=had_turn.index(False) if False in had_turn else 0,
-        ),
-        in_flight=in_flight,
-        counters=counters,
+        to_restore=list(state["ranks"][str(layout.rank)]["in_flight"]) if is_same_world else [],
+        is_resumed=True,
+        has_begun=True,
     )
 
 
+def position_of(state: Mapping[str, Any], layout: Layout) -> Position:
+    """Returns where a rank goes on reading that continues a checkpoint.
+
+    Lanes before the first that has not had its turn in the round have had it on other ranks too:
+    lanes 0 to 5 with turns 1, 1, 1, 1, 0, 0 on two ranks give 0, 2, 4 and 1, 3, 5, both with the
+    last lane next.
+    """
+    cursors = all_cursors(state)
+    had_turn = [bool(state["lanes"][str(lane)][-1]) for lane in layout.lanes]
+    return Position(
+        cursors={lane: cursors[lane] for lane in layout.lanes},
+        next_lane=had_turn.index(False) if False in had_turn else 0,
+    )
+
+
+def counters_of(state: Mapping[str, Any], layout: Layout) -> dict[str, int]:
+    """Returns a rank's counters: its own of before; on other ranks a share of those of all."""
+    of_rank = {rank: dict(each["counters"]) for rank, each in state["ranks"].items()}
+    if _is_same_world(state, layout):
+        return of_rank[str(layout.rank)]
+    return shared_out(list(of_rank.values()), rank=layout.rank, world_size=layout.world_size)
+
+
 def all_cursors(state: Mapping[str, Any]) -> dict[int, Cursor]:
-    """Returns where every lane goes on that the state holds."""
-    return {int(lane): Cursor(*place[:-1]) for lane, place in state["lanes"].items()}
+    """Returns where each lane goes on that a checkpoint holds."""
+    return {int(lane): Cursor(*entry[:-1]) for lane, entry in state["lanes"].items()}
+
+
+def _is_same_world(state: Mapping[str, Any], layout: Layout) -> bool:
+    return bool(state["settings"]["world_size"] == layout.world_size)
 
 
 def _united(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -229,16 +279,8 @@ def _united(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return dict(sorted(entries.items(), key=lambda entry: int(entry[0])))
 
 
-def _require_version(state: Mapping[str, Any]) -> None:
-    if state.get("version") != VERSION:
-        raise ResumeMismatchError(
-            f"the checkpoint has format version {state.get('version')}, this release reads "
-            f"{VERSION}. Resume with the release that wrote it."
-        )
-
-
 def _require_same_total(name: str, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Compares what all ranks together read per step."""
+    """Compares the sizes of all ranks together."""
     before, now = (_total(each[name], each["world_size"]) for each in (saved, settings))
     if before == now:
         return
@@ -251,36 +293,7 @@ def _require_same_total(name: str, saved: Mapping[str, Any], settings: Mapping[s
 
 
 def _total(value: Any, world_size: int) -> Any:
-    """A size over all ranks; of a schedule, [[step, size], ...], each of its sizes."""
+    """Returns a size over all ranks; of a schedule, [[step, size], ...], each of its sizes."""
     if isinstance(value, int):
         return value * world_size
     return [[step, size * world_size] for step, size in value]
-
-
-@dataclass
-class Standing:
-    """What changes as batches are handed out. Owned by a `Pipeline`."""
-
-    step: int = 0
-    """Batches handed out."""
-    epoch: int = 0
-    """Passes begun before this one, where `repeat=False`."""
-    epoch_step: int = 0
-    """Batches handed out in this epoch; 0 again as soon as it is complete, where its length is
-    known before."""
-    epoch_batches: int | None = None
-    """Batches of this pass, where that was computed beforehand."""
-    in_flight: deque[Scored] = field(default_factory=deque)
-    """Super-batches that were chosen from and not handed out, the next one first."""
-    restored: list[Record] = field(default_factory=list)
-    """Those of a checkpoint that were not yet read again; they come behind."""
-    tail: SuperBatch | None = None
-    """Too small for a batch: where a pass has ended."""
-    is_resumed: bool = False
-    """Whether a checkpoint was loaded and nothing handed out since."""
-    has_begun: bool = False
-    """Whether a batch was handed out or a checkpoint loaded."""
-
-    def copy(self) -> Standing:
-        """Returns the same, on its own from now on."""
-        return replace(self, in_flight=self.in_flight.copy(), restored=self.restored.copy())

@@ -1,13 +1,13 @@
-"""Examples in, super-batches out: a window over the lanes, with the position where it starts.
+"""Examples in, super-batches out, each with the position in the stream where it starts.
 
-Blocks arrive lane by lane; the window deals them out round robin, one example of each lane in
-turn, so that the order of examples does not depend on block sizes or worker processes. It runs in
-the training process. What it holds beyond the current super-batch is at most one block per lane.
+Blocks come lane by lane; their examples are dealt out one of each lane in turn, which makes the
+order independent of block sizes and worker processes. Examples that were read and not yet dealt out
+are at most one block per lane. Runs in the training thread. Shapes: B: super-batch size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,19 +15,26 @@ import torch
 from torch import Tensor
 
 from jest_stream.config import Layout, Sizes, StreamConfig
-from jest_stream.pipeline.device import Choice, Slot
+from jest_stream.pipeline.device import PendingSelection, Slot
 from jest_stream.sources import Block, BlockReader
-from jest_stream.types import Cursor, Source
-from jest_stream.views import Columns, ScoreView, collate, require_same_fields
+from jest_stream.types import Cursor, Example, Source
+from jest_stream.views import Columns, collate, require_same_fields
+
+_BLOCK_SIZE = 64  # examples of one lane handed over at once: more only adds latency
 
 
 class Position(NamedTuple):
-    """Where in the stream a super-batch starts."""
+    """A place in the stream of a rank, at which reading may start."""
 
     cursors: dict[int, Cursor]
-    """Per lane, what it reads next."""
+    """Per lane, where it goes on."""
     next_lane: int
-    """Whose turn it is: an index into the sorted lanes."""
+    """The lane whose turn it is: an index into the sorted lanes."""
+
+    @classmethod
+    def of_epoch(cls, epoch: int, lanes: Iterable[int]) -> Position:
+        """Returns the start of a pass over some lanes."""
+        return cls({lane: Cursor(epoch, 0, 0, 0) for lane in lanes}, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,49 +42,107 @@ class SuperBatch:
     """Candidates that are scored together."""
 
     columns: Columns
-    """One entry per candidate, in global order; tensors lie on the scoring device."""
+    """One entry per candidate, in global order; tensors `[B, ...]` lie on the scoring device."""
     on_host: Columns
-    """The same in memory of the host, as long as the slot is not used again."""
+    """The same in host memory, as long as the slot is not used again."""
     slot: Slot
-    """What keeps their memory."""
+    """The owner of their memory."""
     size: int
-    """How many candidates there are."""
-    start: Position
-    """Where reading it again would start."""
+    """B: the number of candidates."""
+    position: Position
+    """Where it starts: where reading it again would begin."""
     skipped: dict[str, int]
     """Bad examples left out on the way, by reason."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Bad shards left out on the way (`shards_skipped`, `shards_skipped/REASON`), and what the
-    source counted since the super-batch before, such as bytes and retries."""
+    """Bad shards left out on the way (`shards_skipped`, `shards_skipped/REASON`), and the source's
+    own counts since the super-batch before, such as bytes and retries."""
 
 
-class Window:
-    """Cuts the stream into super-batches. Owns what was read and not yet dealt out."""
+@dataclass(frozen=True, kw_only=True)
+class ScoredSuperBatch:
+    """A super-batch in flight: its sub-batch is selected, and not yet handed out."""
 
-    def __init__(self, reader: BlockReader, start: Position) -> None:
-        self._reader = reader
-        self._lanes = sorted(start.cursors)
-        self._cursors = dict(start.cursors)
-        self._next_lane = start.next_lane
+    super_batch: SuperBatch
+    selection: PendingSelection
+    weights_step: int | None
+    """The step whose learner weights it was scored with; None without a learner."""
+
+
+class SuperBatchReader:
+    """Reads super-batches. Owns the lanes' readers, and the blocks not yet dealt out.
+
+    Lanes take turns, one example each: lanes 0 and 1 with examples a, b, c and x, y give a, x, b,
+    y, c, since a lane that has ended is passed over.
+
+    Args:
+      config: how to read.
+      sizes: of the super-batches.
+      source: where the shards are.
+      layout: names the lanes to read. May be replaced while none is open.
+      prepare: makes a row of an example.
+    """
+
+    def __init__(
+        self,
+        config: StreamConfig,
+        sizes: Sizes,
+        *,
+        source: Source,
+        layout: Layout,
+        prepare: Callable[[Example], dict[str, Any]],
+    ) -> None:
+        self._config = config
+        self._sizes = sizes
+        self._source = source
+        self._prepare = prepare
+        self._reported_shards: set[str] = set()  # bad ones that were logged: each is once
+        self._reader: BlockReader | None = None
+        self.layout = layout
+        self.go_to(Position.of_epoch(0, layout.lanes))
+
+    @property
+    def position(self) -> Position:
+        """Where the next super-batch to be read starts."""
+        return Position(dict(self._cursors), self._next_lane)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether lanes were opened since the last `go_to`."""
+        return self._reader is not None
+
+    def go_to(self, position: Position) -> None:
+        """Closes the lanes and drops the examples read of them; reading goes on at `position`."""
+        self.pause()
+        self._reader = None
+        self._lanes = sorted(position.cursors)
+        self._cursors, self._next_lane = dict(position.cursors), position.next_lane
         self._blocks: dict[int, tuple[Block, int]] = {}  # lane -> block, examples taken of it
         self._waiting: dict[int, list[Block]] = {lane: [] for lane in self._lanes}
         self._ended: set[int] = set()
         self._skipped: dict[str, int] = {}  # since the super-batch at hand was begun
         self._counts: dict[str, int] = {}  # likewise
 
-    @property
-    def position(self) -> Position:
-        """Where the next super-batch starts."""
-        return Position(dict(self._cursors), self._next_lane)
+    def pause(self) -> None:
+        """Stops workers and closes files. The next `read` goes on where the last one stopped."""
+        if self._reader is not None:
+            self._reader.close()
 
-    def take(self, size: int, *, slot: Slot) -> SuperBatch:
-        """Returns the next `size` examples, in a slot; fewer where the stream ends."""
-        start = self.position
+    def read(self, size: int, *, slot: Slot, end_epoch: int | None) -> SuperBatch:
+        """Returns the next `size` examples; fewer where the stream ends.
+
+        Args:
+          size: B.
+          slot: the memory to put them in.
+          end_epoch: the epoch not to begin; None for endless lanes. Looked at when lanes open.
+        """
+        if self._reader is None:
+            self._reader = self._open(end_epoch)
+        position = self.position
         self._skipped, self._counts = {}, {}
         picks: list[tuple[Block, int]] = []
         while len(picks) < size:
             lane = self._lanes[self._next_lane]
-            if self._fill(lane):
+            if self._has_next(lane, self._reader):
                 picks.append(self._next_of(lane))
             elif len(self._ended) == len(self._lanes):
                 break
@@ -88,9 +153,31 @@ class Window:
             on_host=gathered,
             slot=slot,
             size=len(picks),
-            start=start,
+            position=position,
             skipped=self._skipped,
             counts=self._counts,
+        )
+
+    def _open(self, end_epoch: int | None) -> BlockReader:
+        config = self._config
+        return BlockReader(
+            self._source,
+            lanes=self.layout.lanes,
+            num_lanes=self.layout.num_lanes,
+            seed=config.seed,
+            cursors=self._cursors,
+            # No more of a lane than the largest super-batch takes of it: for 20 candidates of 5
+            # lanes blocks of 4.
+            block_size=max(1, min(_BLOCK_SIZE, self._sizes.largest // len(self._lanes))),
+            prepare=self._prepare,
+            collate=collate,
+            end_epoch=end_epoch,
+            on_bad_example=config.on_bad_example,
+            on_bad_shard=config.on_bad_shard,
+            max_bad_fraction=config.max_bad_fraction,
+            num_workers=config.num_workers,
+            timeout_s=config.timeout_s,
+            reported_shards=self._reported_shards,
         )
 
     def _next_of(self, lane: int) -> tuple[Block, int]:
@@ -100,21 +187,11 @@ class Window:
         self._cursors[lane] = block.cursors[taken]
         return block, taken
 
-    def _count_skipped(self, block: Block, before: int) -> None:
-        for position, reason in block.skipped:
-            if position == before:
-                self._skipped[reason] = self._skipped.get(reason, 0) + 1
-        for position, shard in block.skipped_shards:
-            if position == before:
-                self._count("shards_skipped", 1)
-                self._count(f"shards_skipped/{shard.reason}", 1)
-
-    def _count(self, name: str, amount: int) -> None:
-        self._counts[name] = self._counts.get(name, 0) + amount
-
-    def _fill(self, lane: int) -> bool:
-        """Makes sure that the lane has an example to give; False if it has ended."""
+    def _has_next(self, lane: int, reader: BlockReader) -> bool:
+        """Returns whether the lane has an example to give; reads blocks until that is known."""
         while lane not in self._ended:
+            # There are three cases:
+            # 1. The lane's block is begun. If all of it is taken, the lane ends or needs the next.
             if lane in self._blocks:
                 block, taken = self._blocks[lane]
                 if taken < block.num_examples:
@@ -123,44 +200,38 @@ class Window:
                 del self._blocks[lane]
                 if block.is_end:
                     self._ended.add(lane)
+            # 2. A block waits that came while another lane was asked for.
             elif self._waiting[lane]:
-                block = self._waiting[lane].pop(0)
-                self._blocks[lane] = (block, 0)
+                self._blocks[lane] = (self._waiting[lane].pop(0), 0)
+            # 3. Blocks come in the reader's order, of any lane; none is left where all have ended.
+            elif (next_block := reader.read()) is None:
+                self._ended.update(self._lanes)
             else:
-                next_block = self._reader.read()
-                if next_block is None:
-                    self._ended.update(self._lanes)
-                else:
-                    self._waiting[next_block.lane].append(next_block)
-                    for name, amount in next_block.counts.items():
-                        self._count(name, amount)
+                self._waiting[next_block.lane].append(next_block)
+                for name, amount in next_block.counts.items():
+                    self._count(name, amount)
         return False
 
+    def _count_skipped(self, block: Block, taken: int) -> None:
+        """Counts bad examples and shards that lie just before example number `taken`."""
+        for num_before, reason in block.skipped:
+            if num_before == taken:
+                self._skipped[reason] = self._skipped.get(reason, 0) + 1
+        for num_before, shard in block.skipped_shards:
+            if num_before == taken:
+                self._count("shards_skipped", 1)
+                self._count(f"shards_skipped/{shard.reason}", 1)
 
-def take_rows(columns: Columns, choice: Choice) -> Columns:
-    """Returns the chosen rows, on the device where each column lies."""
-    chosen: list[int] | None = None
-    taken: Columns = {}
-    for name, column in columns.items():
-        if isinstance(column, Tensor):
-            taken[name] = column.index_select(0, choice.on_device.indices.to(column.device))
-        else:
-            chosen = choice.on_host().indices.tolist() if chosen is None else chosen
-            taken[name] = [column[i] for i in chosen]
-    return taken
-
-
-def take_rows_on_host(columns: Columns, indices: Tensor) -> Columns:
-    """Returns the rows `indices` of columns that lie on the host, as `indices` do."""
-    chosen = indices.tolist()
-    return {
-        name: column[indices] if isinstance(column, Tensor) else [column[i] for i in chosen]
-        for name, column in columns.items()
-    }
+    def _count(self, name: str, amount: int) -> None:
+        self._counts[name] = self._counts.get(name, 0) + amount
 
 
 def _gather_blocks(picks: Sequence[tuple[Block, int]], slot: Slot) -> Columns:
-    """Returns the picked rows as columns, in the order of the picks; each tensor is copied once."""
+    """Returns the picked rows as columns, in the order of the picks; each tensor is copied once.
+
+    For example, picks of row 3 of block a, row 0 of b and row 4 of a copy rows [3, 4] of a to rows
+    [0, 2], and row [0] of b to row [1].
+    """
     rows_of: dict[int, tuple[Mapping[str, Any], list[int], list[int]]] = {}
     for row, (block, taken) in enumerate(picks):
         _, sources, targets = rows_of.setdefault(id(block), (block.items, [], []))
@@ -175,108 +246,5 @@ def _gather_blocks(picks: Sequence[tuple[Block, int]], slot: Slot) -> Columns:
                 out[torch.tensor(targets)] = items[name][torch.tensor(sources)]
             columns[name] = out
         else:
-            column: list[Any] = [None] * len(picks)
-            for items, sources, targets in rows_of.values():
-                for source, target in zip(sources, targets, strict=True):
-                    column[target] = items[name][source]
-            columns[name] = column
+            columns[name] = [block.items[name][taken] for block, taken in picks]
     return columns
-
-
-_BLOCK_SIZE = 64  # examples of one lane handed over at once: more only adds latency
-
-
-class Feed:
-    """Reads super-batches. Owns the reader and the window; knows where both would begin anew.
-
-    Args:
-      config: how to read.
-      sizes: of the super-batches.
-      source: where the shards are.
-      layout: whose lanes are read. May be replaced while nothing is open.
-      prepare: makes a row of an example.
-    """
-
-    def __init__(
-        self,
-        config: StreamConfig,
-        sizes: Sizes,
-        *,
-        source: Source,
-        layout: Layout,
-        prepare: ScoreView,
-    ) -> None:
-        self._config = config
-        self._sizes = sizes
-        self._source = source
-        self._prepare = prepare
-        self._reader: BlockReader | None = None
-        self._window: Window | None = None
-        self._start = Position({}, 0)
-        self._reported_shards: set[str] = set()  # bad ones that were logged: each is once
-        self.layout = layout
-        """Whose lanes are read."""
-
-    @property
-    def position(self) -> Position:
-        """Where the next super-batch to be read starts."""
-        return self._start if self._window is None else self._window.position
-
-    @property
-    def is_open(self) -> bool:
-        """Whether examples were read that have not been dealt out."""
-        return self._window is not None
-
-    def go_to(self, position: Position) -> None:
-        """Closes what is open and drops what it read; reading goes on at `position`."""
-        self.pause()
-        self._reader = self._window = None
-        self._start = position
-
-    def take(self, size: int, *, slot: Slot, end_epoch: int | None) -> SuperBatch:
-        """Returns the next `size` examples, in a slot; fewer where the stream ends.
-
-        Args:
-          size: how many.
-          slot: where they are wanted.
-          end_epoch: the epoch not to begin; None for endless lanes. Looked at when lanes open.
-        """
-        if self._window is None:
-            self._window = self._open(end_epoch)
-        return self._window.take(size, slot=slot)
-
-    def pause(self) -> None:
-        """Stops workers and closes files. The next `take` goes on where the last one stopped."""
-        if self._reader is not None:
-            self._reader.close()
-
-    def _open(self, end_epoch: int | None) -> Window:
-        config, start = self._config, self._start
-        self._reader = BlockReader(
-            self._source,
-            lanes=self.layout.lanes,
-            num_lanes=self.layout.num_lanes,
-            seed=config.seed,
-            cursors=start.cursors,
-            block_size=max(1, min(_BLOCK_SIZE, self._sizes.largest // len(start.cursors))),
-            prepare=self._prepare,
-            collate=collate,
-            end_epoch=end_epoch,
-            on_bad_example=config.on_bad_example,
-            on_bad_shard=config.on_bad_shard,
-            max_bad_fraction=config.max_bad_fraction,
-            num_workers=config.num_workers,
-            timeout_s=config.timeout_s,
-            reported_shards=self._reported_shards,
-        )
-        return Window(self._reader, start)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """A super-batch in flight: chosen from, not yet handed out."""
-
-    super_batch: SuperBatch
-    choice: Choice
-    weights_step: int | None
-    """The step whose learner weights it was scored with; None without a learner."""

@@ -1,15 +1,13 @@
 """Reference embeddings of a whole source, made once and read in step with its shards.
 
 `build` embeds a source, shard by shard, into Arrow files beside a manifest; `cache` opens them;
-`join` puts each example's embeddings beside it while its shard is read.
+`join` adds to each example its embeddings while its shard is read.
 """
 
-from jest_stream.reference_cache.cache import DEFAULT_IMAGE_KEY, DEFAULT_TEXT_KEY, ReferenceCache
+from jest_stream.reference_cache.cache import ReferenceCache
 from jest_stream.reference_cache.join import JoinedSource
 
 __all__ = [
-    "DEFAULT_IMAGE_KEY",
-    "DEFAULT_TEXT_KEY",
     "JoinedSource",
     "ReferenceCache",
 ]

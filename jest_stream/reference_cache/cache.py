@@ -1,4 +1,8 @@
-"""`ReferenceCache`: the reference embeddings of a source, on local disk or in an object store."""
+"""`ReferenceCache`: the reference embeddings of a source, on local disk or in an object store.
+
+Opens the files that `build` made: checks the manifest, hands out the rows of a shard, and joins
+them to the examples of a source. Files are opened by the process that reads them, when it does.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +15,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jest_stream.config import Limits, StorageConfig
+from jest_stream.config import (
+    DEFAULT_IMAGE_KEY,
+    DEFAULT_TEXT_KEY,
+    Key,
+    Limits,
+    StorageConfig,
+    Transform,
+)
 from jest_stream.errors import ConfigError, IncompleteCacheError, ShardChangedError
-from jest_stream.reference_cache.build import RECORD, build_into
+from jest_stream.reference_cache.build import Build
 from jest_stream.reference_cache.expectations import Expected, require_expected, require_keys
-from jest_stream.reference_cache.files import EmbeddingsFile, KeyIndex, arrow_or_error, read_index
+from jest_stream.reference_cache.files import EmbeddingsFile
+from jest_stream.reference_cache.index import KeyIndex, read_index
 from jest_stream.reference_cache.join import JoinedSource
 from jest_stream.reference_cache.manifest import (
     BEGUN,
     COMPLETE,
+    RECORD,
     Manifest,
     ShardRecord,
     damaged,
@@ -27,25 +40,21 @@ from jest_stream.reference_cache.manifest import (
     parse_manifest,
     read_json,
 )
-from jest_stream.reference_cache.reading import ReadSettings
 from jest_stream.reference_cache.rows import ShardRows
+from jest_stream.reference_cache.settings import BuildSettings, share_of_work
 from jest_stream.scoring import load_reference
-from jest_stream.sources import open_source
+from jest_stream.sources import is_source, open_source
 from jest_stream.storage import Storage, folder_address, redacted, scheme_of
 from jest_stream.types import Embeddings, ObjectInfo, Source
-from jest_stream.views import Key, Transform
-
-DEFAULT_IMAGE_KEY = "jpg;jpeg;png;webp;gif;image"
-DEFAULT_TEXT_KEY = "txt;text"
 
 
 class ReferenceCache:
     """The embeddings that a reference gave of every example of a source.
 
-    `JESTDataset(reference=cache)` scores with them instead of running a reference. Per shard there
-    is one Arrow file with `key`, `image` and `text` (float16) and checksums of what was embedded,
-    read in step with the shard: memory does not grow with the data. Local files are mapped; of a
-    remote cache one file per open shard is held in memory, or mapped from
+    `JESTDataset(reference=cache)` scores with them instead of running a reference. Each shard has
+    one Arrow file with `key`, `image` and `text` (float16) and checksums of the embedded image and
+    text, read in step with the shard: memory does not grow with the data. Local files are mapped;
+    of a remote cache one file per open shard is held in memory, or mapped from
     `StorageConfig(cache_folder=...)`.
 
     `build` makes one. Its arguments, beside those that `JESTDataset` has too:
@@ -58,23 +67,24 @@ class ReferenceCache:
     - `text_key`: the text that will be scored, not another caption.
     - `micro_batch_size`: examples per forward pass, never of two shards; `autocast_dtype`: embed
       under autocast.
-    - `on_bad_example="skip"` leaves out and counts what cannot be read. What is not in the cache
-      cannot be scored: training raises, or counts it as `skipped/not_cached` under its own
-      `on_bad_example="skip"`.
+    - `on_bad_example="skip"` leaves out and counts examples that cannot be read. An example that
+      is not in the cache cannot be scored: training raises, or counts it as `skipped/not_cached`
+      under its own `on_bad_example="skip"`.
     - `part_size`: examples per file of a source without shards.
-    - `rank` and `world_size`: which part of the work is this process's. Default: `RANK` and
-      `WORLD_SIZE`, as torchrun sets them, else everything.
+    - `rank` and `world_size`: this process embeds the shards i with i % world_size == rank.
+      Default: `RANK` and `WORLD_SIZE`, as torchrun sets them, else all shards.
     - `show_progress`: a bar on a terminal, lines elsewhere, on standard error.
 
     Args:
       path: the folder, or its address.
       storage: how a remote one is read.
-      expect: what it must be of: the reference, a module or a name; or a dict with some of
-        `"reference"`, `"transform"` and `"tokenizer"`, each of them or what `fingerprints` gives.
+      expect: the reference that the cache must be of, a module or a name; or a dict with some of
+        `"reference"`, `"transform"` and `"tokenizer"`, each the thing itself or its entry in
+        `fingerprints`.
 
     Raises:
       IncompleteCacheError: if building it has not come to its end.
-      ReferenceMismatchError: if it is of something else than expected; says of what.
+      ReferenceMismatchError: if it is of something else than expected; names the difference.
       CacheDamagedError: if its manifest is not whole.
       ShardUnavailableError: if it cannot be reached.
     """
@@ -86,7 +96,6 @@ class ReferenceCache:
         storage: StorageConfig | None = None,
         expect: Expected | None = None,
     ) -> None:
-        arrow_or_error()
         self._folder = folder_address(path)
         self._storage = Storage(storage)
         self._manifest: Manifest | None = _read_manifest(self._storage, self._folder)
@@ -118,53 +127,65 @@ class ReferenceCache:
         timeout_s: float = 120.0,
         show_progress: bool = False,
     ) -> ReferenceCache:
-        """Returns the cache of a source, after embedding what is not in it yet.
+        """Returns the cache of a source, after embedding the shards that it lacks.
 
         Each shard becomes a file that appears whole or not at all: a build that was killed goes on
         where it was. On one kind of machine, with as many threads, the files are the same byte for
         byte, however many processes shared the work (shard i belongs to rank i mod W). Ranks do
-        not wait: whoever finds all shards done writes the manifest, and before that the cache is
-        an `IncompleteCacheError`. The class explains the arguments.
+        not wait for each other: the one that finds all shards done writes the manifest, and before
+        that the cache is an `IncompleteCacheError`. The class explains the arguments.
 
         Raises:
           ConfigError: for arguments that cannot work, such as a view that draws at random.
-          ReferenceMismatchError: if the folder holds a cache of something else; says of what.
+          ReferenceMismatchError: if the folder holds a cache of something else; names the
+            difference.
         """
         folder = folder_address(path)
-        model, views = _with_views(reference, transform, tokenizer)
+        if isinstance(reference, str | os.PathLike):
+            named = load_reference(reference)
+            reference = named.module
+            transform, tokenizer = transform or named.transform, tokenizer or named.tokenizer
+        rank, world_size = share_of_work(rank, world_size)
+        settings = BuildSettings(
+            transform=transform,
+            tokenizer=tokenizer,
+            image_key=image_key,
+            text_key=text_key,
+            num_workers=num_workers,
+            micro_batch_size=micro_batch_size,
+            autocast_dtype=autocast_dtype,
+            device=device,
+            storage=storage,
+            limits=limits or Limits(),
+            on_bad_example=on_bad_example,
+            max_bad_fraction=max_bad_fraction,
+            part_size=part_size,
+            rank=rank,
+            world_size=world_size,
+            timeout_s=timeout_s,
+            show_progress=show_progress,
+        )
         opened = open_source(source, storage=storage if _is_address(source) else None)
         try:
-            build_into(
-                *(folder, opened, model),
-                storage=storage,
-                views=views,
-                keys=(image_key, text_key),
-                limits=limits,
-                micro_batch_size=micro_batch_size,
-                autocast_dtype=autocast_dtype,
-                part_size=part_size,
-                device=device,
-                place=(rank, world_size),
-                settings=ReadSettings(num_workers, on_bad_example, max_bad_fraction, timeout_s),
-                show_progress=show_progress,
-            )
+            Build(folder, opened, reference, settings).run()
         finally:
-            if opened is not source and hasattr(opened, "close"):
+            if not is_source(source):
                 opened.close()
+        # Not `cls(path)`, which raises while other ranks still build.
         cache = cls.__new__(cls)
         cache._folder, cache._storage, cache._manifest = folder, Storage(storage), None
         return cache
 
     @property
     def manifest(self) -> Manifest:
-        """What the cache says of itself; `IncompleteCacheError` while other ranks still build."""
+        """The manifest; an `IncompleteCacheError` while other ranks still build."""
         if self._manifest is None:
             self._manifest = _read_manifest(self._storage, self._folder)
         return self._manifest
 
     @property
     def path(self) -> str:
-        """Where it lies, without secrets."""
+        """Address of the cache, without secrets."""
         return redacted(self._folder)
 
     @property
@@ -174,22 +195,22 @@ class ReferenceCache:
 
     @property
     def is_by_key(self) -> bool:
-        """Whether it is of a source without shards, so that keys alone say what belongs."""
+        """Whether its source has no shards, so that examples are matched by key alone."""
         return self.manifest.header.part_size is not None
 
     @property
     def shards(self) -> Sequence[ShardRecord]:
-        """What is cached of each shard."""
+        """The records of the shards, in the order of the source."""
         return self.manifest.shards
 
     @property
     def num_examples(self) -> int:
-        """How many examples are cached."""
+        """Number of cached examples."""
         return self.manifest.num_examples
 
     @property
     def dimension(self) -> int:
-        """Of the embeddings."""
+        """Embedding dimension."""
         return self.manifest.dimension
 
     @property
@@ -199,7 +220,7 @@ class ReferenceCache:
 
     @property
     def fingerprints(self) -> dict[str, Any]:
-        """What names the reference and its views; `expect=` takes it."""
+        """Fingerprints of the reference and its views; `expect=` takes them."""
         header = self.manifest.header
         return {
             "reference": header.weights,
@@ -208,11 +229,11 @@ class ReferenceCache:
         }
 
     def check(self, expect: Expected) -> None:
-        """Raises `ReferenceMismatchError` unless the cache is of what is expected; see `expect`."""
+        """Raises `ReferenceMismatchError` unless the cache is as expected; see `expect`."""
         require_expected(self.manifest.header, expect, self.path)
 
     def check_keys(self, image_key: Key, text_key: Key) -> None:
-        """Raises `ReferenceMismatchError` if the members that were cached are surely others."""
+        """Raises `ReferenceMismatchError` if surely other members were cached."""
         require_keys(self.manifest.header, image_key, text_key, self.path)
 
     def join(self, source: Source) -> JoinedSource:
@@ -239,11 +260,11 @@ class ReferenceCache:
         )
 
     def open_shard(self, shard: int, *, first: int = 0) -> ShardRows:
-        """Returns what finds the embeddings of a shard's examples.
+        """Returns a reader of the embeddings of a shard's examples.
 
         Args:
-          shard: which.
-          first: examples of the shard that come before the first that is asked for.
+          shard: its number.
+          first: examples of the shard that come before the first one to be taken.
         """
         record = self.shards[shard]
         return ShardRows(
@@ -254,7 +275,7 @@ class ReferenceCache:
         )
 
     def take_counts(self) -> dict[str, int]:
-        """Returns what storage counted in this process since the last call."""
+        """Returns storage's counts in this process since the last call."""
         return self._storage.take_counts()
 
     def close(self) -> None:
@@ -268,7 +289,7 @@ class ReferenceCache:
         self.close()
 
     def summary(self) -> str:
-        """Returns what is in it, in one line."""
+        """Returns the contents in one line."""
         records = self.shards
         num_bytes = sum(part.num_bytes for record in records for part in record.parts)
         left_out = sum(record.num_read - record.num_examples for record in records)
@@ -279,7 +300,7 @@ class ReferenceCache:
 
     def __repr__(self) -> str:
         if self._manifest is None:
-            return f"<ReferenceCache {self.path} | not looked into yet>"
+            return f"<ReferenceCache {self.path} | not opened yet>"
         header = self._manifest.header
         return (
             f"<ReferenceCache {self.path} | {self.num_examples:,} examples of {header.num_shards} "
@@ -297,13 +318,7 @@ class ReferenceCache:
                 offset=min(info.num_bytes, part.num_bytes),
             )
         data = self._mapped(url, info)
-        return EmbeddingsFile(
-            data,
-            redacted(url),
-            num_examples=part.num_examples,
-            dimension=part.dimension,
-            build=self.manifest.header.build,
-        )
+        return EmbeddingsFile(data, redacted(url), part, self.manifest.header.build)
 
     def _open_index(self, file: str) -> KeyIndex:
         url = f"{self._folder}/{file}"
@@ -318,6 +333,8 @@ class ReferenceCache:
 
 def _read_manifest(storage: Storage, folder: str) -> Manifest:
     url = f"{folder}/{COMPLETE}"
+    # Of these addresses a listing tells whether a build has begun. A web server has none: there a
+    # missing manifest is reported by the request for it.
     if scheme_of(folder) in ("", "s3", "gs"):
         names = storage.names_in(folder)
         if COMPLETE not in names and BEGUN in names:
@@ -341,18 +358,6 @@ def _incomplete(storage: Storage, folder: str, names: Sequence[str]) -> Incomple
         num_done=num_done,
         num_shards=num_shards,
     )
-
-
-def _with_views(
-    reference: nn.Module | str | os.PathLike[str],
-    transform: Transform | None,
-    tokenizer: Transform | None,
-) -> tuple[nn.Module, tuple[Transform | None, Transform | None]]:
-    """Returns the reference and its views; one that was named brings them."""
-    if not isinstance(reference, str | os.PathLike):
-        return reference, (transform, tokenizer)
-    named = load_reference(reference)
-    return named.module, (transform or named.transform, tokenizer or named.tokenizer)
 
 
 def _is_address(source: Any) -> bool:

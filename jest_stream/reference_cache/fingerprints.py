@@ -1,7 +1,7 @@
-"""What names a model and its views: a hash of the weights, and what the views make of fixed probes.
+"""Fingerprints of a model and its views: a hash of the weights, and outputs for fixed probes.
 
-A transform or tokenizer is any function, so that only what it gives can be compared: its outputs
-for a few pictures of different sizes and a few texts, sampled. Numbers are compared with a small
+A transform or tokenizer may be any function, of which only outputs can be compared: here those for
+a few pictures of different sizes and a few texts, sampled. Numbers are compared with a small
 tolerance, since libraries round differently from version to version. Pure functions.
 """
 
@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jest_stream.config import Transform
 from jest_stream.errors import ConfigError
 from jest_stream.randomness import isolated_rng
 from jest_stream.scoring import unwrap
-from jest_stream.views import Row, Transform, add_view
+from jest_stream.views import Row, add_view
 
 ViewFingerprint = list[dict[str, Any]]
 """Per probe its `probe` name and `outputs`: name, shape, dtype and sampled values of each tensor;
@@ -32,17 +33,18 @@ _TEXTS = (
     "one caption that is longer than most models take " * 12,
     "",
 )
-_NUM_VALUES = 256
-_NUM_INTEGERS = 512
+_NUM_VALUES = 256  # sampled of each tensor of floats,
+_NUM_INTEGERS = 512  # and of each tensor of integers
 _TOLERANCE = 5e-3
-_PASSIVE = (nn.Identity, nn.Dropout)  # which of them stands there differs between releases
+_PASSIVE = (nn.Identity, nn.Dropout)  # releases put one or the other in the same place
 
 
 def weights_fingerprint(module: nn.Module) -> str:
     """Returns a hash of names, shapes, dtypes and bytes of all weights of a module.
 
-    So are the kinds of its layers without weights: one set of weights gives other embeddings with
-    GELU than with QuickGELU. Wrappers are looked through. Tensors are copied to the CPU one by one.
+    The kinds of its layers without weights are hashed too: one set of weights gives other
+    embeddings with GELU than with QuickGELU. Wrappers are looked through. Tensors are copied to
+    the CPU one by one.
     """
     digest = hashlib.blake2b(digest_size=16)
     inner = unwrap(module)
@@ -52,7 +54,7 @@ def weights_fingerprint(module: nn.Module) -> str:
             digest.update(f"{type(layer).__name__}\n".encode())
     for name, tensor in sorted(inner.state_dict().items()):
         if not isinstance(tensor, Tensor):
-            continue  # extra state of a module's own
+            continue  # extra state, which a module may keep in any form
         plain = tensor.detach().cpu().contiguous()
         digest.update(f"{name}|{list(plain.shape)}|{plain.dtype}\n".encode())
         if plain.numel():
@@ -61,7 +63,7 @@ def weights_fingerprint(module: nn.Module) -> str:
 
 
 def transform_fingerprint(transform: Transform | None) -> ViewFingerprint:
-    """Returns what a transform makes of fixed pictures, one with a palette among them.
+    """Returns a transform's outputs for fixed pictures, one with a palette among them.
 
     Raises:
       ConfigError: if it draws at random.
@@ -77,7 +79,7 @@ def transform_fingerprint(transform: Transform | None) -> ViewFingerprint:
 
 
 def tokenizer_fingerprint(tokenizer: Transform | None) -> ViewFingerprint:
-    """Returns what a tokenizer makes of fixed texts: long, empty, in several scripts.
+    """Returns a tokenizer's outputs for fixed texts: long, empty, in several scripts.
 
     Raises:
       ConfigError: if it draws at random.
@@ -107,13 +109,14 @@ def _fingerprint(view: Transform | None, probes: dict[str, Any], kind: str) -> V
         return []
     found: ViewFingerprint = []
     for name, probe in probes.items():
+        # Under two random states: a view that draws at random gives two outputs.
         outputs = [_outputs(view, probe, kind, seed) for seed in (1, 2)]
         if outputs[0] != outputs[1]:
-            what = "transform" if kind == "image" else "tokenizer"
+            role = "transform" if kind == "image" else "tokenizer"
             raise ConfigError(
-                f"the {what} of the reference gives something else each time (for the {name}, "
+                f"the {role} of the reference gives something else each time (for the {name}, "
                 f"say): embeddings of a random view cannot be cached. Pass a deterministic "
-                f"{what}, such as open_clip's preprocess_val."
+                f"{role}, such as open_clip's preprocess_val."
             )
         found.append({"probe": name, **outputs[0]})
     return found
@@ -124,7 +127,7 @@ def _outputs(view: Transform, probe: Any, kind: str, seed: int) -> dict[str, Any
     with isolated_rng("probe", seed):
         try:
             add_view(row, kind, view(probe.copy() if kind == "image" else probe))
-        except Exception as error:  # no text, or a size that it refuses: that, too, is how it is
+        except Exception as error:  # a view may refuse an empty text or a size: that tells, too
             return {"outputs": [], "error": type(error).__name__}
     outputs = [_sampled(name, value) for name, value in sorted(row.items()) if name != "key"]
     return {"outputs": outputs}
@@ -149,15 +152,18 @@ def _output_difference(cached: dict[str, Any], found: dict[str, Any]) -> str:
     for field in ("name", "shape", "dtype"):
         if cached[field] != found[field]:
             return f"the {field} was {cached[field]}, is {found[field]}"
-    is_exact = not cached["dtype"].startswith(("float", "bfloat"))
+    is_float = cached["dtype"].startswith(("float", "bfloat"))
     for before, now in zip(cached["values"], found["values"], strict=True):
-        is_same = before == now or (
-            not is_exact
-            and (math.isclose(before, now, abs_tol=_TOLERANCE) or before != before and now != now)
-        )
-        if not is_same:
-            return f"a value of {cached['name']} was {before:g}, is {now:g}"
+        if before == now or (is_float and _are_near(before, now)):
+            continue
+        shown = [value if isinstance(value, str) else f"{value:g}" for value in (before, now)]
+        return f"a value of {cached['name']} was {shown[0]}, is {shown[1]}"
     return ""
+
+
+def _are_near(one: float, other: float) -> bool:
+    are_nan = math.isnan(one) and math.isnan(other)
+    return are_nan or math.isclose(one, other, abs_tol=_TOLERANCE)
 
 
 def _outcome(probe: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """A source whose examples bring their cached reference embeddings: source in, source out.
 
-Reads the cache's file of a shard while it reads the shard. Works in worker processes: what it holds
-is the manifest and a `Storage`, and files are mapped by whoever reads them. Nothing outlives the
+Reads the cache's file of a shard while it reads the shard. Works in worker processes: it holds the
+manifest and a `Storage`, and each process maps the files that it reads. Nothing outlives the
 reading of a shard but the storage's connections.
 """
 
@@ -17,17 +17,17 @@ from jest_stream.errors import (
     NotCachedError,
     ReferenceMismatchError,
 )
-from jest_stream.reference_cache.manifest import ShardRecord
+from jest_stream.reference_cache.manifest import ShardRecord, short_name
 from jest_stream.reference_cache.rows import ShardRows
-from jest_stream.types import REFERENCE_ROW, Example, Source
+from jest_stream.types import REFERENCE_ROW, Example, Source, WrappedSource
 
 
-class Shelf(Protocol):
-    """Where the embeddings of shards are taken from: a `ReferenceCache`."""
+class EmbeddingStore(Protocol):
+    """The members of a `ReferenceCache` that a join reads; explained there."""
 
     @property
     def path(self) -> str:
-        """Where the cache lies, without secrets."""
+        """Address of the cache, without secrets."""
 
     @property
     def source(self) -> str:
@@ -35,54 +35,40 @@ class Shelf(Protocol):
 
     @property
     def is_by_key(self) -> bool:
-        """Whether it is of a source without shards, so that keys alone say what belongs."""
+        """Whether its source has no shards, so that examples are matched by key alone."""
 
     @property
     def shards(self) -> Sequence[ShardRecord]:
-        """What is cached of each shard."""
+        """The records of the shards."""
 
     def open_shard(self, shard: int, *, first: int) -> ShardRows:
-        """Returns what finds the embeddings of a shard's examples, from example `first` on."""
+        """Returns a reader of a shard's embeddings, from example `first` on."""
+
+    def take_counts(self) -> dict[str, int]:
+        """Returns the storage's counts since the last call."""
+
+    def close(self) -> None:
+        """Closes the storage's connections."""
 
 
-class JoinedSource:
+class JoinedSource(WrappedSource):
     """The examples of a source, each with its reference embeddings from a cache.
 
-    They lie beside it as `__reference__`. An example that the cache lacks comes as the error that
-    says so.
+    They lie beside it as `__reference__`. For an example that the cache lacks, the error that says
+    so is yielded.
 
     Args:
-      source: what is read.
+      source: the source to read.
       cache: the cache of this source, or of one that has its shards among others.
 
     Raises:
       ReferenceMismatchError: if a shard of the source is not in the cache.
     """
 
-    def __init__(self, source: Source, cache: Shelf) -> None:
-        self._source = source
+    def __init__(self, source: Source, cache: EmbeddingStore) -> None:
+        super().__init__(source)
         self._cache = cache
         self._places = _places(source, cache)
-
-    @property
-    def num_shards(self) -> int:
-        """Shards of the source."""
-        return self._source.num_shards
-
-    @property
-    def num_examples(self) -> Sequence[int] | None:
-        """What the source says."""
-        counts: Sequence[int] | None = getattr(self._source, "num_examples", None)
-        return counts
-
-    @property
-    def fingerprint(self) -> str:
-        """The source's own: a checkpoint does not depend on where embeddings come from."""
-        return self._source.fingerprint
-
-    def shard_name(self, shard: int) -> str:
-        """Returns what the source calls a shard."""
-        return self._source.shard_name(shard)
 
     def read(
         self, shard: int, *, offset: int = 0, index: int = 0
@@ -90,46 +76,43 @@ class JoinedSource:
         """Yields examples with their embeddings; see `types.Source`.
 
         Raises:
-          CachedShardChangedError: if the shard is not what was cached.
+          CachedShardChangedError: if the shard is not as it was cached.
           CacheDamagedError: if the file of the cache is not whole.
           ShardUnavailableError: if it cannot be read.
         """
         record = self._cache.shards[self._places[shard]]
         name = self.shard_name(shard)
-        content = _content(self._source, shard)
+        content = self._source.shard_content(shard)
         if content is not None and (difference := _difference(record, content, name)):
             raise _changed(name, self._cache.path, difference)
         rows = self._cache.open_shard(self._places[shard], first=index)
         reading: Any = self._source.read(shard, offset=offset, index=index)
         with closing(reading):
-            for example, behind in reading:
+            for example, next_offset in reading:
                 index += 1
                 if isinstance(example, BadExampleError):
-                    yield example, behind
+                    yield example, next_offset
                 elif (found := rows.take(example["__key__"])) is None:
-                    yield self._not_cached(example["__key__"], name, record), behind
+                    yield self._not_cached(example["__key__"], name, record), next_offset
                 else:
-                    yield {**example, REFERENCE_ROW: found}, behind
-        # A stream may hold some of what was cached, as those of several ranks do, or repeat it.
+                    yield {**example, REFERENCE_ROW: found}, next_offset
+        # A stream may hold some of the cached examples, as those of several ranks do, or repeat
+        # them.
         if index != record.num_read and not self._cache.is_by_key:
             difference = f"it held {record.num_read:,} examples, and holds {index:,}"
             raise _changed(name, self._cache.path, difference)
 
     def take_counts(self) -> dict[str, int]:
-        """Returns what the source and the cache's storage counted since the last call."""
-        counts: dict[str, int] = {}
-        for counted in (self._source, self._cache):
-            take = getattr(counted, "take_counts", None)
-            for name, amount in (take() if take else {}).items():
-                counts[name] = counts.get(name, 0) + amount
+        """Returns the counts of the source and of the cache's storage since the last call."""
+        counts = self._source.take_counts()
+        for name, amount in self._cache.take_counts().items():
+            counts[name] = counts.get(name, 0) + amount
         return counts
 
     def close(self) -> None:
         """Closes the connections of the source and of the cache."""
-        for closed in (self._source, self._cache):
-            close = getattr(closed, "close", None)
-            if close is not None:
-                close()
+        self._source.close()
+        self._cache.close()
 
     def __repr__(self) -> str:
         return f"<JoinedSource {self._source!r} with {self._cache.path!r}>"
@@ -140,21 +123,19 @@ class JoinedSource:
             f"example {key!r} of shard {name!r} is not in the reference cache "
             f"{self._cache.path!r}, which has {record.num_examples:,} of the {record.num_read:,} "
             f"examples of that shard (left out when it was built: {left or 'none'}). Without a "
-            f"reference it cannot be scored. Build the cache of this data, or "
-            f'on_bad_example="skip" to leave out and count what is not in it.',
+            f"reference it cannot be scored. Build the cache of this data, or pass "
+            f'on_bad_example="skip" to leave out and count such examples.',
             key=key,
             shard=name,
             reason="not_cached",
         )
 
 
-def short_name(name: str) -> str:
-    """Returns the name of a shard without the folder that it lies in."""
-    return name.rpartition("/")[2] or name
-
-
-def _places(source: Source, cache: Shelf) -> list[int]:
-    """Returns, per shard of the source, which shard of the cache it is."""
+def _places(source: Source, cache: EmbeddingStore) -> list[int]:
+    """Returns, for each shard of the source, its number in the cache."""
+    # There are three cases: 1. the very source that was cached; 2. a stream without shards, whose
+    # examples are found by key; 3. some of the cached shards, perhaps in another folder or order:
+    # they are matched by their names.
     if source.fingerprint == cache.source and source.num_shards == len(cache.shards):
         return list(range(source.num_shards))
     if cache.is_by_key and source.num_shards == 1:
@@ -178,12 +159,6 @@ def _places(source: Source, cache: Shelf) -> list[int]:
     )
 
 
-def _content(source: Source, shard: int) -> tuple[int, str] | None:
-    content = getattr(source, "shard_content", None)
-    found: tuple[int, str] | None = None if content is None else content(shard)
-    return found
-
-
 def _difference(record: ShardRecord, content: tuple[int, str], name: str) -> str:
     num_bytes, version = content
     if record.num_bytes not in (None, num_bytes):
@@ -197,6 +172,6 @@ def _difference(record: ShardRecord, content: tuple[int, str], name: str) -> str
 def _changed(name: str, path: str, difference: str) -> CachedShardChangedError:
     return CachedShardChangedError(
         f"shard {name!r} has changed since its embeddings were cached in {path!r}: {difference}. "
-        f"They say nothing of what it holds now. Build a cache of the data as it is.",
+        f"They say nothing of its present content. Build a cache of the data as it is.",
         shard=name,
     )

@@ -1,14 +1,16 @@
-"""What a reference cache says of itself: JSON beside the files. Pure functions but for reading.
+"""The JSON files that describe a reference cache. Pure functions but for reading.
 
-`build.json` is written first: which reference, views and source. One `NNNNN.json` per shard appears
-when the shard is done, and `manifest.json`, which joins them all, when every shard is. The bytes of
-each depend on what was embedded alone, so that it does not matter who writes them, or how often.
+`build.json` is written first: it names the reference, the views and the source. One `NNNNN.json`
+per shard appears when the shard is done, and `manifest.json`, which joins them all, when every
+shard is. The bytes of each depend on the embedded data alone: it does not matter which process
+writes them, or how often.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -19,31 +21,33 @@ from jest_stream.storage import Storage, redacted
 
 VERSION = 2
 BEGUN, COMPLETE = "build.json", "manifest.json"
+RECORD = re.compile(r"\d{5,}\.json")
+"""Matches the names of the records of finished shards."""
 _MAX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What was embedded, and by what."""
+    """The reference, views and source that a cache was built of."""
 
     version: int
-    """Of the format."""
+    """Version of the format."""
     model: str
-    """Name of the reference, for messages."""
+    """Class name of the reference, for messages."""
     weights: str
-    """Fingerprint of its weights."""
+    """Fingerprint of the reference's weights."""
     transform: ViewFingerprint
     tokenizer: ViewFingerprint
     image_key: str
-    """Members that hold the image; "a function" for one."""
+    """Members that hold the image; "a function" where the user passed one."""
     text_key: str
     logit_scale: float
     """Multiplier, already exponentiated."""
     logit_bias: float | None
-    """None for a model without one."""
+    """Offset; None for a model without one."""
     autocast_dtype: str | None
     micro_batch_size: int
-    """Of the build: other sizes round differently."""
+    """Examples per forward pass; embeddings of other sizes are rounded differently."""
     source: str
     """Fingerprint of the source."""
     num_shards: int
@@ -52,8 +56,10 @@ class Header:
 
     @property
     def build(self) -> str:
-        """Names the build in its files, by what must be exactly the same to go on with it."""
-        about = (  # of the others views are compared with some tolerance, the model's name is not
+        """Hash of the fields that must be exactly the same to go on with a build."""
+        # Three fields are missing: views are compared with some tolerance (`view_difference`), and
+        # the model's name, which serves messages, not at all.
+        about = (
             *(self.version, self.weights, self.image_key, self.text_key, self.logit_scale),
             *(self.logit_bias, self.autocast_dtype, self.micro_batch_size, self.source),
             *(self.num_shards, self.part_size),
@@ -62,7 +68,7 @@ class Header:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class PartRecord:
     """One Arrow file."""
 
     file: str
@@ -73,19 +79,19 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
-    """One shard, and what is cached of it."""
+    """One shard of the source, and the files with its embeddings."""
 
     name: str
-    """What the source calls it; of a local file without its folder."""
+    """The source's name for the shard; of a local file without its folder."""
     num_bytes: int | None
-    """Its length when it was embedded; None if it has none."""
+    """Length of the shard when it was embedded; None for one that is no file."""
     version: str
-    """Its ETag or the like; "" if unknown."""
+    """ETag or the like; "" if unknown."""
     num_read: int
-    """Examples that it holds, unusable ones too."""
+    """Examples in the shard, unusable ones too."""
     skipped: Mapping[str, int]
     """Examples that were left out, by reason."""
-    parts: tuple[Part, ...]
+    parts: tuple[PartRecord, ...]
     index: str | None = None
     """File that finds keys among several parts."""
 
@@ -109,18 +115,28 @@ class Manifest:
 
     @property
     def dimension(self) -> int:
-        """Of the embeddings; 0 if there are none."""
+        """Embedding dimension; 0 without embeddings."""
         return next((part.dimension for shard in self.shards for part in shard.parts), 0)
 
 
-def dump_header(header: Header) -> bytes:
-    """Returns the bytes of `build.json`."""
-    return _dump(asdict(header))
+def short_name(name: str) -> str:
+    """Returns the name of a shard without the folder that it lies in."""
+    return name.rpartition("/")[2] or name
 
 
-def dump_record(record: ShardRecord) -> bytes:
-    """Returns the bytes of a shard's file."""
-    return _dump(asdict(record))
+def record_file(shard: int) -> str:
+    """Returns the name of the file whose presence says that a shard is done."""
+    return f"{shard:05d}.json"
+
+
+def part_file(shard: int, part: int, part_size: int | None) -> str:
+    """Returns the name of an Arrow file, without its suffix."""
+    return f"{shard:05d}" if part_size is None else f"{shard:05d}-{part:05d}"
+
+
+def dump(content: Header | ShardRecord) -> bytes:
+    """Returns the bytes of `build.json`, or of a shard's file."""
+    return (json.dumps(asdict(content), sort_keys=True, indent=1) + "\n").encode()
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
@@ -132,11 +148,23 @@ def dump_manifest(manifest: Manifest) -> bytes:
         "num_examples": manifest.num_examples,
     }
     head = json.dumps(about, sort_keys=True, indent=1)
+    # The head ends in "\n}", in place of which the list of shards follows.
     return f'{head[:-2]},\n "shards": [\n{lines}\n]}}\n'.encode()
 
 
+def write_whole(storage: Storage, url: str, data: bytes) -> None:
+    """Writes a small file, whole or not at all."""
+    file = storage.create(url)
+    try:
+        file.write(data)
+    except BaseException:
+        file.abort()
+        raise
+    file.commit()
+
+
 def read_json(storage: Storage, url: str) -> dict[str, Any]:
-    """Returns what a JSON file of a cache holds.
+    """Returns the object in a JSON file of a cache.
 
     Raises:
       CacheDamagedError: if it is cut or no JSON object.
@@ -151,6 +179,7 @@ def read_json(storage: Storage, url: str) -> dict[str, Any]:
             raise ValueError(f"it holds a {type(content).__name__}")
     except (ValueError, RecursionError) as error:
         raise damaged(url, f"is no whole JSON object ({error})", offset=len(data)) from error
+    # Only headers and manifests have weights; the version of a shard's record is its ETag.
     version = content.get("version", VERSION)
     if "weights" in content and version != VERSION:
         raise ReferenceMismatchError(
@@ -172,11 +201,12 @@ def parse_record(content: Mapping[str, Any], url: str) -> ShardRecord:
     """Returns the shard in a JSON object; `CacheDamagedError` if it is none."""
     try:
         parts = tuple(
-            Part(**{field.name: part[field.name] for field in fields(Part)})
+            PartRecord(**{field.name: part[field.name] for field in fields(PartRecord)})
             for part in content["parts"]
         )
         names = [field.name for field in fields(ShardRecord) if field.name != "parts"]
         record = ShardRecord(parts=parts, **{name: content[name] for name in names})
+        # A manifest may come from strangers: its files are never looked for elsewhere.
         files = [part.file for part in parts] + ([record.index] if record.index else [])
         if any("/" in file or file.startswith(".") for file in files):
             raise ValueError("it names a file outside of the cache")
@@ -195,12 +225,12 @@ def parse_manifest(content: Mapping[str, Any], url: str) -> Manifest:
     return Manifest(header=header, shards=tuple(parse_record(shard, url) for shard in listed))
 
 
-def damaged(url: str, what: str, *, offset: int = 0) -> CacheDamagedError:
+def damaged(url: str, problem: str, *, offset: int = 0) -> CacheDamagedError:
     """Returns the error for a file of a cache that is not whole."""
     return CacheDamagedError(
-        f"{redacted(url)!r} of the reference cache {what}. It was cut or overwritten: delete it "
-        f"with manifest.json and, of a shard, the .json of that number; building again makes what "
-        f"is missing, and nothing else.",
+        f"{redacted(url)!r} of the reference cache {problem}. It was cut or overwritten: delete it "
+        f"with manifest.json and, of a shard, the .json of that number; building again makes the "
+        f"missing files, and nothing else.",
         shard=redacted(url),
         offset=offset,
     )
@@ -208,6 +238,8 @@ def damaged(url: str, what: str, *, offset: int = 0) -> CacheDamagedError:
 
 def header_difference(before: Header, now: Header) -> str:
     """Returns in words how two builds differ; empty if one continues the other."""
+    # There are three cases: 1. the model's name is for messages only; 2. views are compared with
+    # a tolerance, by their outputs; 3. everything else must be equal.
     for field in fields(Header):
         old, new = getattr(before, field.name), getattr(now, field.name)
         if field.name == "model":
@@ -218,7 +250,3 @@ def header_difference(before: Header, now: Header) -> str:
         elif old != new:
             return f"{field.name} was {old!r}, is {new!r}"
     return ""
-
-
-def _dump(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, sort_keys=True, indent=1) + "\n").encode()

@@ -1,95 +1,70 @@
-"""How far a build is: a bar on a terminal, lines elsewhere, on standard error; or nothing."""
+"""How far a build is: a bar on a terminal, plain lines elsewhere, both on standard error."""
 
 from __future__ import annotations
 
-import importlib
 import sys
 import time
-from types import TracebackType
 from typing import Any
 
 _EVERY_S = 10.0
 
 
-class ProgressLine:
-    """Shows shards and examples that are done, the rate, and the time left.
+class BuildProgress:
+    """Shows the shards and examples that are done, and the time left.
 
     Args:
-      num_shards: to be done.
-      num_examples: in them; None if nobody knows.
+      num_shards: shards to embed.
+      num_examples: examples in them; None where the source has not counted them.
       is_shown: whether anything is shown at all.
     """
 
     def __init__(self, num_shards: int, num_examples: int | None, *, is_shown: bool) -> None:
-        self._num_shards = num_shards
-        self._total = num_examples
-        self._is_shown = is_shown
-        self._done = self._shards_done = 0
+        self._shards, self._num_shards = 0, num_shards
+        self._examples, self._num_examples = 0, num_examples
+        self._has_lines, self._bar = is_shown, None
         self._start = self._said = time.monotonic()
-        self._bar: Any = None
+        if is_shown and sys.stderr.isatty():
+            self._has_lines, self._bar = False, self._make_bar()
+        elif is_shown:
+            print(f"cache: {num_shards} shards to embed", file=sys.stderr, flush=True)
 
-    def __enter__(self) -> ProgressLine:
-        if self._is_shown and sys.stderr.isatty() and (tqdm := _tqdm()) is not None:
-            counts_examples = self._total is not None
-            self._bar = tqdm(
-                total=self._total if counts_examples else self._num_shards,
-                unit="example" if counts_examples else "shard",
-                unit_scale=counts_examples,
-                desc="cache",
-            )
-        elif self._is_shown:
-            self._say(f"cache: {self._num_shards} shards to embed")
+    def _make_bar(self) -> Any:
+        # Only on a terminal: tqdm starts a thread even where it is disabled, and would take the
+        # time left for 0 s where the number of examples is unknown.
+        from tqdm import tqdm
+
+        if self._num_examples is None:
+            return tqdm(total=self._num_shards, unit="shard", desc="cache")
+        return tqdm(total=self._num_examples, unit="example", unit_scale=True, desc="cache")
+
+    def add(self, num_examples: int, *, num_shards: int = 0) -> None:
+        """Counts examples that were embedded, and shards that were finished."""
+        self._examples += num_examples
+        self._shards += num_shards
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._counts(), refresh=False)
+            self._bar.update(num_shards if self._num_examples is None else num_examples)
+        elif self._has_lines and time.monotonic() - self._said >= _EVERY_S:
+            self._say()
+
+    def __enter__(self) -> BuildProgress:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self._is_shown and error is None:
-            self._say(self.text())
+        elif self._has_lines and error is None:
+            self._say()
 
-    def add(self, num_examples: int) -> None:
-        """Notes examples that were embedded."""
-        self._done += num_examples
-        if self._bar is not None:
-            if self._total is not None:
-                self._bar.update(num_examples)
-            else:
-                self._bar.set_postfix_str(f"{self._rate():,.0f} examples/s", refresh=False)
-                self._bar.refresh()
-        elif self._is_shown and time.monotonic() - self._said >= _EVERY_S:
-            self._say(self.text())
+    def _counts(self) -> str:
+        return f"{self._shards} of {self._num_shards} shards, {self._examples:,} examples"
 
-    def end_shard(self) -> None:
-        """Notes a shard that is done."""
-        self._shards_done += 1
-        if self._bar is not None and self._total is None:
-            self._bar.update(1)
-
-    def text(self) -> str:
-        """Returns what a line says."""
-        share = self._done / self._total if self._total else self._shards_done / self._num_shards
-        elapsed_s = time.monotonic() - self._start
-        left = f"{elapsed_s * (1 - share) / share:,.0f} s left" if share else "time left unknown"
-        return (
-            f"cache: {self._shards_done} of {self._num_shards} shards, {self._done:,} examples, "
-            f"{self._rate():,.0f}/s, {left}"
-        )
-
-    def _rate(self) -> float:
-        return self._done / max(time.monotonic() - self._start, 1e-9)
-
-    def _say(self, text: str) -> None:
+    def _say(self) -> None:
         self._said = time.monotonic()
-        print(text, file=sys.stderr, flush=True)
-
-
-def _tqdm() -> Any:
-    try:
-        return importlib.import_module("tqdm").tqdm
-    except ImportError:
-        return None  # lines do as well
+        elapsed_s = self._said - self._start
+        done, total = self._shards, self._num_shards
+        if self._num_examples:
+            done, total = self._examples, self._num_examples
+        left = f"{elapsed_s * (total - done) / done:,.0f} s left" if done else "time left unknown"
+        rate = self._examples / max(elapsed_s, 1e-9)
+        print(f"cache: {self._counts()}, {rate:,.0f}/s, {left}", file=sys.stderr, flush=True)

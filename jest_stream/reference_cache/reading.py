@@ -1,20 +1,21 @@
 """Examples of some shards, prepared to be embedded, with a mark where each shard ends.
 
 In: a source and the shards to read. Out: groups of stacked rows of one shard, in its order, from
-this process or from workers. What was left out is told with the shard that it belongs to.
+this process or from workers. Each group names the examples that were left out before its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
 
-from jest_stream.config import as_integer, as_number, require_one_of
 from jest_stream.errors import BadExampleError
+from jest_stream.reference_cache.settings import BuildSettings
 from jest_stream.sources import Block, BlockReader
 from jest_stream.types import Cursor, Example, Source
-from jest_stream.views import Columns, ScoreView, collate
+from jest_stream.views import Columns, Row, ScoreView, collate
 
 _BLOCK_SIZE = 64
 _SHARD, _END = "__cached_shard__", "__end__"
@@ -30,38 +31,23 @@ class Group(NamedTuple):
     """Per example, how many of the shard were read with it, unusable ones too; at the end of the
     shard one number: all."""
     skipped: list[tuple[int, str]]
-    """What was left out: before which example of the group, and why."""
+    """Examples that were left out: the position in the group before which, and the reason."""
     is_end: bool
 
 
-@dataclass(frozen=True)
-class ReadSettings:
-    """How examples are read; `JESTDataset` explains the fields."""
-
-    num_workers: int
-    on_bad_example: Literal["raise", "skip"]
-    max_bad_fraction: float
-    timeout_s: float
-
-    def __post_init__(self) -> None:
-        as_integer("num_workers", self.num_workers, 0)
-        require_one_of("on_bad_example", self.on_bad_example, ("raise", "skip"))
-        as_number("max_bad_fraction", self.max_bad_fraction)
-        as_number("timeout_s", self.timeout_s)
-
-
 def read_groups(
-    source: Source, shards: Sequence[int], *, start: int, view: ScoreView, settings: ReadSettings
+    source: Source, shards: Sequence[int], *, start: int, view: ScoreView, settings: BuildSettings
 ) -> Iterator[Group]:
     """Yields the examples of some shards, those of a shard in order.
 
     Args:
-      source: where they are.
-      shards: which, at least one.
+      source: holds the shards.
+      shards: numbers of the shards to read, at least one.
       start: examples to pass over in each; for a source of one shard.
       view: makes a row of an example.
-      settings: how to read.
+      settings: number of workers, treatment of bad examples, time limit.
     """
+    # A lane per worker, so that all of them read; one epoch, so that each shard is read once.
     num_lanes = max(1, min(settings.num_workers, len(shards)))
     reader = BlockReader(
         _Marked(source, shards),
@@ -70,7 +56,7 @@ def read_groups(
         seed=0,
         cursors={lane: Cursor(0, 0, 0, start) for lane in range(num_lanes)},
         block_size=_BLOCK_SIZE,
-        prepare=_Prepare(view),
+        prepare=partial(_prepared, view),
         collate=_collate,
         end_epoch=1,
         on_bad_example=settings.on_bad_example,
@@ -78,7 +64,7 @@ def read_groups(
         num_workers=settings.num_workers,
         timeout_s=settings.timeout_s,
     )
-    late: dict[int, list[str]] = {}  # by lane: left out behind the last example of a block
+    late: dict[int, list[str]] = {}  # by lane: left out after the last example of a block
     try:
         while (block := reader.read()) is not None:
             yield from _groups(block, late)
@@ -87,7 +73,11 @@ def read_groups(
 
 
 def _groups(block: Block, late: dict[int, list[str]]) -> Iterator[Group]:
-    """Yields the groups of a block, with what was left out of each shard."""
+    """Yields the groups of a block.
+
+    Examples that were left out at its very end belong to the group that follows in its lane: they
+    are kept in `late` until then. The mark at the end of each shard takes up the last ones.
+    """
     skipped = [(0, reason) for reason in late.pop(block.lane, [])] + list(block.skipped)
     first = 0
     for shard, size, columns in block.items or ():
@@ -96,7 +86,7 @@ def _groups(block: Block, late: dict[int, list[str]]) -> Iterator[Group]:
         yield Group(
             shard,
             columns or {},
-            # The mark of the end was counted as an example, too.
+            # The reader counted the mark of the end as an example, too.
             [cursor.num_before - is_end for cursor in cursors],
             [(at - first, reason) for at, reason in skipped if first <= at < first + size],
             is_end,
@@ -105,8 +95,8 @@ def _groups(block: Block, late: dict[int, list[str]]) -> Iterator[Group]:
     late[block.lane] = [reason for at, reason in skipped if at >= first]
 
 
-class _Marked:
-    """Some shards of a source, each with a mark behind its last example."""
+class _Marked(Source):
+    """Some shards of a source, each with a mark after its last example."""
 
     def __init__(self, source: Source, shards: Sequence[int]) -> None:
         self._source = source
@@ -114,16 +104,16 @@ class _Marked:
 
     @property
     def num_shards(self) -> int:
-        """How many there are."""
+        """Number of shards to read."""
         return len(self._shards)
 
     @property
     def fingerprint(self) -> str:
-        """The source's."""
+        """Fingerprint of the source."""
         return self._source.fingerprint
 
     def shard_name(self, shard: int) -> str:
-        """Returns what the source calls it."""
+        """Returns the source's name for a shard."""
         return self._source.shard_name(self._shards[shard])
 
     def read(
@@ -131,36 +121,25 @@ class _Marked:
     ) -> Iterator[tuple[Example | BadExampleError, int]]:
         """Yields the examples with the number of their shard, then the mark."""
         number = self._shards[shard]
-        for example, behind in self._source.read(number, offset=offset, index=index):
+        for example, next_offset in self._source.read(number, offset=offset, index=index):
             if isinstance(example, BadExampleError):
-                yield example, behind
+                yield example, next_offset
             else:
-                yield {**example, _SHARD: number}, behind
+                yield {**example, _SHARD: number}, next_offset
         yield {"__key__": "", _SHARD: number, _END: True}, 0
 
 
-class _Prepare:
-    """Makes rows, and lets marks pass."""
-
-    def __init__(self, view: ScoreView) -> None:
-        self._view = view
-
-    def __call__(self, example: Example) -> tuple[int, Any]:
-        shard = example.pop(_SHARD)
-        return shard, None if _END in example else self._view(example)
+def _prepared(view: ScoreView, example: Example) -> tuple[int, Row | None]:
+    """Returns the shard of an example and its row; None for the row of a mark."""
+    shard = example.pop(_SHARD)
+    return shard, None if _END in example else view(example)
 
 
-def _collate(items: list[tuple[int, Any]]) -> list[tuple[int, int, Columns | None]]:
+def _collate(items: list[tuple[int, Row | None]]) -> list[tuple[int, int, Columns | None]]:
     """Returns shard, number of items and stacked rows of each run; None for the rows of a mark."""
+    # Items of shards 4, 4, the mark of 4, 7 become (4, 2, rows), (4, 1, None), (7, 1, rows).
     groups: list[tuple[int, int, Columns | None]] = []
-    rows: list[Any] = []
-    for position, (shard, row) in enumerate(items):
-        if row is None:
-            groups.append((shard, 1, None))
-            continue
-        rows.append(row)
-        following = items[position + 1] if position + 1 < len(items) else (None, None)
-        if following[0] != shard or following[1] is None:
-            groups.append((shard, len(rows), collate(rows)))
-            rows = []
+    for (shard, is_mark), run in groupby(items, key=lambda item: (item[0], item[1] is None)):
+        rows = [row or {} for _, row in run]
+        groups.append((shard, len(rows), None if is_mark else collate(rows)))
     return groups

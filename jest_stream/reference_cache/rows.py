@@ -1,8 +1,8 @@
-"""The embeddings of one shard, by key: in the order of its examples at no cost, else looked up.
+"""The embeddings of one shard by key: in the order of its examples at no cost, else looked up.
 
 A reader goes through a shard from some example on. The next example's row is nearly always the next
 one in the file, perhaps a few further on where examples were left out; only where it is neither is
-an index of keys made, or mapped. What is in memory at a time is a record batch's keys. Used by one
+an index of keys made, or mapped. The keys of one record batch are in memory at a time. Used by one
 thread of one process.
 """
 
@@ -14,17 +14,12 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from jest_stream.reference_cache.files import (
-    Batch,
-    EmbeddingsFile,
-    KeyIndex,
-    key_hashes,
-    sorted_index,
-)
+from jest_stream.reference_cache.files import Batch, EmbeddingsFile
+from jest_stream.reference_cache.index import KeyIndex, key_hashes, make_index
 from jest_stream.types import ReferenceRow
 
-_NEAR = 256  # rows before and behind the expected one that are looked at first
-_MAX_FILES = 4  # mapped at once, of a shard in several parts
+_NEAR = 256  # rows before and after the expected one that are searched before the index
+_MAX_FILES = 4  # files mapped at once, of a shard in several parts
 
 
 class ShardRows:
@@ -34,7 +29,7 @@ class ShardRows:
       sizes: examples in each part.
       open_part: maps a part.
       open_index: maps the index over parts; None where it is made of the keys when needed.
-      first: how many examples of the shard come before the first that is asked for.
+      first: examples of the shard that come before the first one to be taken.
     """
 
     def __init__(
@@ -55,9 +50,9 @@ class ShardRows:
         self._go_to_example(first)
 
     def take(self, key: str) -> ReferenceRow | None:
-        """Returns where the embeddings of an example are; None if it is not cached.
+        """Returns the place of an example's embeddings; None if it is not cached.
 
-        They are the mapped file itself: gather them while the shard is at hand.
+        The tensors are the mapped file itself: gather rows while the shard is at hand.
         """
         row = self._row
         if row >= len(self._keys) or self._keys[row] != key:
@@ -70,6 +65,9 @@ class ShardRows:
 
     def _find(self, key: str) -> bool:
         """Goes to the row of a key; False if there is none."""
+        # There are three cases, from cheap to dear: 1. the key is the first of the next record
+        # batch; 2. it is near, since examples were left out here or there; 3. it is anywhere, as
+        # in a shuffled stream, or nowhere: then the reader stays at the row where it was.
         row = self._row
         if row == len(self._keys) and self._go_to_next_batch():
             row = 0
@@ -91,7 +89,11 @@ class ShardRows:
         return False
 
     def _go_to_example(self, position: int) -> None:
-        """Goes to where an example would be if none was left out; a little before is as well."""
+        """Goes to the row that an example has if none was left out.
+
+        If some were, its row is a little earlier, and `take` finds it nearby.
+        """
+        # Parts of 20 and 20 rows: position 25 is row 5 of part 1; position 40 is past the end.
         for part, size in enumerate(self._sizes):
             if position < size:
                 self._go_to(part, position)
@@ -112,7 +114,7 @@ class ShardRows:
         part, number = (0, -1) if self._place is None else self._place
         while part < len(self._sizes):
             number += 1
-            if number < len(self._file(part).starts) - 1:
+            if number < self._file(part).num_batches:
                 self._open_batch(part, number)
                 return True
             part, number = part + 1, -1
@@ -131,17 +133,9 @@ class ShardRows:
         return self._files[part]
 
     def _index_of_keys(self) -> KeyIndex:
-        if self._index is None:
-            self._index = self._make_index() if self._open_index is None else self._open_index()
+        if self._index is None and self._open_index is not None:
+            self._index = self._open_index()
+        elif self._index is None:
+            files = map(self._file, range(len(self._sizes)))
+            self._index = make_index([key_hashes(file.keys()) for file in files])
         return self._index
-
-    def _make_index(self) -> KeyIndex:
-        hashes, parts, rows = [key_hashes([])], [np.zeros(0, int)], [np.zeros(0, int)]
-        for part, size in enumerate(self._sizes):
-            file = self._file(part)
-            hashes += [key_hashes(file.batch(i).keys) for i in range(len(file.starts) - 1)]
-            parts.append(np.full(size, part))
-            rows.append(np.arange(size))
-        return KeyIndex(
-            *sorted_index(np.concatenate(hashes), np.concatenate(parts), np.concatenate(rows))
-        )

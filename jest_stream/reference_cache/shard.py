@@ -1,7 +1,8 @@
-"""One shard on its way into the cache: rows in, Arrow files and the shard's record out.
+"""One shard on its way into the cache: groups of rows in, Arrow files and the shard's record out.
 
-Rows are embedded in micro-batches that begin with the shard (or the part), so that what a file
-holds depends neither on when the build was interrupted nor on who else works on it.
+Rows are embedded in micro-batches that begin with the shard (or with the part). The content of a
+file depends therefore neither on where an earlier build was interrupted, nor on the processes that
+share the work. Runs in the building process; no threads.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ import torch
 from torch import Tensor
 
 from jest_stream.errors import ConfigError, NonFiniteError
-from jest_stream.reference_cache.files import (
-    EmbeddingsWriter,
-    key_hashes,
-    sorted_index,
-    write_index,
+from jest_stream.reference_cache.files import EmbeddingsWriter
+from jest_stream.reference_cache.index import key_hashes, make_index, write_index
+from jest_stream.reference_cache.manifest import (
+    Header,
+    PartRecord,
+    ShardRecord,
+    dump,
+    part_file,
+    record_file,
+    write_whole,
 )
-from jest_stream.reference_cache.manifest import Part, ShardRecord, dump_record
 from jest_stream.reference_cache.reading import Group
 from jest_stream.storage import Storage
 from jest_stream.types import Embeddings
@@ -30,25 +35,17 @@ from jest_stream.views import Columns
 Embed = Callable[[Columns], Embeddings]
 
 
-def record_file(shard: int) -> str:
-    """Returns the name of the file that says a shard is done."""
-    return f"{shard:05d}.json"
-
-
-def part_file(shard: int, part: int, part_size: int | None) -> str:
-    """Returns the name of an Arrow file, without its suffix."""
-    return f"{shard:05d}" if part_size is None else f"{shard:05d}-{part:05d}"
-
-
 @dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How much of a shard is in finished parts."""
+class ShardProgress:
+    """The finished parts of a shard."""
 
-    parts: tuple[Part, ...] = ()
+    parts: tuple[PartRecord, ...] = ()
     num_read: int = 0
+    """Examples of the shard up to the end of the last part, unusable ones too."""
     skipped: Mapping[str, int] = field(default_factory=dict)
+    """Examples left out among them, by reason."""
     hashes: tuple[Any, ...] = ()
-    """Of the keys in each part."""
+    """Per part `[n]` uint64: the hashes of its keys."""
 
 
 class ShardWork:
@@ -56,14 +53,12 @@ class ShardWork:
 
     Args:
       shard: its number.
-      name: what to call it.
-      folder: of the cache.
-      storage: that writes it.
+      name: its name in the cache.
+      header: of the build: sizes of micro-batches and parts.
+      folder: folder of the cache.
+      storage: writes the files.
       embed: makes embeddings of columns.
-      micro_batch_size: rows per pass.
-      part_size: rows per file; None for one file.
-      begun: what is finished of it.
-      build: that it is part of; see `Header.build`.
+      begun: the parts that an earlier build finished.
     """
 
     def __init__(
@@ -71,65 +66,62 @@ class ShardWork:
         shard: int,
         name: str,
         *,
+        header: Header,
         folder: str,
         storage: Storage,
         embed: Embed,
-        micro_batch_size: int,
-        part_size: int | None,
-        begun: Progress,
-        build: str,
+        begun: ShardProgress,
     ) -> None:
-        self._shard, self._name = shard, name
-        self._folder, self._storage = folder, storage
-        self._embed = embed
-        self._micro_batch_size, self._part_size = micro_batch_size, part_size
+        self._shard, self._name, self._header = shard, name, header
+        self._folder, self._storage, self._embed = folder, storage, embed
         self._begun = begun
-        self._build = build
-        self._skipped = dict(begun.skipped)
-        self._columns: list[Columns] = []  # rows that wait for a micro-batch,
-        self._read: list[tuple[int, dict[str, int]]] = []  # and what was read with each
+        self._skipped = begun.skipped
+        self._columns: list[Columns] = []  # rows that wait for a micro-batch
+        # Per waiting row: the examples of the shard up to it, and those left out among them. A
+        # part ends with any row, and its record must not count examples that follow it.
+        self._read: list[tuple[int, Mapping[str, int]]] = []
         self._writer: EmbeddingsWriter | None = None
-        self._hashes: list[Any] = []  # of the part at hand
+        self._hashes: list[Any] = []  # of the keys in the part at hand
 
     def add(self, group: Group) -> int:
         """Takes rows; returns how many were embedded by that."""
-        before = 0
-        for position in range(len(group.num_read)):
-            if reasons := [reason for at, reason in group.skipped if at == position]:
-                self._skipped = dict(self._skipped)
-                for reason in reasons:
-                    self._skipped[reason] = self._skipped.get(reason, 0) + 1
+        for position, num_read in enumerate(group.num_read):
+            for reason in (why for at, why in group.skipped if at == position):
+                # A new dict: rows that came before keep the counts of their time.
+                self._skipped = {**self._skipped, reason: self._skipped.get(reason, 0) + 1}
             if not group.is_end:
-                self._read.append((group.num_read[position], self._skipped))
+                self._read.append((num_read, self._skipped))
         if not group.is_end:
             self._columns.append(group.columns)
+        num_embedded = 0
         while self._read and len(self._read) >= self._next_size():
-            before += self._embed_next()
-        return before
+            num_embedded += self._embed_next()
+        return num_embedded
 
     def finish(self, num_read: int, content: tuple[int, str] | None) -> tuple[ShardRecord, int]:
-        """Writes what is left, and the shard's record; returns it and how many were embedded.
+        """Writes the rest and the shard's record; returns it and how many rows were embedded.
 
         Args:
-          num_read: examples that the shard holds.
-          content: its length and version.
+          num_read: examples in the shard.
+          content: its length and version; None for a shard that is no file.
         """
         num_embedded = 0
         while self._read:
             num_embedded += self._embed_next()
         if self._writer is not None:
             self._end_part(num_read, self._skipped)
-        progress = self._begun
+        num_bytes, version = content or (None, "")
         record = ShardRecord(
             name=self._name,
-            num_bytes=None if content is None else content[0],
-            version="" if content is None else content[1],
+            num_bytes=num_bytes,
+            version=version,
             num_read=num_read,
             skipped=dict(sorted(self._skipped.items())),
-            parts=progress.parts,
-            index=self._write_index(progress),
+            parts=self._begun.parts,
+            index=self._write_index(),
         )
-        self._write(record_file(self._shard), dump_record(record))
+        # Last of all, since it says that the shard is done.
+        write_whole(self._storage, f"{self._folder}/{record_file(self._shard)}", dump(record))
         return record, num_embedded
 
     def abort(self) -> None:
@@ -137,28 +129,34 @@ class ShardWork:
         if self._writer is not None:
             self._writer.abort()
 
+    @property
+    def _part_name(self) -> str:
+        return part_file(self._shard, len(self._begun.parts), self._header.part_size)
+
     def _next_size(self) -> int:
-        """Rows of the next micro-batch: it ends with the part."""
+        """Returns the rows of the next micro-batch, which never reaches into the next part.
+
+        With parts of 10 and micro-batches of 4 they are 4, 4, 2, 4, 4, 2, ...
+        """
+        size, part_size = self._header.micro_batch_size, self._header.part_size
         done = 0 if self._writer is None else self._writer.num_examples
-        left = self._micro_batch_size if self._part_size is None else self._part_size - done
-        return min(self._micro_batch_size, left)
+        return size if part_size is None else min(size, part_size - done)
 
     def _embed_next(self) -> int:
         size = min(self._next_size(), len(self._read))
-        columns = joined(self._columns)
+        columns = _joined(self._columns)
         rows = {name: column[:size] for name, column in columns.items()}
         self._columns = [{name: column[size:] for name, column in columns.items()}]
         found = self._embed(rows)
         image, text = (self._half(tower) for tower in (found.image, found.text))
-        if self._writer is None:
-            name = part_file(self._shard, len(self._begun.parts), self._part_size)
-            file = self._storage.create(f"{self._folder}/{name}.arrow")
-            self._writer = EmbeddingsWriter(file, image.shape[1], self._build)
+        if self._writer is None:  # only now is the dimension known
+            file = self._storage.create(f"{self._folder}/{self._part_name}.arrow")
+            self._writer = EmbeddingsWriter(file, image.shape[1], self._header.build)
         self._writer.add(rows["key"], image, text, rows["checksums"])
         self._hashes.append(key_hashes(rows["key"]))
         num_read, skipped = self._read[size - 1]
         del self._read[:size]
-        if self._writer.num_examples == self._part_size:
+        if self._writer.num_examples == self._header.part_size:
             self._end_part(num_read, skipped)
         return size
 
@@ -172,23 +170,22 @@ class ShardWork:
 
     def _end_part(self, num_read: int, skipped: Mapping[str, int]) -> None:
         assert self._writer is not None
-        writer, self._writer = self._writer, None
-        name = part_file(self._shard, len(self._begun.parts), self._part_size)
-        dimension = writer.dimension
-        part = Part(
+        name, writer, self._writer = self._part_name, self._writer, None
+        part = PartRecord(
             file=f"{name}.arrow",
             num_examples=writer.num_examples,
             num_bytes=writer.commit(),
-            dimension=dimension,
+            dimension=writer.dimension,
         )
         hashes, self._hashes = np.concatenate(self._hashes), []
-        self._begun = Progress(
+        self._begun = ShardProgress(
             parts=(*self._begun.parts, part),
             num_read=num_read,
             skipped=skipped,
             hashes=(*self._begun.hashes, hashes),
         )
-        if self._part_size is not None:
+        if self._header.part_size is not None:
+            # A later build goes on from here, should this one be stopped.
             partial = ShardRecord(
                 name=self._name,
                 num_bytes=None,
@@ -197,50 +194,34 @@ class ShardWork:
                 skipped=dict(sorted(skipped.items())),
                 parts=(part,),
             )
-            self._write(f"{name}.json", dump_record(partial))
+            write_whole(self._storage, f"{self._folder}/{name}.json", dump(partial))
 
-    def _write_index(self, progress: Progress) -> str | None:
-        """Refuses keys that come twice; writes where each key is, if there are several parts."""
-        hashes = np.concatenate([key_hashes([]), *progress.hashes])
-        sizes = [part.num_examples for part in progress.parts]
-        parts = np.repeat(np.arange(len(sizes)), sizes)
-        rows = np.concatenate([np.zeros(0, int), *(np.arange(size) for size in sizes)])
-        columns = sorted_index(hashes, parts, rows)
-        if twice := np.flatnonzero(columns[0][1:] == columns[0][:-1]).tolist():
-            at = ", ".join(str(int(columns[2][i + k])) for i in twice[:1] for k in (0, 1))
+    def _write_index(self) -> str | None:
+        """Refuses keys that come twice; writes the place of each key, if there are several parts.
+
+        Two keys with one hash of 64 bits are taken for equal: among 100 million different keys
+        that happens with a probability of 3 in 10,000.
+        """
+        index = make_index(self._begun.hashes)
+        if twice := np.flatnonzero(index.hashes[1:] == index.hashes[:-1]).tolist():
+            at = ", ".join(str(row) for row in index.rows[twice[0] : twice[0] + 2].tolist())
             raise ConfigError(
                 f"{len(twice):,} keys of shard {self._name!r} come twice (rows {at} of its file "
                 f"among them). Embeddings are found by key: give each example its own __key__."
             )
-        if len(sizes) < 2:
+        if len(self._begun.parts) < 2:
             return None
         name = f"{self._shard:05d}.index.arrow"
-        write_index(self._storage.create(f"{self._folder}/{name}"), columns)
+        write_index(self._storage.create(f"{self._folder}/{name}"), index)
         return name
 
-    def _write(self, name: str, data: bytes) -> None:
-        write_whole(self._storage, f"{self._folder}/{name}", data)
 
-
-def write_whole(storage: Storage, url: str, data: bytes) -> None:
-    """Writes a small file, whole or not at all."""
-    file = storage.create(url)
-    try:
-        file.write(data)
-    except BaseException:
-        file.abort()
-        raise
-    file.commit()
-
-
-def joined(parts: list[Columns]) -> Columns:
-    """Returns the rows of several columns in one."""
+def _joined(parts: list[Columns]) -> Columns:
     if len(parts) == 1:
         return parts[0]
-    first = parts[0]
     return {
         name: torch.cat([part[name] for part in parts])
-        if isinstance(first[name], Tensor)
+        if isinstance(column, Tensor)
         else [item for part in parts for item in part[name]]
-        for name in first
+        for name, column in parts[0].items()
     }

@@ -2,8 +2,8 @@
 
 The module being trained goes in; the copy embeds super-batches and is refreshed by step count,
 never by the clock. Copying is enqueued by the thread that calls `refresh`, on its current stream:
-call it from the training thread between two optimizer steps, so that no copy is ever torn. The
-learner itself is only read.
+call it from the training thread between two optimizer steps, and no copy is ever torn. The learner
+itself is only read. `embed_once` runs the learner as it is, to count its FLOPs: not for scoring.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ from torch import Tensor, nn
 
 from jest_stream.config import ScoringConfig
 from jest_stream.errors import ConfigError, ResumeMismatchError
-from jest_stream.scoring.encoders import Input, TwoTower, embed_in_micro_batches, two_tower
-from jest_stream.scoring.score_size import ScoreSize, fit, named_tensors, overwrite
+from jest_stream.scoring.score_size import FrozenModel, ScoreSize, fit, named_tensors, overwrite
+from jest_stream.scoring.two_tower import Input, TwoTower, embed_in_micro_batches, two_tower
 from jest_stream.types import Embeddings
 
 _VERSION = 1
 
 
-class LearnerCopy:
+class LearnerCopy(FrozenModel):
     """A frozen copy of the learner, in eval mode, with its buffers, scale and bias.
 
-    Forward hooks are part of what a module computes, so the copy has them too and they see
-    scoring passes. Moving or converting the learner later is fine; a learner that gains, loses
+    Forward hooks are part of a module's computation: the copy has them too, and they see scoring
+    passes. Moving or converting the learner later is fine; a learner that gains, loses
     or resizes parameters is refused at the next refresh.
 
     Attributes:
-      tower: the copy, as a `TwoTower`.
-      step: the step whose weights it holds.
+      step: the step whose weights it holds; `embed` embeds under these.
     """
 
     def __init__(
@@ -51,9 +50,9 @@ class LearnerCopy:
           learner: the module being trained, wrapped or not. Not modified.
           refresh_every: steps between refreshes; 1 keeps the copy equal at every step.
           device: where the copy lives. None: where the learner is.
-          step: what the present weights are called.
-          has_spare: hold two sets of weights in turn, so that a refresh writes to the one that is
-            not embedded with: a device that does both at once need not wait.
+          step: the step that the present weights belong to.
+          has_spare: hold two sets of weights in turn. A refresh writes to the one that is not
+            embedded with: a device that does both at once need not wait.
           scoring: the sizes that the copy takes; its weights are resampled from the learner's at
             every refresh. None: the learner's sizes.
 
@@ -63,15 +62,13 @@ class LearnerCopy:
         """
         if refresh_every < 1:
             raise ConfigError(f"refresh_every must be at least 1 step, got {refresh_every}")
-        tower = two_tower(learner)
-        self._learner = tower.module
+        self._learner = two_tower(learner).module
         self._refresh_every = refresh_every
-        self.tower, self._size = self._made(device, scoring or ScoringConfig())
-        self._spare = self.tower
-        if has_spare:
-            self._spare, _ = self._made(device, scoring or ScoringConfig())
-        source = named_tensors(self._learner)
-        self._shapes = {name: tensor.shape for name, tensor in source.items()}
+        scoring = scoring or ScoringConfig()
+        super().__init__(*self._made(device, scoring))
+        # Without a spare, a refresh overwrites the weights in use.
+        self._spare = self._made(device, scoring)[0] if has_spare else self.tower
+        self._shapes = {name: tensor.shape for name, tensor in named_tensors(self._learner).items()}
         self.step = step
 
     def _made(
@@ -91,7 +88,7 @@ class LearnerCopy:
 
     @property
     def read_now(self) -> int:
-        """Names the set of weights that `embed` uses; the same one if there is but one."""
+        """Names the set of weights that `embed` uses; the same one without a spare."""
         return id(self.tower)
 
     @property
@@ -99,30 +96,9 @@ class LearnerCopy:
         """Where the learner is now."""
         return two_tower(self._learner).device
 
-    def embed(
-        self,
-        image: Input,
-        text: Input,
-        *,
-        micro_batch_size: int | None = None,
-        autocast_dtype: torch.dtype | None = None,
-    ) -> Embeddings:
-        """Returns the embeddings of B pairs under the weights of step `self.step`.
-
-        Raises:
-          ConfigError: for images of a size that the copy does not take.
-        """
-        with self._size.checked(image):
-            return embed_in_micro_batches(
-                self.tower,
-                image,
-                text,
-                micro_batch_size=micro_batch_size,
-                autocast_dtype=autocast_dtype,
-            )
-
     def is_due(self, step: int) -> bool:
         """Returns whether `refresh` would copy at this step."""
+        # Refreshed every 10: from step 7 on due at 10, also where the next call comes at 12.
         return step // self._refresh_every > self.step // self._refresh_every
 
     def refresh(self, step: int, *, force: bool = False) -> bool:
@@ -130,7 +106,7 @@ class LearnerCopy:
 
         Args:
           step: sub-batches handed out so far, which names the learner's present weights. Due
-            at every multiple of `refresh_every`, or at the first call behind one.
+            at every multiple of `refresh_every`, or at the first call after one.
           force: copy them anyway.
 
         Raises:
@@ -160,7 +136,7 @@ class LearnerCopy:
         return {"version": _VERSION, "step": self.step, "tensors": tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what `state_dict` returned.
+        """Puts back a state that `state_dict` returned.
 
         Raises:
           ResumeMismatchError: if the state is of another module or version.
@@ -179,7 +155,8 @@ class LearnerCopy:
                 f"scores at another size: {difference}. Pass the learner and the image_size and "
                 f"patch_size of scoring that the checkpoint was taken with."
             )
-        overwrite(target, state["tensors"], ScoreSize("learner"))
+        # The saved tensors have the copy's own sizes: nothing is resampled.
+        overwrite(target, state["tensors"], ScoreSize(role="learner"))
         self.step = state["step"]
 
     def __repr__(self) -> str:
@@ -189,13 +166,46 @@ class LearnerCopy:
         )
 
 
+def embed_once(learner: nn.Module, image: Input, text: Input) -> Embeddings:
+    """Returns the learner's embeddings of B pairs, in eval mode and without gradients.
+
+    A stand-in runs: the learner's mode, buffers and gradients stay. It has the learner's own
+    weights, not copies of them, and takes no memory to speak of. Forward hooks are part of a
+    module's computation: they run.
+
+    Raises:
+      ConfigError: for a learner without values or whose weights are sharded over ranks: its
+        forward pass would wait for the others.
+    """
+    tower = two_tower(learner)
+    stand_in = two_tower(_stand_in(tower.module))
+    return embed_in_micro_batches(stand_in, image, text, device=tower.device)
+
+
+def _stand_in(module: nn.Module) -> nn.Module:
+    """Returns a copy of the modules around the same parameters, in eval mode."""
+    known = {}
+    for name, parameter in module.named_parameters():
+        if torch.nn.parameter.is_lazy(parameter) or parameter.is_meta:
+            raise ConfigError(f"{name} of the learner has no values yet")
+        if hasattr(parameter, "full_tensor"):
+            raise ConfigError(f"{name} of the learner is sharded over ranks (fully_shard)")
+        if type(parameter) is nn.Parameter:
+            shared = nn.Parameter(parameter.detach(), requires_grad=False)
+            known[id(parameter)] = shared
+    # deepcopy takes the parameters in `known` for copied already. It does copy buffers: some
+    # modules write to theirs in eval mode too.
+    with torch.inference_mode(False), torch.no_grad():
+        return copy.deepcopy(module, known).eval()
+
+
 def frozen_copy(learner: nn.Module, device: torch.device | str | None) -> nn.Module:
     """Returns a copy of `learner` in eval mode that takes no gradients."""
     for name, tensor in named_tensors(learner).items():
         if torch.nn.parameter.is_lazy(tensor) or tensor.is_meta:
             raise ConfigError(
                 f"{name} of the learner has no values yet (a lazy module before its first "
-                f"forward, or the meta device), so there is nothing to score with. Run one "
+                f"forward, or the meta device), so it cannot score yet. Run one "
                 f"forward pass, or load the weights, before the first batch."
             )
         if hasattr(tensor, "full_tensor"):
@@ -219,7 +229,10 @@ def frozen_copy(learner: nn.Module, device: torch.device | str | None) -> nn.Mod
 
 
 def _difference(*, expected: dict[str, torch.Size], found: dict[str, Tensor]) -> str:
-    """Returns in words how `found` differs in names or shapes; empty if it does not."""
+    """Returns in words how `found` differs in names or shapes; empty if it does not.
+
+    For example, "it lacks visual.proj, visual.ln.weight; logit_scale was [], is [1]".
+    """
     parts = []
     for label, names in (
         ("it lacks", [name for name in expected if name not in found]),

@@ -13,20 +13,16 @@ from torch import Tensor, nn
 
 from jest_stream.config import ScoringConfig
 from jest_stream.errors import ConfigError
-from jest_stream.scoring.encoders import Input, embed_in_micro_batches, two_tower
-from jest_stream.scoring.score_size import ScoreSize, fit, named_tensors, overwrite
-from jest_stream.types import Embeddings
+from jest_stream.scoring.score_size import FrozenModel, ScoreSize, fit, named_tensors, overwrite
+from jest_stream.scoring.two_tower import two_tower
 
 
-class ReferenceModel:
+class ReferenceModel(FrozenModel):
     """A frozen module that is taken over: moved to the scoring device and kept in eval mode.
 
     It is never trained and runs without gradients, so its `requires_grad` is left alone. Where it
     scores at another size than its own, a copy of it is resized, once, and the module stays as and
     where it was.
-
-    Attributes:
-      tower: the module, as a `TwoTower`.
     """
 
     def __init__(
@@ -49,39 +45,17 @@ class ReferenceModel:
           ConfigError: if it is no two-tower module, moves with the learner, or cannot score at
             these sizes.
         """
-        self.tower = two_tower(module, role="reference")
+        module = two_tower(module, role="reference").module
         if learner is not None:
-            _check_independent(self.tower.module, learner)
-        module, self._size = _fitted(self.tower.module, scoring or ScoringConfig())
-        if module is not self.tower.module:
-            self.tower = two_tower(module, role="reference")
-        self.tower.module.to(device=device).eval()
+            _check_independent(module, learner)
+        module, size = _fitted(module, scoring or ScoringConfig())
+        super().__init__(two_tower(module, role="reference"), size)
+        module.to(device=device).eval()
 
     @property
     def scale_and_bias(self) -> tuple[Tensor, Tensor | float]:
-        """What multiplies the reference's logits, and what is added to them."""
+        """The multiplier of the reference's logits, and their offset."""
         return self.tower.scale_and_bias
-
-    def embed(
-        self,
-        image: Input,
-        text: Input,
-        *,
-        micro_batch_size: int | None = None,
-        autocast_dtype: torch.dtype | None = None,
-    ) -> Embeddings:
-        """Returns the embeddings of B pairs, see `embed_in_micro_batches`."""
-        if self.tower.module.training:
-            # A trainer that owns the module may have called train() on all it has.
-            self.tower.module.eval()
-        with self._size.checked(image):
-            return embed_in_micro_batches(
-                self.tower,
-                image,
-                text,
-                micro_batch_size=micro_batch_size,
-                autocast_dtype=autocast_dtype,
-            )
 
     def __repr__(self) -> str:
         return f"<ReferenceModel {type(self.tower.module).__name__} on {self.tower.device}>"

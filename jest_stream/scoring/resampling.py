@@ -1,8 +1,8 @@
 """A vision transformer's weights at another size, as linear maps of the weights that it has.
 
-A map is one matrix, made once; applying it is one product, on the device, and differentiable. So
-the learner copy is refreshed through it, and a training step at the score size reaches the
-learner's own weights. Maps start from the weights as trained: resizing twice is not resizing once.
+A map is one matrix, made once; applying it is one product, on the device, and differentiable. The
+learner copy is refreshed through it, and a training step at the score size reaches the learner's
+own weights. Maps start from the weights as trained: resizing twice is not resizing once.
 
 Shapes: T: rows of the position embedding, W: width, C: channels, p: patch side.
 """
@@ -27,7 +27,7 @@ class PositionMap:
 
         num_rows = num_prefix + old_grid[0] * old_grid[1]
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            # What the function makes of each unit vector is the map's matrix.
+            # Resampling is linear: the results of all unit vectors are the columns of its matrix.
             resampled = resample_abs_pos_embed(
                 torch.eye(num_rows)[None],
                 new_size=list(new_grid),
@@ -38,9 +38,8 @@ class PositionMap:
 
     def __call__(self, positions: Tensor) -> Tensor:
         """Returns `[..., T', W]` of `[..., T, W]`."""
-        return self._matrix.on(positions.device, positions.float(), is_left=True).to(
-            positions.dtype
-        )
+        resampled = self._matrix.on(positions.device, positions.float(), is_left=True)
+        return resampled.to(positions.dtype)
 
 
 class PatchMap:

@@ -1,23 +1,26 @@
 """Scoring with fewer image tokens: one setting, fitted to one model.
 
-`fit` changes a copy of a model for a `ScoringConfig` and returns what fills its weights from the
-model's own; the learner copy, the live reference and `at_score_size` all use it. A model without
-a known vision transformer is left as it is: if it takes smaller images by itself, they are cheap.
+`fit` changes a copy of a model for a `ScoringConfig` and returns how its weights are made from the
+model's own; the learner copy, the live reference and `at_score_size` all use it. `FrozenModel` is
+the first two's common part. A model without a known vision transformer is left as it is: if it
+takes smaller images by itself, they are cheap.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from jest_stream.config import ScoringConfig
 from jest_stream.errors import ConfigError
-from jest_stream.scoring.encoders import Input, Pixels
+from jest_stream.scoring.image_towers import Tower, known_towers
 from jest_stream.scoring.resampling import PatchMap, PositionMap, Resampling, Size
-from jest_stream.scoring.towers import Tower, known_towers
+from jest_stream.scoring.two_tower import Input, Pixels, TwoTower, embed_in_micro_batches
+from jest_stream.types import Embeddings
 
 _KNOWN = (
     "Known are the vision transformers of open_clip and timm (VisionTransformer, Eva) and CLIP's "
@@ -25,77 +28,75 @@ _KNOWN = (
 )
 
 
+@dataclass(kw_only=True)
 class ScoreSize:
-    """How one model scores: the images that it takes, and how its weights come from the original.
+    """How one model scores: the images it takes, and how its weights come from the original."""
 
-    Attributes:
-      maps: the tensors that are resampled, by name.
-      own: the tensors that hold no weights but depend on the size, by name: never overwritten.
-      modules: the modules that know the size, by name, beside those that hold such tensors.
-    """
-
-    def __init__(
-        self,
-        role: str,
-        *,
-        wanted: int | None = None,
-        takes: Size | None = None,
-        own_size: Size | None = None,
-        declared: object = None,
-        maps: Mapping[str, Resampling] | None = None,
-        own: frozenset[str] = frozenset(),
-        modules: frozenset[str] = frozenset(),
-    ) -> None:
-        self.maps = dict(maps or {})
-        self.own = own
-        self.modules = modules
-        self._role = role
-        self._wanted = wanted
-        self._takes = takes  # what it was changed for
-        self._own_size = own_size  # of a known tower, before
-        self._declared = declared
-        self._has_worked = False
+    role: str
+    """The model's name in messages: learner or reference."""
+    wanted: int | None = None
+    """The image size that the user set."""
+    takes: Size | None = None
+    """The image size that the model was changed for; None if it was not changed."""
+    own_size: Size | None = None
+    """The image size of a known tower before."""
+    declared: object = None
+    """The image size that an unknown model says it takes."""
+    maps: Mapping[str, Resampling] = field(default_factory=dict)
+    """The tensors that are resampled, by name."""
+    own: frozenset[str] = frozenset()
+    """The tensors that hold no weights but depend on the size, by name: never overwritten."""
+    modules: frozenset[str] = frozenset()
+    """The modules that know the size, by name, beside those that hold such tensors."""
+    has_worked: bool = False
+    """Whether a forward pass has succeeded."""
 
     @property
     def is_changed(self) -> bool:
         """Whether the model is another than it was before `fit`."""
-        return self._takes is not None
+        return self.takes is not None
 
     @contextmanager
     def checked(self, image: Input) -> Iterator[None]:
         """Raises `ConfigError` for images that the model cannot take; around a forward pass.
 
-        The size of a known model is compared before. Others say so by failing: the first pass
-        that does is blamed on the size, where there is one to blame.
+        There are two kinds of models:
+
+        1. The size of a changed tower is known, and compared before.
+        2. Others show a wrong size by failing. Only the first pass is blamed on the size: once one
+           has worked, the size is right and the error another.
         """
         size = image_size_of(image)
-        if self._takes is not None and size is not None and size != self._takes:
-            raise ConfigError(self._mismatch(size, self._takes))
+        if self.takes is not None and size is not None and size != self.takes:
+            raise ConfigError(self._mismatch(size, self.takes))
         try:
             yield
         except (RuntimeError, ValueError, AssertionError) as error:
             is_other = isinstance(error, ConfigError | torch.OutOfMemoryError)
-            if is_other or self._has_worked or size is None or not self._blames(size):
+            if is_other or self.has_worked or size is None or not self._blames(size):
                 raise
-            if self._own_size is not None:
-                raise ConfigError(self._mismatch(size, self._own_size)) from error
-            made_for = f" (it was made for {_text(self._declared)})" if self._declared else ""
+            if self.own_size is not None:
+                raise ConfigError(self._mismatch(size, self.own_size)) from error
+            made_for = f" (it was made for {_text(self.declared)})" if self.declared else ""
             raise ConfigError(
-                f"the {self._role} could not embed images of {_text(size)}{made_for}: "
+                f"the {self.role} could not embed images of {_text(size)}{made_for}: "
                 f"{str(error).rstrip('.')}. "
                 f"{_KNOWN}; these are resized. Any other model must take the size of the score "
                 f"view by itself. Let transform give the size that it takes, and leave "
                 f"scoring.image_size at None."
             ) from error
-        self._has_worked = True
+        self.has_worked = True
 
     def _blames(self, size: Size) -> bool:
-        if self._own_size is not None:
-            return self._takes is None and size != self._own_size
-        return self._wanted is not None or self._declared not in (None, size, size[0])
+        """Returns whether images of this size are a likely cause of a failure."""
+        if self.own_size is not None:  # a known tower, left as it was
+            return self.takes is None and size != self.own_size
+        # An unknown model: the user asked for a size, or it declares another (a pair or a side).
+        return self.wanted is not None or self.declared not in (None, size, size[0])
 
     def _mismatch(self, size: Size, takes: Size) -> str:
-        if self._wanted is not None or takes[0] != takes[1] or size[0] != size[1]:
+        # image_size of scoring is one number: it can only help where both sizes are square.
+        if self.wanted is not None or takes[0] != takes[1] or size[0] != size[1]:
             fix = "Let transform give images of the size that is scored"
         elif size[0] < takes[0]:
             fix = (
@@ -108,13 +109,50 @@ class ScoreSize:
                 f"or let transform do it"
             )
         return (
-            f"the {self._role} takes images of {_text(takes)}, but the score view that transform "
+            f"the {self.role} takes images of {_text(takes)}, but the score view that transform "
             f"gives is {_text(size)}. {fix}."
         )
 
 
+class FrozenModel:
+    """A two-tower module in eval mode that embeds candidates at the size it was fitted to.
+
+    Attributes:
+      tower: the module, as a `TwoTower`.
+    """
+
+    def __init__(self, tower: TwoTower, size: ScoreSize) -> None:
+        self.tower = tower
+        self._size = size
+
+    def embed(
+        self,
+        image: Input,
+        text: Input,
+        *,
+        micro_batch_size: int | None = None,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> Embeddings:
+        """Returns the embeddings of B pairs, see `embed_in_micro_batches`.
+
+        Raises:
+          ConfigError: for images of a size that the module does not take.
+        """
+        if self.tower.module.training:
+            # A trainer that owns the reference may have called train() on all it has.
+            self.tower.module.eval()
+        with self._size.checked(image):
+            return embed_in_micro_batches(
+                self.tower,
+                image,
+                text,
+                micro_batch_size=micro_batch_size,
+                autocast_dtype=autocast_dtype,
+            )
+
+
 def image_size_of(image: Input) -> Size | None:
-    """Returns height and width of a batch of images; None where it holds none as pixels."""
+    """Returns height and width of a batch of images; None if it holds no pixels."""
     if isinstance(image, Pixels):
         return image.image_size[0], image.image_size[1]
     tensors = image.values() if isinstance(image, Mapping) else [image]
@@ -135,7 +173,7 @@ def fit(model: nn.Module, scoring: ScoringConfig, *, role: str) -> ScoreSize:
     tower = _tower_of(model, scoring, role)
     if tower is None:
         declared = getattr(getattr(model, "visual", model), "image_size", None)
-        return ScoreSize(role, wanted=scoring.image_size, declared=declared)
+        return ScoreSize(role=role, wanted=scoring.image_size, declared=declared)
     own_size = tower.image_size
     image_size, patch_size = _checked_sizes(tower, scoring, role)
     is_resized = (image_size, patch_size) != (tower.image_size, tower.patch_size)
@@ -150,6 +188,8 @@ def fit(model: nn.Module, scoring: ScoringConfig, *, role: str) -> ScoreSize:
     own: frozenset[str] = frozenset()
     if is_resized:
         maps = _maps(tower, image_size, patch_size)
+        # Tensors without a map whose shape follows the size, such as position ids and rotary
+        # angles, are the resized tower's: copying the model's over them would break it.
         before = {name: tensor.shape for name, tensor in named_tensors(model).items()}
         tower.resize(image_size, patch_size)
         after = named_tensors(model)
@@ -159,7 +199,7 @@ def fit(model: nn.Module, scoring: ScoringConfig, *, role: str) -> ScoreSize:
     if scoring.token_fraction < 1:
         tower.keep_tokens(scoring.token_fraction)
     return ScoreSize(
-        role,
+        role=role,
         wanted=scoring.image_size,
         takes=image_size if is_changed else None,
         own_size=own_size,
@@ -179,7 +219,7 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def plain(name: str) -> str:
-    """Returns a name without what `torch.compile` adds to it."""
+    """Returns a name without the prefix that `torch.compile` adds to it."""
     return name.replace("_orig_mod.", "")
 
 
@@ -196,7 +236,7 @@ def overwrite(target: Mapping[str, Tensor], source: Mapping[str, Tensor], size: 
 
 
 def _tower_of(model: nn.Module, scoring: ScoringConfig, role: str) -> Tower | None:
-    """Returns the image tower; None where there is no known one, if the setting needs none."""
+    """Returns the image tower; None without a known one, if the setting needs none."""
     towers = list(known_towers(model))
     if len(towers) == 1:
         return towers[0]
@@ -238,6 +278,7 @@ def _checked_sizes(tower: Tower, scoring: ScoringConfig, role: str) -> tuple[Siz
             f"would cost more than training. Pass a larger one, or None."
         )
     if (image, patch) != (image_size[0], patch_size[0]) and (patch > image or image % patch):
+        # Of 100 pixels in patches of 16: the multiples next to it, 96 or 112.
         fitting = sorted({max(1, image // patch) * patch, (image // patch + 1) * patch})
         sizes = " or ".join(str(size) for size in fitting)
         raise ConfigError(
@@ -250,6 +291,8 @@ def _checked_sizes(tower: Tower, scoring: ScoringConfig, role: str) -> tuple[Siz
 
 
 def _maps(tower: Tower, image_size: Size, patch_size: Size) -> dict[str, Resampling]:
+    # 1. Another patch size changes the convolution. 2. Another grid changes the position embedding;
+    # 224 pixels in patches of 16 and 448 in patches of 32 are the same grid of 14 x 14.
     maps: dict[str, Resampling] = {}
     if patch_size != tower.patch_size:
         name = plain(tower.full(f"{tower.patches}.weight"))

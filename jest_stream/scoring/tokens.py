@@ -1,4 +1,4 @@
-"""Which image tokens are kept where only some are scored, and the layer that drops the others.
+"""The image tokens that are kept where only some are scored, and the layer that drops the others.
 
 Pure functions and layers without weights. Shapes: B: images, P: tokens that stand before those of
 the image (class, registers), N: image tokens, K: image tokens kept, W: width.
@@ -16,7 +16,7 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def kept_tokens(grid: tuple[int, int], fraction: float) -> list[int]:
-    """Returns which of the tokens of a grid are kept, in order: `max(1, round(fraction * N))`.
+    """Returns the positions of the kept tokens of a grid, in order: `max(1, round(fraction * N))`.
 
     Every row gives its share, evenly spaced; each row starts elsewhere (by the golden ratio), since
     every second token of an even grid would be every second column. Of 4 x 4 tokens half are
@@ -34,6 +34,7 @@ def kept_tokens(grid: tuple[int, int], fraction: float) -> list[int]:
     num_kept = max(1, round(fraction * rows * columns))
     kept = []
     for row in range(rows):
+        # Differences of cumulative shares add up exactly: 7 of 4 rows are 1, 2, 2 and 2.
         share = (row + 1) * num_kept // rows - row * num_kept // rows
         start = row * _GOLDEN % 1
         kept += [row * columns + int((at + start) * columns / share) for at in range(share)]
@@ -47,7 +48,7 @@ class KeepTokens(nn.Module):
         super().__init__()
         self._kept = list(kept)
         self._num_prefix = num_prefix
-        self._indices: Tensor | None = None  # no buffer: it is no part of any checkpoint
+        self._indices: Tensor | None = None  # no buffer: it belongs in no checkpoint
 
     def indices(self, device: torch.device) -> Tensor:
         """Returns `[K]`, the kept among the image's tokens, on `device`."""
@@ -61,13 +62,13 @@ class KeepTokens(nn.Module):
         return torch.cat([prefix, image.index_select(1, self.indices(tokens.device))], dim=1)
 
     def after(self, module: nn.Module, inputs: object, tokens: Tensor) -> Tensor:
-        """Returns the kept of what `module` made: a forward hook."""
+        """Returns the kept of the tokens that `module` made: a forward hook."""
         kept: Tensor = self(tokens)
         return kept
 
 
 class KeepTokensAndSay(KeepTokens):
-    """As `KeepTokens`, and says which, for rotary embeddings: `[B, P + K, W]`, `[B, K]`."""
+    """As `KeepTokens`, with their indices for rotary embeddings: `[B, P + K, W]`, `[B, K]`."""
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Returns the tokens that are kept, and their indices."""

@@ -1,21 +1,20 @@
-"""Which examples to train on, given how two models see them.
+"""Selection: embeddings of B candidates go in, the indices of the b chosen examples come out.
 
-Embeddings of B candidates go in, the indices of b chosen ones come out, in draw order, with their
-scores. `select_jointly` is JEST: every chunk is drawn given the chunks before. The other two are
-its baselines. Functions named `select_...` take a `torch.Generator` and return indices;
-`..._selection` take a key and a step, and return a `Selection`.
+`select_jointly` is JEST: every chunk is drawn given the chunks before. The other two `select_...`
+functions are its baselines. They take a `torch.Generator` and return indices in draw order; their
+`..._selection` twins take a key and a step, and return a `Selection` with scores and weights.
 
     joint.py        joint selection, from embeddings to indices
     drawing.py      the loop over chunks
-    conditional.py  the running scores that the loop is driven by
+    conditional.py  the running scores that drive the loop
     losses.py       pair losses, in tiles that stay in cache
     scores.py       learnability and other scores
     targets.py      similarity to target embeddings, a term of the score
     sampling.py     drawing without replacement, its noise and its probabilities
     quotas.py       floors, caps and shares of groups
     baselines.py    independent and uniform selection
-    cost.py         what choosing costs
-    checks.py       what the user passed, checked
+    cost.py         FLOPs of a choice
+    checks.py       checks of all that users pass
 
 Pure functions: no state, no process groups, no global randomness.
 """
@@ -26,18 +25,12 @@ from jest_stream.selection.baselines import (
     select_uniformly,
     uniform_selection,
 )
-from jest_stream.selection.cost import choice_flops, num_conditioned_on, selection_flops
+from jest_stream.selection.cost import choice_flops
 from jest_stream.selection.drawing import DrawRule
 from jest_stream.selection.joint import joint_selection, select_jointly
 from jest_stream.selection.quotas import Groups
-from jest_stream.selection.sampling import draw_key, effective_support, gumbel_noise, gumbel_top_k
-from jest_stream.selection.scores import (
-    WeightedScore,
-    easy_reference,
-    hard_learner,
-    learnability,
-    needs,
-)
+from jest_stream.selection.sampling import gumbel_top_k
+from jest_stream.selection.scores import WeightedScore, needs
 from jest_stream.selection.targets import target_similarity
 
 __all__ = [
@@ -45,21 +38,13 @@ __all__ = [
     "Groups",
     "WeightedScore",
     "choice_flops",
-    "draw_key",
-    "easy_reference",
-    "effective_support",
-    "gumbel_noise",
     "gumbel_top_k",
-    "hard_learner",
     "independent_selection",
     "joint_selection",
-    "learnability",
     "needs",
-    "num_conditioned_on",
     "select_independently",
     "select_jointly",
     "select_uniformly",
-    "selection_flops",
     "target_similarity",
     "uniform_selection",
 ]

@@ -1,4 +1,4 @@
-"""What joint selection is compared with: each example scored alone, and no scoring at all.
+"""The baselines of joint selection: each example scored alone, and no scoring at all.
 
 Both take the arguments of the joint functions and draw with the same kind of noise. B: super-batch
 size, b: batch size.
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from jest_stream.config import ScoreFunction, as_integer
 from jest_stream.errors import ConfigError
-from jest_stream.selection.checks import check_candidates, check_sizes
-from jest_stream.selection.conditional import streaming_scores
+from jest_stream.selection.checks import check_batch_size, check_candidates
+from jest_stream.selection.conditional import conditional_scores
 from jest_stream.selection.drawing import PLAIN, DrawRule, Urn, draw
 from jest_stream.selection.quotas import Groups
 from jest_stream.selection.sampling import draw_key, gumbel_noise
@@ -46,21 +46,14 @@ def select_independently(
       example within the super-batch. Costs B^2 D, still without a `[B, B]` matrix.
 
     Args:
-      num_chunks, num_sweeps: accepted so that calls of `select_jointly` fit; without conditioning,
-        the number of draws changes nothing.
-      negatives: which of the two.
+      num_chunks, num_sweeps: checked, then unused, for calls of `select_jointly` to fit; without
+        conditioning, the number of draws changes nothing.
+      negatives: one of the two meanings.
 
     The other arguments and the errors are those of `select_jointly`.
     """
-    check_sizes(batch_size, batch_size, num_chunks)  # so that a call fits select_jointly too
+    as_integer("num_chunks", num_chunks, 1)
     as_integer("num_sweeps", num_sweeps, 0)
-    rule = DrawRule(
-        gain=gain,
-        effective_support=effective_support,
-        terms=terms,
-        uniform_fraction=uniform_fraction,
-        groups=groups,
-    )
     return independent_selection(
         learner,
         reference,
@@ -68,7 +61,7 @@ def select_independently(
         score=score,
         loss=loss,
         negatives=negatives,
-        rule=rule,
+        rule=DrawRule(gain, effective_support, terms, uniform_fraction, groups),
         key=draw_key(generator),
         step=0,
     ).indices
@@ -87,20 +80,12 @@ def independent_selection(
     key: int,
     step: int,
 ) -> Selection:
-    """Returns what `select_independently` chooses, with what metrics want to know of the draw.
-
-    Args:
-      rule: how examples are drawn by their scores.
-      key: names the noise of the run; with `step` it names that of this draw.
-      step: which sub-batch of the run.
-    """
+    """Returns the `Selection` of `select_independently`; rule, key, step: `joint_selection`."""
     if negatives not in ("none", "super_batch"):
         raise ConfigError(f"negatives must be 'none' or 'super_batch', got {negatives!r}")
     candidates = check_candidates(learner, reference, score=score, loss=loss)
-    batch_size, _ = check_sizes(candidates.num_examples, batch_size)
-    scores = streaming_scores(
-        candidates.learner, candidates.reference, score=candidates.score, loss=loss
-    )
+    batch_size = check_batch_size(batch_size, candidates.num_examples)
+    scores = conditional_scores(candidates)
     if negatives == "super_batch":
         scores.condition_on_all()
     return draw(scores, candidates, sizes=[batch_size], rule=rule, key=key, step=step)
@@ -112,8 +97,8 @@ def select_uniformly(
     """Returns the indices of examples drawn without scoring: `[b]` int64, distinct.
 
     Args:
-      num_examples: B, how many there are to choose from.
-      batch_size: b, how many to keep.
+      num_examples: B, candidates to choose from.
+      batch_size: b, examples to keep.
       generator: randomness, one number of which is consumed; the indices are on its device. None:
         fresh entropy from the operating system, indices on the CPU.
 
@@ -136,18 +121,17 @@ def uniform_selection(
     step: int,
     device: torch.device | None = None,
 ) -> Selection:
-    """Returns what `select_uniformly` chooses, as a `Selection` without scores.
+    """Returns the `Selection` of `select_uniformly`, its scores NaN.
 
     Args:
       groups: bounds on how many of a group are drawn; uniform within.
-      key: names the noise of the run; with `step` it names that of this draw.
-      step: which sub-batch of the run.
+      key, step: as `joint_selection`.
       device: where the indices are wanted; default the CPU.
     """
-    batch_size, _ = check_sizes(num_examples, batch_size)
+    batch_size = check_batch_size(batch_size, num_examples)
     urn = Urn(num_examples, [batch_size], groups, device=device)
     noise = gumbel_noise(key, step, 0, urn.positions)
-    urn.draw(0, torch.zeros_like(noise), gain=1.0, noise=noise)
+    urn.draw(0, torch.zeros_like(noise), gain=1.0, noise=noise)  # equal scores: noise decides
     no_score = torch.full((), torch.nan, device=device)
     return urn.selection(
         effective_support=torch.full((1,), float(num_examples), device=device),

@@ -1,7 +1,9 @@
-"""What the user passed, checked and brought to float32 once.
+"""Checks of all that users pass to a selection; brings embeddings to float32, once.
 
 Shapes, sizes and devices are checked everywhere. Values are checked at once on a CPU; on a GPU
-that would make the host wait, so that a flag on the device tells of NaN and infinity instead.
+that would make the host wait, so a flag on the device tells of NaN and infinity instead.
+
+B: candidates, D: dimension.
 """
 
 from __future__ import annotations
@@ -32,11 +34,13 @@ class Candidates:
     reference: Embeddings | None
     """float32; None where the score does not need it."""
     score: ScoreFunction
-    """What is to be maximised."""
+    """The function to maximise."""
+    loss: str
+    """Family of the pair losses: "sigmoid" or "softmax"."""
     num_examples: int
     """B."""
     device: torch.device
-    """Where all of them are."""
+    """The device of all of them."""
     is_finite: Tensor
     """`[]` bool: no NaN and no infinity. True on a CPU, where either raises."""
 
@@ -48,7 +52,7 @@ def check_candidates(
     score: str | ScoreFunction,
     loss: str,
 ) -> Candidates:
-    """Returns what the score needs of the embeddings, in float32.
+    """Returns the embeddings that the score needs, in float32.
 
     Raises:
       ConfigError: if they are missing, do not fit together, or the loss has no such score.
@@ -78,45 +82,40 @@ def check_candidates(
         )
     device = next(iter(devices.values()))
     is_finite = torch.ones((), dtype=torch.bool, device=device)
-    prepared = {}
+    prepared = {}  # a loop, no comprehension: each frame counts in the stacklevel of the warning
     for name, model in needed.items():
         prepared[name] = _prepare(model, name, is_finite)
     return Candidates(
         learner=prepared.get("learner"),
         reference=prepared.get("reference"),
         score=function,
+        loss=loss,
         num_examples=next(iter(sizes.values())),
         device=device,
         is_finite=is_finite,
     )
 
 
-def check_sizes(num_examples: int, batch_size: int, num_chunks: int = 1) -> tuple[int, int]:
-    """Returns batch size and number of chunks as Python's integers.
+def check_batch_size(batch_size: int, num_examples: int) -> int:
+    """Returns the batch size as Python's integer.
 
     Raises:
-      ConfigError: unless 1 <= num_chunks <= batch_size <= num_examples.
+      ConfigError: unless 1 <= batch_size <= num_examples.
     """
     batch_size = as_integer("batch_size", batch_size, 1)
-    num_chunks = as_integer("num_chunks", num_chunks, 1)
     if batch_size > num_examples:
         raise ConfigError(
             f"batch_size={batch_size} is above the number of candidates, {num_examples}: draws are "
             f"without replacement. Pass a larger super-batch or a smaller batch_size."
         )
-    if num_chunks > batch_size:
-        raise ConfigError(
-            f"num_chunks={num_chunks} is above batch_size={batch_size}: each chunk draws at least "
-            f"one example. Pass num_chunks={batch_size} or less."
-        )
-    return batch_size, num_chunks
+    return batch_size
 
 
 def check_terms(terms: Tensor, candidates: Candidates) -> Tensor:
     """Returns the terms in float32.
 
     Raises:
-      ConfigError: unless there is one number for each candidate, on their device.
+      ConfigError: unless they are one number for each candidate, on their device.
       NonFiniteError: on a CPU, if they hold NaN or infinity.
     """
     if terms.shape != (candidates.num_examples,):
@@ -230,11 +229,11 @@ def _check_norms(norms: Tensor, name: str) -> None:
         )
     worst = float(norms[(norms - 1).abs().argmax()])
     if abs(worst - 1) > _NORM_TOLERANCE:
-        # One digit, so that Python's own "once per text and place" means once for a run, though the
-        # worst norm varies; the place is that of whoever called select_jointly.
+        # One digit only: Python warns once per text and place, hence once in a run though the worst
+        # norm varies. The place is the caller's of select_jointly, 7 frames up.
         warnings.warn(
             f"{name} embeddings are not unit norm: the worst row has norm {_rounded(worst)}. "
-            f"Logits are meant to be logit_scale times a cosine, so that such rows are over- or "
+            f"Logits are meant to be logit_scale times a cosine, so such rows are over- or "
             f"underrated. Normalise them: torch.nn.functional.normalize(embeddings, dim=-1).",
             stacklevel=7,
         )

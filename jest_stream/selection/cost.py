@@ -1,4 +1,4 @@
-"""What choosing costs in FLOPs: the products of embeddings. A multiply-add counts as 2."""
+"""FLOPs of a choice: the products of embeddings. A multiply-add counts as 2."""
 
 from __future__ import annotations
 
@@ -54,9 +54,10 @@ def selection_flops(num_candidates: int, num_given: int, dimensions: Iterable[in
 def num_conditioned_on(batch_size: int, num_chunks: int, num_sweeps: int) -> int:
     """Returns on how many drawn examples the candidates are conditioned; again in each sweep.
 
-    The last chunk that is drawn conditions nothing.
+    The last chunk that is drawn conditions nothing: 8 examples in chunks of 2 make 6, with one
+    sweep 14.
     """
-    sizes = chunk_sizes(batch_size, min(num_chunks, batch_size))
-    if len(sizes) == 1:
+    sizes = chunk_sizes(batch_size, num_chunks)
+    if len(sizes) == 1:  # no sweeps either
         return 0
     return batch_size * (1 + num_sweeps) - sizes[-1]

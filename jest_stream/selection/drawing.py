@@ -1,11 +1,11 @@
 """The loop over chunks: how examples are drawn once their scores are known.
 
-In: scores that can be conditioned on what was drawn, and a `DrawRule`. Out: a `Selection`. Every
-chunk is drawn in up to two draws, first the uniform picks, then those by score, both without
+Scores that can be conditioned on drawn examples and a `DrawRule` go in; a `Selection` comes out.
+Every chunk is made by up to two draws, first its uniform picks, then those by score, all without
 replacement from one `Urn`; quotas bind all draws alike. Sweeps then put one chunk after the other
 back and draw it again, given all the others.
 
-B: candidates, b: batch size, C: chunks, G: groups with a quota.
+B: candidates, b: batch size, C: chunks, G: groups with a quota, n: examples of a draw or a chunk.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from jest_stream.selection.sampling import (
 from jest_stream.types import Selection
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class DrawRule:
     """How examples of one super-batch are drawn by their scores."""
 
@@ -45,21 +45,21 @@ class DrawRule:
     terms: Tensor | None = None
     """`[B]` nats that are added to the score of each example, before the gain."""
     uniform_fraction: float = 0.0
-    """Share of the sub-batch that is drawn uniformly from what is left when its chunk begins."""
+    """Share of the sub-batch that is drawn uniformly, from all that is left as a chunk begins."""
     groups: Groups | None = None
     """Bounds on how many of a group are drawn, by score or uniformly."""
 
     def __post_init__(self) -> None:
-        """Raises `ConfigError` for what cannot be drawn by."""
+        """Raises `ConfigError` for settings that allow no draw."""
         require_sampling("", self.gain, self.effective_support, self.uniform_fraction)
 
 
 PLAIN = DrawRule()
-"""The paper's: in proportion to exp(score)."""
+"""The paper's rule: in proportion to exp(score)."""
 
 
 class Urn:
-    """The candidates, drawn from without replacement. Remembers what was drawn, and how likely."""
+    """The candidates, drawn from without replacement. Remembers each draw and how likely it was."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Urn:
         *,
         device: torch.device | None,
     ) -> None:
-        """Raises `ConfigError` if there is not one label per candidate."""
+        """Raises `ConfigError` if the labels are not one per candidate."""
         if groups is not None and len(groups.labels) != num_examples:
             raise ConfigError(
                 f"labels must name the group of each of the {num_examples} candidates, got "
@@ -96,7 +96,7 @@ class Urn:
         """Returns the candidates that a draw takes, in draw order: `[n]` int64.
 
         Args:
-          draw: which of the draws; each in turn, or one that was put back.
+          draw: number of the draw; each in turn, or one that was put back.
           scores: `[B]`, finite.
           gain: factor on them, which may be infinite.
           noise: `[B]` float64, standard Gumbel.
@@ -106,11 +106,14 @@ class Urn:
         # float64, in which scores of thousands do not swallow the noise.
         keys = self.left(scores) + noise / gain
         if self._bounds is None:
+            # The k largest keys. The best of those left out is the threshold of all.
             drawn = keys.topk(size).indices
             thresholds = keys.index_fill(0, drawn, -torch.inf).amax().expand(size)
         else:
-            # Once all draws were made, one that is made again need keep only to the last bounds.
+            # In turn a draw keeps to the bounds after it. Made again, once all were made, it need
+            # keep only to those of the whole sub-batch, the last.
             bound = -1 if len(self.drawn) == len(self._sizes) else draw
+            # `restrict` puts candidates at +inf and -inf; the order is that of their own keys.
             drawn = self._bounds.restrict(keys, bound).topk(size).indices
             drawn = drawn[keys[drawn].argsort(descending=True)]
             self._bounds.count(drawn)
@@ -123,7 +126,7 @@ class Urn:
         return drawn
 
     def put_back(self, draw: int) -> None:
-        """Puts back what a draw took, once all draws were made; it is to be made again."""
+        """Puts back the candidates of a draw, once all draws were made; it is to be made again."""
         assert len(self.drawn) == len(self._sizes)
         drawn = self.drawn[draw]
         if self._bounds is not None:
@@ -139,8 +142,9 @@ class Urn:
         candidate_score: Tensor,
         is_finite: Tensor,
     ) -> Selection:
-        """Returns all that is drawn, with what is known of it."""
+        """Returns all drawn candidates, with the observations of the draws."""
         draws = range(len(self._sizes))
+        # Scaled draw by draw: each estimates a mean over the candidates that were left to it.
         weights = torch.cat([inverse_probability_weights(self.probabilities[d]) for d in draws])
         nothing = self.positions[:0]
         counts, excess = (nothing, nothing) if self._bounds is None else self._bounds.tally()
@@ -158,9 +162,8 @@ class Urn:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """One chunk: which draws of the urn make it."""
+    """The draws that make one chunk, by their numbers in the urn."""
 
-    size: int
     uniform: int | None
     """The draw of its uniform picks; None without any."""
     scored: int | None
@@ -173,7 +176,7 @@ class _Chunk:
 
 
 class _Observed(NamedTuple):
-    """What metrics want to know of a chunk, as it was drawn last."""
+    """Observations of a chunk as it was drawn last, for metrics."""
 
     effective_support: Tensor
     drawn_scores: Tensor
@@ -205,18 +208,21 @@ def draw(
     terms = 0.0 if rule.terms is None else check_terms(rule.terms, candidates)
     is_finite = candidates.is_finite
     observed: list[_Observed] = []
+    # Three chunks and a sweep take six turns: 0 1 2, then 0 1 2 again. In turn 3 chunk 0 is the
+    # oldest that the scores are conditioned on, so `forget` leaves them given chunks 1 and 2.
     num_turns = len(chunks) * (1 + num_sweeps)
     for turn in range(num_turns):
         number = turn % len(chunks)
         chunk, is_redrawn = chunks[number], turn >= len(chunks)
         if is_redrawn:
             conditional.forget()
+        # A chunk of uniform picks only is drawn once: no score could change it.
         if chunk.scored is not None or not is_redrawn:
             scores = conditional.scores() + terms
             is_finite = is_finite & scores.isfinite().all()
             seen = _draw_chunk(urn, chunk, scores, rule, key=key, step=step, turn=turn)
             observed[number : number + 1] = [seen]
-        if turn + 1 < num_turns:
+        if turn + 1 < num_turns:  # the last chunk conditions nothing
             conditional.condition_on(take(conditional.models, chunk.members(urn)))
     _require_finite(is_finite)
     shares = [size / sum(sizes) for size in sizes]
@@ -246,8 +252,10 @@ def _draw_chunk(
     if rule.effective_support is not None:
         gain = gain_for_support(rule.effective_support, offered)
     support = effective_support(scaled_logits(offered, gain))
+    # Uniform picks come first: from all that is left, not from the leavings of the scored draw.
     if chunk.uniform is not None and chunk.uniform not in urn.drawn:
-        noise = gumbel_noise(key, step, ~turn, urn.positions)  # no other draw's
+        # ~turn is -1, -2, ...: noise that no draw by score uses.
+        noise = gumbel_noise(key, step, ~turn, urn.positions)
         urn.draw(chunk.uniform, torch.zeros_like(scores), gain=1.0, noise=noise)
     if chunk.scored is not None:
         noise = gumbel_noise(key, step, turn, urn.positions)
@@ -256,7 +264,11 @@ def _draw_chunk(
 
 
 def _planned(sizes: Sequence[int], uniform: Sequence[int]) -> tuple[list[_Chunk], list[int]]:
-    """Returns the chunks and the sizes of their draws, none of them empty."""
+    """Returns the chunks and the sizes of their draws, none of them empty.
+
+    For example, chunks of 3, 3 and 1 with 0, 1 and 1 uniform picks are made by draws of
+    [3, 1, 2, 1]: `_Chunk(None, 0)`, `_Chunk(1, 2)`, `_Chunk(3, None)`.
+    """
     chunks: list[_Chunk] = []
     draws: list[int] = []
     for size, num_uniform in zip(sizes, uniform, strict=True):
@@ -264,7 +276,7 @@ def _planned(sizes: Sequence[int], uniform: Sequence[int]) -> tuple[list[_Chunk]
         for part in (num_uniform, size - num_uniform):
             numbers.append(len(draws) if part else None)
             draws += [part] if part else []
-        chunks.append(_Chunk(size, *numbers))
+        chunks.append(_Chunk(*numbers))
     return chunks, draws
 
 

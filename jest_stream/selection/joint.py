@@ -1,19 +1,20 @@
 """Joint example selection: chunks of a sub-batch, each drawn given the chunks before it.
 
 Algorithm 1 of Evans et al. 2024 (https://arxiv.org/abs/2406.17711) without its `[B, B]` matrix.
-The score of an example given those chosen is a sum over pairs, so that one running vector of B
-values is enough: a new chunk adds to it what its pairs with every candidate say. For two models
-that takes 8 B b D floating-point operations in matrix products instead of 4 B^2 D, and memory for
-one tile. `tests/naive.py` transcribes the paper's listing, as the oracle.
+The score of an example given the chosen ones is a sum over pairs, so one running vector of B values
+is enough: each new chunk adds the scores of its pairs with every candidate. For two models that
+takes 8 B b D floating-point operations in matrix products instead of 4 B^2 D, and memory for one
+tile. At the paper's B = 163,840 the two matrices alone would take 215 GB. `tests/naive.py`
+transcribes the paper's listing, as the oracle.
 
-What is drawn first is drawn while hardly any pair counts, and steers all that follows. Sweeps mend
+The first chunks are drawn while hardly any pair counts, and steer all that follows. Sweeps mend
 that: one chunk after the other is put back and drawn again, given all others. This is a Gibbs
 sampler with chunks for blocks, and costs one more selection per sweep. With one example per chunk
 it is the paper's brute-force sampler itself, whose sub-batches come up in proportion to
 e^(sum of the scores of their pairs).
 
 Pure functions: no state, no process groups, no global randomness. On a GPU nothing waits for the
-device, and no shape depends on data, so that a call can be enqueued.
+device, and no shape depends on data: the host can enqueue a whole call.
 
 B: super-batch size, b: batch size, D: dimension.
 """
@@ -24,17 +25,11 @@ import torch
 from torch import Tensor
 
 from jest_stream.config import ScoreFunction, as_integer
-from jest_stream.selection.checks import check_candidates, check_sizes
-from jest_stream.selection.conditional import (
-    ConditionalScores,
-    ExactSoftmaxScores,
-    streaming_scores,
-    weighted_models,
-)
+from jest_stream.selection.checks import check_batch_size, check_candidates
+from jest_stream.selection.conditional import conditional_scores
 from jest_stream.selection.drawing import PLAIN, DrawRule, draw
 from jest_stream.selection.quotas import Groups
 from jest_stream.selection.sampling import chunk_sizes, draw_key
-from jest_stream.selection.scores import WeightedScore
 from jest_stream.types import Embeddings, Selection
 
 
@@ -60,31 +55,25 @@ def select_jointly(
     Args:
       learner: `[B, D]` embeddings by the model being trained, unit norm; None if not needed.
       reference: the same examples by the reference model, whose D may differ. None likewise.
-      batch_size: b, how many to keep.
-      num_chunks: sequential draws; a remainder goes to the first. 1 is independent selection.
+      batch_size: b, examples to keep.
+      num_chunks: sequential draws, clamped to one per example of the batch; a remainder goes to
+        the first ones. 16 is the paper's default, 1 is independent selection.
       num_sweeps: how often all chunks are then drawn again, one at a time given all others, uniform
         picks excepted. 0 is the paper's algorithm. Each sweep costs one more selection.
-      score: what is maximised: "learnability", "easy_reference" (needs no learner), "hard_learner"
-        (no reference), a `WeightedScore`, or with the sigmoid loss any function of two tiles of
-        pair losses in nats that treats each pair alone.
+      score: the quantity to maximise: "learnability", "easy_reference" (needs no learner),
+        "hard_learner" (no reference), a `WeightedScore`, or with the sigmoid loss any function of
+        two tiles of pair losses in nats that treats each pair alone.
       loss: "sigmoid" scores an example by S_kk + sum over chosen j of (S_kj + S_jk), exactly.
         "softmax" by its own loss against the chosen, itself not among them; at first by its logit.
-      exact_marginal: for the softmax loss, scores by what an example adds to the loss of the whole
+      exact_marginal: for the softmax loss, scores by the loss that an example adds to the whole
         batch. Costs b^2 B: for small batches and as an oracle. The sigmoid is exact anyway.
-      gain, effective_support, terms, uniform_fraction, groups: how it is drawn; see `DrawRule`.
+      gain, effective_support, terms, uniform_fraction, groups: how to draw; see `DrawRule`.
       generator: randomness, one number of which is consumed. None: the operating system's.
 
     Raises:
       ConfigError: if sizes, shapes, devices or the score do not fit.
       NonFiniteError: on a CPU, if values are not finite; else see `Selection.is_finite`.
     """
-    rule = DrawRule(
-        gain=gain,
-        effective_support=effective_support,
-        terms=terms,
-        uniform_fraction=uniform_fraction,
-        groups=groups,
-    )
     return joint_selection(
         learner,
         reference,
@@ -94,7 +83,7 @@ def select_jointly(
         score=score,
         loss=loss,
         exact_marginal=exact_marginal,
-        rule=rule,
+        rule=DrawRule(gain, effective_support, terms, uniform_fraction, groups),
         key=draw_key(generator),
         step=0,
     ).indices
@@ -115,42 +104,24 @@ def joint_selection(
     key: int,
     step: int,
 ) -> Selection:
-    """Returns a jointly learnable sub-batch with what metrics want to know of the draw.
+    """Returns the `Selection` of a jointly learnable sub-batch.
 
     Args:
       rule: how examples are drawn by their scores.
       key: names the noise of the run; with `step` it names that of this draw.
-      step: which sub-batch of the run.
+      step: number of the sub-batch in the run.
 
     The other arguments and the errors are those of `select_jointly`.
     """
     candidates = check_candidates(learner, reference, score=score, loss=loss)
-    batch_size, num_chunks = check_sizes(candidates.num_examples, batch_size, num_chunks)
+    batch_size = check_batch_size(batch_size, candidates.num_examples)
+    sizes = chunk_sizes(batch_size, as_integer("num_chunks", num_chunks, 1))
     num_sweeps = as_integer("num_sweeps", num_sweeps, 0)
-    if num_chunks == 1:  # there are no others to be given
+    if len(sizes) == 1:  # a sweep draws a chunk given the others, and one chunk has none
         num_sweeps = 0
-    conditional: ConditionalScores
-    if exact_marginal and loss == "softmax":
-        assert isinstance(candidates.score, WeightedScore)
-        conditional = ExactSoftmaxScores(
-            *weighted_models(candidates.learner, candidates.reference, candidates.score),
-            forgets=num_sweeps > 0,
-        )
-    else:
-        conditional = streaming_scores(
-            candidates.learner,
-            candidates.reference,
-            score=candidates.score,
-            loss=loss,
-            forgets=num_sweeps > 0,
-        )
-    sizes = chunk_sizes(batch_size, num_chunks)
+    conditional = conditional_scores(
+        candidates, exact_marginal=exact_marginal, forgets=num_sweeps > 0
+    )
     return draw(
-        conditional,
-        candidates,
-        sizes=sizes,
-        rule=rule,
-        num_sweeps=num_sweeps,
-        key=key,
-        step=step,
+        conditional, candidates, sizes=sizes, rule=rule, num_sweeps=num_sweeps, key=key, step=step
     )

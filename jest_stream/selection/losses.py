@@ -1,7 +1,7 @@
 """Losses of image-text pairs, in tiles that stay in cache: never the `[B, B]` matrix.
 
-A tile holds the logits of a block of candidates and a block of chosen examples, in units of ln 2,
-so that `exp2` (2.5 times as fast as `exp` on a CPU) turns them into odds. Everything is computed in
+A tile holds the logits of a block of candidates and a block of chosen examples, in units of ln 2:
+`exp2` (2.5 times as fast as `exp` on a CPU) then turns them into odds. Everything is computed in
 float32. Pure functions: no state, no randomness.
 
 B: candidates, R: candidates of a tile (its rows), C: chosen examples (its columns).
@@ -35,13 +35,13 @@ class Tile(NamedTuple):
     """Logits of some candidates and some chosen examples, under one model."""
 
     model: int
-    """Which of the models given."""
+    """Position of the model among those given."""
     side: int
     """0: the candidates' images with the chosen texts; 1: their texts with the chosen images."""
     rows: slice
-    """Which candidates."""
+    """Its candidates."""
     columns: slice
-    """Which of the chosen examples."""
+    """Its chosen examples."""
     logits: Tensor
     """`[R, C]` float32 in units of ln 2; overwritten by the next tile, so free to be used up."""
     scratch: Tensor
@@ -53,8 +53,8 @@ def logit_tiles(
 ) -> Iterator[Tile]:
     """Yields the logits of every pair of a candidate and a chosen example, both ways round.
 
-    The models alternate within a block of pairs, so that their difference can be summed up as it
-    arises: equal models then leave exactly zero.
+    The models alternate within a block of pairs: their difference can be summed up as it arises,
+    and equal models leave exactly zero.
 
     Args:
       candidates: for each model, `[B, D]` float32 embeddings.
@@ -62,9 +62,11 @@ def logit_tiles(
       with_bias: whether `logit_bias` counts. In a softmax it cancels.
     """
     num_candidates, num_chosen = len(candidates[0].image), len(chosen[0].image)
+    # Blocks of equal width: 600 chosen make two of 300, not 512 and 88.
     num_blocks = math.ceil(num_chosen / _TILE_COLUMNS)
     block_size = math.ceil(num_chosen / num_blocks)
     tile_rows = max(1, _tile_size(candidates[0].image.device) // block_size)
+    # One allocation for all tiles: logits in its first half, scratch in the second.
     space = candidates[0].image.new_empty(2, block_size * min(tile_rows, num_candidates))
     for start in range(0, num_chosen, block_size):
         columns = slice(start, min(start + block_size, num_chosen))
@@ -89,11 +91,8 @@ def logit_tiles(
 def negative_loss_sums(logits: Tensor, scratch: Tensor) -> Tensor:
     """Returns each candidate's loss over the tile's pairs, none of which match: `[R]`, in nats.
 
-    Sums softplus(x) = max(x, 0) + log(1 + e^-|x|) over the columns. The logarithms of eight columns
-    are taken of their product, since one is as dear as ten additions at best. What is kept is the
-    product less one: (1 + p)(1 + q) - 1 = p + q + pq. All terms are positive, so that no digit is
-    lost however small they are. (Keeping the product itself would: 1 + e^-16 is 6 % off in
-    float32.)
+    Sums softplus(x) = max(x, 0) + log(1 + e^-|x|) over the columns. One logarithm is as dear as ten
+    additions at best, so those of eight columns are taken of their product.
 
     Args:
       logits: `[R, C]` in units of ln 2; used up.
@@ -102,12 +101,15 @@ def negative_loss_sums(logits: Tensor, scratch: Tensor) -> Tensor:
     positive = torch.clamp_min(logits, 0.0, out=scratch)
     sums = positive.sum(1).mul_(LN2)
     odds = logits.sub_(positive, alpha=2.0).exp2_()  # x - 2 max(x, 0) = -|x|
+    # The running product is kept less one: (1 + p)(1 + q) - 1 = p + q + pq. All terms are positive:
+    # no digit is lost however small they are. (The product itself would lose them: 1 + e^-16 is 6 %
+    # off in float32.)
     for _ in range(_PRODUCT_LEVELS):
         num_columns = odds.shape[1]
         half = num_columns // 2
         if half == 0:
             break
-        # Of an odd number, the one in the middle stays as it is.
+        # Columns [0 1 2 3 4]: 0 takes in 3, 1 takes in 4, the one in the middle stays: [03 14 2].
         low, high = odds[:, :half], odds[:, num_columns - half :]
         low.addcmul_(low, high).add_(high)
         odds = odds[:, : num_columns - half]
@@ -126,6 +128,7 @@ def add_exponentials(total: Tensor, logits: Tensor) -> None:
       total: `[R]` logarithm to base 2 of the sum so far, -inf at the start; updated.
       logits: `[R, C]` in units of ln 2; used up.
     """
+    # log2(2^total + sum of 2^x) with the largest exponent taken out: no 2^x overflows.
     peak = torch.maximum(total, logits.amax(1))
     exponentials = logits.sub_(peak[:, None]).exp2_().sum(1)
     torch.add(peak, exponentials.add_(total.sub(peak).exp2_()).log2_(), out=total)
@@ -140,6 +143,7 @@ def own_logits(embeddings: Embeddings, *, with_bias: bool) -> Tensor:
     """
     image, text = embeddings.image, embeddings.text
     dots = image.new_empty(len(image))
+    # In tiles too: the products of all rows would take as much memory as the embeddings.
     step = max(1, _tile_size(image.device) // image.shape[1])
     for start in range(0, len(image), step):
         rows = slice(start, start + step)

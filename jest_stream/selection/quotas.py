@@ -1,12 +1,13 @@
 """Floors, caps and shares of groups, kept within the loop over chunks.
 
-In: the group of every candidate, and quotas. Labels are known on the host, so that all numbers are
+The group of every candidate and the quotas go in. Labels are known on the host, so all numbers are
 worked out there, before the first draw (`plan_bounds`): how many of each group must and may have
 been drawn after each draw. `Bounds` then holds the draws to them on the device, where the counts
-are: which group the free places go to is decided by the scores. A draw that is put back and made
-again need keep only to the bounds of the whole.
+are: scores decide to which groups the free places go. A draw that is put back and made again need
+keep only to the bounds of the whole.
 
-G: groups with a quota; one more, the last, holds all other candidates. B: candidates, S: draws.
+G: groups with a quota; one more, the last, holds all other candidates. B: candidates, S: draws,
+n: examples of a draw.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from jest_stream.errors import ConfigError
 
 @dataclass(frozen=True)
 class Groups:
-    """Which group each candidate is of, and how much of the sub-batch a group may make up."""
+    """The group of each candidate, and how much of the sub-batch a group may make up."""
 
     labels: Sequence[Hashable] | Tensor
     """Of the B candidates: any values, or a `[B]` int64 tensor on the CPU."""
@@ -47,7 +48,7 @@ class Groups:
                 )
 
     def members(self) -> list[int]:
-        """Returns the group of each candidate: which quota, in their order; G without one."""
+        """Returns the group of each candidate: the position of its quota; G without one."""
         labels = self.labels.tolist() if isinstance(self.labels, Tensor) else self.labels
         number = {group: index for index, group in enumerate(self.quotas)}
         return [number.get(label, len(number)) for label in labels]
@@ -66,7 +67,7 @@ class Plan:
 
 
 def plan_bounds(quotas: Sequence[Quota], available: Sequence[int], sizes: Sequence[int]) -> Plan:
-    """Returns bounds that can be kept in every draw, as close to the quotas as there are examples.
+    """Returns bounds that can be kept in every draw, as close to the quotas as candidates allow.
 
     Args:
       quotas: of the G groups.
@@ -79,10 +80,13 @@ def plan_bounds(quotas: Sequence[Quota], available: Sequence[int], sizes: Sequen
     batch_size = sum(sizes)
     least, most = quota_sizes(quotas, batch_size)
     least, most = [*least, 0], [*most, batch_size]
+    # Two things can stand in the way of the quotas: a group has fewer candidates than its floor
+    # (the floor sinks to all of them), or the caps together fill no batch (they are raised).
     attainable = [min(pair) for pair in zip(least, available, strict=True)]
     widened = _widened(most, available, [*(quota.most for quota in quotas), 1.0], batch_size)
     paced = _paced(attainable, sizes)
-    # Rounded up, so that there is room for each draw; where a floor is ahead, with the floor.
+    # Upper bounds grow in proportion, rounded up to leave room for each draw. A cap of 3 in 16
+    # examples allows ceil(3 * 4 / 16) = 1 after 4 of them. Where a floor is ahead, with the floor.
     paced_most = [
         [max(low, -(-high * end // batch_size)) for low, high in zip(row, widened, strict=True)]
         for end, row in zip(accumulate(sizes), paced, strict=True)
@@ -93,10 +97,12 @@ def plan_bounds(quotas: Sequence[Quota], available: Sequence[int], sizes: Sequen
 def _widened(
     most: Sequence[int], available: Sequence[int], shares: Sequence[float], batch_size: int
 ) -> list[int]:
-    """Returns the upper bounds, none above what there is, raised until they fill a sub-batch.
+    """Returns the upper bounds, none above the group's candidates, raised to fill a sub-batch.
 
-    What a small group leaves open goes to those with the lowest bound for their share first, which
-    keeps the others in proportion.
+    Places that a small group leaves open go, one at a time, to the group with the lowest bound for
+    its share, which keeps the others in proportion: of 100 examples, shares of 40, 30 and 30 % with
+    only 3 candidates in the last group end at 56, 41 and 3. A heap finds that group; groups of
+    share 0 come last.
     """
     widened = [min(pair) for pair in zip(most, available, strict=True)]
     order = [
@@ -118,29 +124,31 @@ def _widened(
 
 
 def _paced(totals: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
-    """Returns how many of each total must be there after each draw: in proportion, by remainders.
+    """Returns how many of each total are due after each draw: in proportion, by remainders.
 
-    Cumulative largest remainder: each place goes to the group that is furthest behind its
-    proportion of all places so far, free places being a group of their own. So 1 of 16 examples
-    falls due once in 16 chunks of one, and never are more due than a draw has places.
+    Cumulative largest remainder: each place goes to the group that lacks most of its proportion of
+    all places so far, free places being a group too. 1 of 16 examples thus falls due once in 16
+    chunks of one, and never are more due than a draw has places. (Rounding each group up alone
+    would make ten floors of 1 in 10 all due in the first chunk of one.)
     """
     batch_size = sum(sizes)
     shares = [*totals, batch_size - sum(totals)]
     given = [0] * len(shares)
     rows = []
     for size, end in zip(sizes, accumulate(sizes), strict=True):
-        behind = [(given[g] * batch_size - share * end, g) for g, share in enumerate(shares)]
-        heapq.heapify(behind)
+        # In units of 1 / batch_size places, to stay in integers: (given so far) - (proportion).
+        surplus = [(given[g] * batch_size - share * end, g) for g, share in enumerate(shares)]
+        heapq.heapify(surplus)
         for _ in range(size):
-            ahead, group = behind[0]
+            least, group = surplus[0]
             given[group] += 1
-            heapq.heapreplace(behind, (ahead + batch_size, group))
+            heapq.heapreplace(surplus, (least + batch_size, group))
         rows.append(given[:-1])
     return rows
 
 
 class Bounds:
-    """Holds the draws of one sub-batch to its plan. Counts what was drawn, on the device."""
+    """Holds the draws of one sub-batch to its plan. Counts the drawn examples, on the device."""
 
     def __init__(self, groups: Groups, sizes: Sequence[int], *, device: torch.device) -> None:
         members = groups.members()
@@ -148,6 +156,7 @@ class Bounds:
         available = [found[group] for group in range(len(groups.quotas) + 1)]
         plan = plan_bounds(list(groups.quotas.values()), available, sizes)
         starts = [0, *accumulate(available[:-1])]
+        # One copy to the device for all rows of G + 1 integers.
         numbers = torch.tensor([starts, *plan.asked, *plan.least, *plan.most])
         numbers = numbers.to(device, non_blocking=True)
         self._starts, self._asked = numbers[0], numbers[1:3]  # [G + 1], [2, G + 1]
@@ -159,9 +168,12 @@ class Bounds:
     def restrict(self, keys: Tensor, draw: int) -> Tensor:
         """Returns the keys, +inf where the draw must take the candidate, -inf where it must not.
 
+        A group of which the draw must take 1 and may take 3 has its best candidate at +inf, the
+        next two at their own keys, and the rest at -inf.
+
         Args:
           keys: `[B]`, by which candidates are drawn, -inf for those drawn before.
-          draw: which of the S draws; -1, once all were made, for one that was put back.
+          draw: number of the draw; -1, once all were made, for one that was put back.
         """
         ranks = self._ranks(keys)
         most = (self._most[draw] - self._counts)[self._members]
@@ -177,8 +189,11 @@ class Bounds:
     def thresholds(self, left: Tensor, drawn: Tensor, draw: int) -> Tensor:
         """Returns the key that each of the drawn had to exceed: `[n]`, that of its best substitute.
 
-        Where a floor is just met that is the best left of its own group, else the best left of all
-        groups that are not full. Call it after `count`.
+        Call it after `count`. There are two cases:
+
+        1. The group's floor is just met: only another of the group could stand in, its best left.
+        2. Else the best left of any group that is not full could; the example's own group counts
+           as not full, since the example leaves its place.
 
         Args:
           left: `[B]` keys, -inf for all that are drawn.
@@ -186,7 +201,7 @@ class Bounds:
           draw: as of `restrict`.
         """
         best = left.new_full(self._counts.shape, -torch.inf)
-        best.scatter_reduce_(0, self._members, left, "amax")
+        best.scatter_reduce_(0, self._members, left, "amax")  # [G + 1]
         best_open = best.masked_fill(self._counts >= self._most[draw], -torch.inf).amax()
         is_needed = self._counts <= self._least[draw]
         thresholds = torch.where(is_needed, best, best.clamp_min(best_open))
@@ -199,7 +214,12 @@ class Bounds:
         return counts, (counts - most).clamp_min(0) - (least - counts).clamp_min(0)
 
     def _ranks(self, keys: Tensor) -> Tensor:
-        """Returns how many of its own group have a larger key, for each candidate: `[B]`."""
+        """Returns how many of its own group have a larger key, for each candidate: `[B]`.
+
+        Keys [5, 9, 7, 8] of groups [0, 1, 0, 1]: by key the candidates are [1, 3, 2, 0], sorted
+        stably by group [2, 0, 1, 3]. Places [0, 1, 2, 3] less the groups' starts [0, 0, 2, 2] are
+        their ranks [0, 1, 0, 1]; by candidate [1, 0, 0, 1].
+        """
         order = keys.argsort(descending=True)
         by_group = order[self._members[order].argsort(stable=True)]
         ranks = torch.empty_like(by_group)

@@ -1,11 +1,14 @@
 """Drawing without replacement, in proportion to exp(logits), with noise that is named not drawn.
 
 Gumbel-top-k (Kool et al. 2019, https://arxiv.org/abs/1903.06059): add Gumbel noise to the logits
-and take the k largest. It works on logarithms, so that nothing under- or overflows, and what has
-logit -inf is never drawn; `torch.multinomial` returns such examples once the others run short.
+and take the k largest. It works on logarithms: nothing under- or overflows, and candidates of logit
+-inf are never drawn. `torch.multinomial` returns such ones when the others run short (pytorch
+#50034): where exp underflowed, 600 draws held all 100 examples that had been drawn before.
 
 The noise is a hash of (key, step, chunk, position). A draw therefore does not depend on the
-device, on how candidates are tiled or on how many ranks share them.
+device, on how candidates are tiled or on how many ranks share them. Pure functions.
+
+n: candidates; or examples of a draw, where the docstring says so.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ _MASK = 2**64 - 1
 # splitmix64 (Steele, Lea and Flood 2014): the golden ratio's increment and the two multipliers.
 _INCREMENT = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-# Of 60 octaves of gains: 2^-34 of an octave is left.
+# Halvings of a range of 60 octaves of gains: 2^-34 of an octave is left.
 _BISECTIONS = 40
 
 
@@ -35,7 +38,7 @@ def gumbel_top_k(logits: Tensor, k: int, generator: torch.Generator | None = Non
 
     Args:
       logits: `[n]` unnormalised log-probabilities. -inf is never drawn. Not modified.
-      k: how many to draw.
+      k: examples to draw.
       generator: randomness, one number of which is consumed. None: fresh entropy from the
         operating system. The global random state is never touched.
 
@@ -73,10 +76,12 @@ def gumbel_noise(key: int, step: int, chunk: int, positions: Tensor) -> Tensor:
 
     Args:
       key: names the run; from `draw_key` or any integer.
-      step: which sub-batch of the run.
-      chunk: which draw within the sub-batch.
+      step: number of the sub-batch in the run.
+      chunk: number of the draw within the sub-batch.
       positions: `[n]` int64, the candidates' positions in the whole super-batch.
     """
+    # The three names are folded into one state, and each position takes its number of splitmix64
+    # from there. -log(-log(u)) of a uniform u is a Gumbel variate.
     state = 0
     for part in (key, step, chunk):
         state = _mix_integer((state + _INCREMENT) ^ (part & _MASK))
@@ -110,21 +115,20 @@ def effective_support(logits: Tensor) -> Tensor:
 def gain_for_support(support: float, scores: Tensor) -> Tensor:
     """Returns the gain at which a draw really chooses among `support` candidates: `[]` float64.
 
-    By bisection over gains that spread the scores by 2^-20 to 2^40 nats, in steps of a constant
-    number, so that nothing waits for the device. Effective support only falls with the gain: the
-    logarithm of sum(p^2) has the derivative 2 E[s] under p at twice the gain, less 2 E[s] under p.
-    A support that no gain gives (more than there are candidates, fewer than share the best score)
-    is approached as closely as it can be.
+    By bisection over gains that spread the scores by 2^-20 to 2^40 nats. Effective support only
+    falls with the gain: the logarithm of sum(p^2) has the derivative 2 E[s] under p at twice the
+    gain, less 2 E[s] under p. A support that no gain gives (more than all candidates, fewer than
+    share the best score) is approached as closely as possible.
 
     Args:
       support: at least 1.
-      scores: `[n]`, -inf for what cannot be drawn.
+      scores: `[n]`, -inf for candidates that cannot be drawn.
     """
     below = scores.double() - scores.max()
-    spread = -below.masked_fill(below.isneginf(), 0.0).min()
+    spread = -below.masked_fill(below.isneginf(), 0.0).min()  # of those that can be drawn
     unit = torch.where(spread > 0, spread, 1.0).reciprocal()
     low, high = torch.full_like(spread, -20.0), torch.full_like(spread, 40.0)
-    for _ in range(_BISECTIONS):
+    for _ in range(_BISECTIONS):  # a constant number: a loop until convergence waits for the device
         middle = (low + high) / 2
         is_wide = effective_support(below * (unit * middle.exp2())) > support
         low, high = torch.where(is_wide, middle, low), torch.where(is_wide, high, middle)
@@ -137,9 +141,11 @@ def inclusion_probabilities(scores: Tensor, thresholds: Tensor, gain: Tensor | f
     With the key of an example's best substitute as its threshold this is the probability of its
     having been drawn, given all other keys: weighting by its inverse gives unbiased sums over all
     candidates (Kool et al. 2019, after the priority sampling of Duffield et al. 2007).
+    n: examples of a draw.
     """
     if not isinstance(gain, Tensor) and math.isinf(gain):
-        return torch.ones_like(thresholds)  # what is drawn was certain to be
+        return torch.ones_like(thresholds)  # without noise the drawn were certain to be
+    # P(Gumbel > x) = 1 - exp(-exp(-x)) at x = (threshold - score) * gain
     return -((scores - thresholds) * gain).exp_().neg_().expm1_()
 
 
@@ -147,10 +153,10 @@ def inverse_probability_weights(probabilities: Tensor) -> Tensor:
     """Returns weights of mean 1, in proportion to 1 / probability: `[n]` float64.
 
     The mean of anything under them estimates its mean over all candidates that the draw could have
-    taken (a ratio estimate: consistent, with a bias of the order of 1 / n).
+    taken (a ratio estimate: consistent, with a bias of the order of 1 / n). n: examples of a draw.
 
     Args:
-      probabilities: of the examples of one draw, from `inclusion_probabilities`.
+      probabilities: `[n]`, from `inclusion_probabilities`.
     """
     weights = probabilities.reciprocal()
     return weights / weights.mean()
@@ -159,8 +165,10 @@ def inverse_probability_weights(probabilities: Tensor) -> Tensor:
 def chunk_sizes(batch_size: int, num_chunks: int) -> list[int]:
     """Returns how many examples each chunk draws; a remainder goes to the first chunks.
 
-    For example, 10 in 4 chunks are [3, 3, 2, 2].
+    For example, 10 in 4 chunks are [3, 3, 2, 2]. Never more chunks than examples: 7 in 16 chunks
+    are seven of 1, because every chunk draws at least one.
     """
+    num_chunks = min(num_chunks, batch_size)
     size, remainder = divmod(batch_size, num_chunks)
     return [size + (chunk < remainder) for chunk in range(num_chunks)]
 
@@ -168,8 +176,8 @@ def chunk_sizes(batch_size: int, num_chunks: int) -> list[int]:
 def uniform_sizes(sizes: Sequence[int], fraction: float) -> list[int]:
     """Returns how many examples of each chunk are drawn uniformly.
 
-    All chunks so far have the fraction of their examples, rounded. For example, a tenth of chunks
-    of [3, 3, 2, 2] are [0, 1, 0, 0].
+    After each chunk the fraction of all examples so far, rounded: a tenth of [3, 3, 2, 2] makes
+    totals of .3, .6, .8 and 1, rounded 0, 1, 1, 1; their differences are [0, 1, 0, 0].
     """
     totals = [math.floor(end * fraction + 0.5) for end in accumulate(sizes)]
     return [total - before for before, total in pairwise([0, *totals])]
@@ -179,12 +187,12 @@ def scaled_logits(scores: Tensor, gain: Tensor | float) -> Tensor:
     """Returns gain * scores up to a constant: `[n]` float64, the largest 0. The gain may be inf."""
     below = scores.double() - scores.max()
     is_infinite = not isinstance(gain, Tensor) and math.isinf(gain)
-    # Where it is 0, an infinite gain would make it NaN.
+    # 0 * inf is NaN: the best scores stay at 0, all others fall to -inf.
     return (below * gain).masked_fill(below == 0, 0.0) if is_infinite else below * gain
 
 
 def _uniform(bits: Tensor) -> Tensor:
-    """Returns a number strictly inside (0, 1) for each int64, so that no logarithm is infinite.
+    """Returns a number strictly inside (0, 1) for each int64: no logarithm is infinite.
 
     52 bits and a half just fit a float64: with one more, the largest would round to 1. (Float32
     has room for 23: keys would tie, and the largest noise be 16.6.)

@@ -1,4 +1,4 @@
-"""What selection maximises: the score of each image-text pair, from its losses under two models.
+"""Scores: the value of each image-text pair to training, from its losses under two models.
 
 A score is a function of two tiles, the learner's and the reference's pair losses in nats. Those
 known by name are weighted sums; for these no tile of scores is ever made, and a model of weight
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from jest_stream.config import ScoreFunction
+from jest_stream.config import SCORE_NAMES, ScoreFunction
 from jest_stream.errors import ConfigError
 
 
@@ -23,7 +23,7 @@ class WeightedScore:
     learner_weight: float
     """Factor on the learner's loss. 0: no learner is needed."""
     reference_weight: float
-    """Factor on the reference's loss; negative to prefer what the reference finds easy."""
+    """Factor on the reference's loss; negative to prefer pairs that the reference finds easy."""
 
     def __post_init__(self) -> None:
         weights = (self.learner_weight, self.reference_weight)
@@ -39,21 +39,18 @@ class WeightedScore:
 
 
 learnability = WeightedScore(1.0, -1.0)
-"""What the learner gets wrong and the reference gets right: noise and the known both score low."""
+"""Learner loss minus reference loss: pairs that the reference finds easy and the learner does not
+yet. Noise (hard for both) and the known (easy for both) score low. The paper's default."""
 easy_reference = WeightedScore(0.0, -1.0)
-"""What the reference gets right. Needs no learner."""
+"""Minus the reference loss: pairs that the reference finds easy. Needs no learner."""
 hard_learner = WeightedScore(1.0, 0.0)
-"""What the learner gets wrong, noise included. Needs no reference."""
+"""The learner loss: pairs that the learner finds hard, noise included. Needs no reference."""
 
-_BY_NAME = {
-    "learnability": learnability,
-    "easy_reference": easy_reference,
-    "hard_learner": hard_learner,
-}
+_BY_NAME = dict(zip(SCORE_NAMES, (learnability, easy_reference, hard_learner), strict=True))
 
 
 def resolve_score(score: str | ScoreFunction) -> ScoreFunction:
-    """Returns the function behind a name; a function is returned as it is.
+    """Returns the function of a name; a function is returned as it is.
 
     Raises:
       ConfigError: if the name is none of ours.
@@ -80,10 +77,10 @@ def needs(score: str | ScoreFunction) -> tuple[bool, bool]:
 
 
 def score_tile(score: ScoreFunction, learner_loss: Tensor, reference_loss: Tensor) -> Tensor:
-    """Returns what the user's function makes of two tiles, once its shape is seen to be right.
+    """Returns the score of each pair by the user's function, its shape checked.
 
     Raises:
-      ConfigError: if that is not a tensor of the tiles' shape.
+      ConfigError: if the result is not a tensor of the tiles' shape.
     """
     tile = score(learner_loss, reference_loss)
     shape = getattr(tile, "shape", None)

@@ -1,4 +1,4 @@
-"""How close candidates are to what the model is meant for: NormSim, a term of an example's score.
+"""NormSim: how close candidates are to examples of the model's purpose, a term of their scores.
 
 Wang et al., NeurIPS 2024 (https://arxiv.org/abs/2405.19547). Pure functions.
 

@@ -1,9 +1,16 @@
-"""Walks the members of a tar archive, strictly: what is not a whole archive is an error.
+"""Walks the members of a tar archive, strictly: anything but a whole archive is an error.
 
 In: a seekable binary file and the offset of a header. Out: members in order, with the byte offset
 of each. Tar is parsed here because `tarfile` takes a bad header for the end of the archive, and so
 do the loaders built on it: of a shard that was cut in half they give half, without a word.
-Knows the formats ustar, GNU and pax. No threads.
+Reads the formats ustar, GNU and pax. No threads.
+
+An archive is a row of units of 512 bytes. A member is a header and its data, filled up to whole
+units; an extension may precede it, a header whose data are a longer name. Two units of zeros, the
+marker, end the archive. Writers then add zeros up to a whole record.
+
+    byte 0        512                1536     2048     3072    10240
+         | header | 600 bytes of data | header | marker | zeros |
 """
 
 from __future__ import annotations
@@ -15,15 +22,15 @@ from typing import BinaryIO, NamedTuple
 
 from jest_stream.errors import ShardError, ShardTruncatedError, UnsafeDataError
 
-_BLOCK = 512
-_RECORD = 20 * _BLOCK  # what writers pad an archive to
-# What tar --blocking-factor=N pads to, for N a power of two up to 2,048. With any N, zeros up to
+_UNIT = 512
+_RECORD = 20 * _UNIT  # the default of all writers
+# Records of tar --blocking-factor=N, for N a power of two up to 2,048. With any N, zeros up to
 # 1 MiB would pass for padding at any length. With these, the chance that reserved space passes, of
 # about 10 KiB in the length of the file, less than doubles.
-_LARGE_RECORDS = tuple(_BLOCK << power for power in range(5, 12))
+_LARGE_RECORDS = tuple(_UNIT << power for power in range(5, 12))
 _MAX_EXTENSION_BYTES = 1 << 20  # of a long name or a pax header
 _PLAIN = ord("0")
-# Headers without data behind them, whatever size they give: as tar itself reads them.
+# Headers that no data follows, even if they give a size: as tar itself reads them.
 _WITHOUT_DATA = {
     tarfile.LNKTYPE,
     tarfile.SYMTYPE,
@@ -59,24 +66,32 @@ class Member(NamedTuple):
     kind: bytes
     """The header's type flag."""
     offset: int
-    """Where its first header starts, an extension's if it has one."""
+    """Byte where its first header starts, an extension's if it has one."""
 
 
 class Members:
-    """Walks the headers of an archive. Owns the place in the file."""
+    """Iterates over the members of an archive, header by header. Owns the place in the file.
+
+    Args:
+      file: the archive, seekable.
+      shard: its name in errors.
+      offset: byte of the header to begin with.
+    """
 
     def __init__(self, file: BinaryIO, shard: str, offset: int) -> None:
         self._file = file
         self._shard = shard
         self._num_bytes = file.seek(0, os.SEEK_END)
         self.position = offset
-        """Of the next header; at the end, of the end-of-archive marker."""
+        """Byte of the next header; at the end, of the end-of-archive marker."""
 
     def __iter__(self) -> Iterator[Member]:
         return self
 
     def __next__(self) -> Member:
         """Returns the next member; its data may be read until the next call."""
+        # The offset is that of the first extension: a reader that starts at the plain header would
+        # miss the long name.
         offset, name, size = self.position, None, None
         while True:
             header = self._header()
@@ -87,7 +102,7 @@ class Members:
             name = records.get("path", name)
             size = records.get("size", size)
         if size is not None:
-            header_size = _number(size, self._shard, offset)
+            header_size = self._number(size, offset)
         if header_size < 0 or kind == tarfile.GNUTYPE_SPARSE:
             raise self._broken(offset, "holds a sparse file or one of negative size")
         if kind in _WITHOUT_DATA:
@@ -106,16 +121,12 @@ class Members:
         return data
 
     def check_tail(self, *, is_counted: bool = False) -> None:
-        """Demands that zeros follow the marker, and no more of them than writers add.
-
-        A file whose space was reserved before its download stopped ends in zeros too, and may have
-        any length that a shard can have. What tells padding from it is the number of examples; or
-        else that the file ends where a record of its writer would.
+        """Raises unless zeros follow the marker, and no more of them than writers add.
 
         Args:
           is_counted: whether the archive is known to hold as many examples as it should.
         """
-        end = self.position + 2 * _BLOCK
+        end = self.position + 2 * _UNIT
         self._file.seek(end)
         while chunk := self._file.read(1 << 20):
             if chunk.strip(b"\0"):
@@ -124,6 +135,12 @@ class Members:
                     "goes on behind its end-of-archive marker (joined archives?); "
                     "the rest would never be read",
                 )
+        # Zeros at the end have two causes:
+        # 1. A writer that padded the archive to its record.
+        # 2. A download that stopped after the space was reserved: examples are missing, and the
+        #    file may have any length.
+        # The number of examples tells them apart; without it, a file that ends where a record of
+        # its writer would is taken for the first.
         if not is_counted and not _is_padding(end, self._num_bytes):
             raise self._truncated(
                 f"in zeros from byte {self.position} on, too many to be padding (if they are, pass "
@@ -131,21 +148,25 @@ class Members:
             )
 
     def _header(self) -> bytes:
-        """Returns the next header block; raises `StopIteration` at the marker."""
+        """Returns the next header; raises `StopIteration` at the marker.
+
+        Three ways of ending are errors: no bytes where a header should be, a part of a header, and
+        one unit of zeros that no second one follows.
+        """
         position = self.position
         self._file.seek(position)
-        header = self._file.read(_BLOCK)
-        if len(header) < _BLOCK:
+        header = self._file.read(_UNIT)
+        if len(header) < _UNIT:
             where = "within a header" if header else "without its end-of-archive marker"
             raise self._truncated(where)
         if header[0] == 0 and not header.strip(b"\0"):
-            second = self._file.read(_BLOCK)
-            if len(second) < _BLOCK:
+            second = self._file.read(_UNIT)
+            if len(second) < _UNIT:
                 raise self._truncated("within its end-of-archive marker")
             if second.strip(b"\0"):
                 raise self._broken(position, "holds a single empty block, not an end marker")
             raise StopIteration
-        self.position += _BLOCK
+        self.position += _UNIT
         return header
 
     def _parse(self, header: bytes) -> tuple[str, int, bytes]:
@@ -162,17 +183,17 @@ class Members:
         try:
             info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
-            offset = self.position - _BLOCK
-            what = f"holds no tar header at byte {offset} ({error})"
+            offset = self.position - _UNIT
+            fault = f"holds no tar header at byte {offset} ({error})"
             if offset == 0:
                 looks = (text for start, text in _LOOKS_LIKE.items() if _starts(header, start))
-                what = f"is not a tar archive: it is {next(looks, 'no format known here')}"
-            raise self._broken(offset, what) from error
+                fault = f"is not a tar archive: it is {next(looks, 'no format known here')}"
+            raise self._broken(offset, fault) from error
         return info.name, info.size, info.type
 
     def _extension(self, kind: bytes, size: int) -> dict[str, str]:
-        """Returns what a long-name or pax header says of the member behind it."""
-        offset = self.position - _BLOCK
+        """Returns the `path` and `size` that an extension gives to the member after it, if any."""
+        offset = self.position - _UNIT
         if not 0 <= size <= _MAX_EXTENSION_BYTES:
             raise UnsafeDataError(
                 f"shard {self._shard!r} has a header of {size:,} bytes at byte {offset}; names and "
@@ -196,11 +217,15 @@ class Members:
         return records
 
     def _pax_records(self, data: bytes, offset: int) -> dict[str, str]:
-        """Returns the records `LENGTH KEY=VALUE\\n` of a pax header."""
+        """Returns the records `LENGTH KEY=VALUE\\n` of a pax header.
+
+        LENGTH counts the whole record, its own digits and the newline too: in `16 path=a/b.jpg\\n`
+        it is 2 + 1 + 12 + 1 = 16 bytes.
+        """
         records, position = {}, 0
         while position < len(data):
             length = data[position : position + 20].partition(b" ")[0]
-            end = position + _number(length.decode("latin-1"), self._shard, offset)
+            end = position + self._number(length.decode("latin-1"), offset)
             record = data[position + len(length) + 1 : end]
             name, equals, value = record.partition(b"=")
             if not equals or end > len(data) or value[-1:] != b"\n":
@@ -209,9 +234,18 @@ class Members:
             position = end
         return records
 
-    def _broken(self, offset: int, what: str) -> ShardError:
+    def _number(self, text: str, offset: int) -> int:
+        """Returns a number written in decimal; at most 19 digits, as any 64-bit size has."""
+        if not (text.isascii() and text.isdigit()) or len(text) > 19:
+            raise self._broken(
+                offset, f"has a header at byte {offset} with {text[:40]!r} where a number should be"
+            )
+        return int(text)
+
+    def _broken(self, offset: int, fault: str) -> ShardError:
         return ShardError(
-            f"shard {self._shard!r} {what}. Write or fetch it again, or take it out of the source.",
+            f"shard {self._shard!r} {fault}. Write or fetch it again, or take it out of the "
+            "source.",
             shard=self._shard,
             offset=offset,
         )
@@ -219,34 +253,29 @@ class Members:
     def _truncated(self, where: str) -> ShardTruncatedError:
         return ShardTruncatedError(
             f"shard {self._shard!r} ends at byte {self._num_bytes} {where}: it was cut off, and "
-            "the examples behind are missing. Write or fetch it again, or take it out of the "
+            "the examples after that are missing. Write or fetch it again, or take it out of the "
             "source.",
             shard=self._shard,
             offset=min(self.position, self._num_bytes),
         )
 
 
-def _padded(size: int) -> int:
-    return -(-size // _BLOCK) * _BLOCK
+def _padded(size: int, unit: int = _UNIT) -> int:
+    """Returns the size rounded up to whole units: 0 -> 0, 1 -> 512, 512 -> 512, 513 -> 1024."""
+    return -(-size // unit) * unit
 
 
 def _is_padding(end: int, num_bytes: int) -> bool:
-    """Returns whether a writer would fill up an archive that ends at `end` to `num_bytes`."""
-    if num_bytes <= -(-end // _RECORD) * _RECORD:
+    """Returns whether a writer would fill up an archive that ends at `end` to `num_bytes`.
+
+    Any length up to the end of the default record passes: some writers pad less or not at all. A
+    larger record must match exactly. Of an archive that ends at byte 12,000, lengths up to 20,480
+    pass, and 32,768, 65,536, ... 1,048,576.
+    """
+    if num_bytes <= _padded(end, _RECORD):
         return True
-    return any(num_bytes == -(-end // record) * record for record in _LARGE_RECORDS)
+    return any(num_bytes == _padded(end, record) for record in _LARGE_RECORDS)
 
 
 def _starts(header: bytes, start: bytes) -> bool:
     return header.startswith(start) or (start == b"<" and header.lstrip().startswith(b"<"))
-
-
-def _number(text: str, shard: str, offset: int) -> int:
-    if not (text.isascii() and text.isdigit()) or len(text) > 19:
-        raise ShardError(
-            f"shard {shard!r} has a header at byte {offset} with {text[:40]!r} where a number "
-            "should be. Write or fetch it again.",
-            shard=shard,
-            offset=offset,
-        )
-    return int(text)

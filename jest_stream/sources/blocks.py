@@ -1,9 +1,9 @@
 """Blocks: examples of one lane that are prepared and handed over together.
 
-In: a lane. Out: blocks of prepared examples with the cursor behind each; bad examples and bad
-shards left out and named. Runs wherever lanes are read, in the training process or in a worker;
-user code (`prepare`) runs on random state of its own, named by the example, so that neither block
-sizes nor processes change what it draws.
+In: a lane. Out: blocks of prepared examples, each with the cursor that follows it; bad examples and
+bad shards are left out and named. Runs where lanes are read, in the training process or in a
+worker. User code (`prepare`) runs on a random state that is named by the example: neither block
+sizes nor processes change its draws.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SkippedShard(NamedTuple):
     reason: str
     """A short name under which it is counted: `truncated`, `unavailable`, ..., or `damaged`."""
     message: str
-    """What its error said."""
+    """Text of its error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,27 +37,27 @@ class Block:
 
     lane: int
     items: Any
-    """What `collate` made of the examples; None if there are none."""
+    """Result of `collate` for the examples; None if there are none."""
     cursors: Sequence[Cursor]
-    """Per example, where its lane goes on behind it."""
+    """Per example, where its lane goes on after it."""
     skipped: Sequence[tuple[int, str]]
-    """Bad examples: how many good ones of this block came before, and why it was left out."""
+    """Bad examples: the number of good ones of this block before it, and the reason."""
     is_end: bool
-    """Whether the lane has ended behind this block."""
+    """Whether the lane has ended after this block."""
     skipped_shards: Sequence[tuple[int, SkippedShard]] = ()
-    """Bad shards: how many good examples of this block came before, and which it is."""
+    """Bad shards: the number of good examples of this block before it, and the shard."""
     counts: Mapping[str, int] = field(default_factory=dict)
-    """What the source counted since the block before, in the process that read this one."""
+    """Counts of the source since the block before, in the process that read this one."""
 
     @property
     def num_examples(self) -> int:
-        """How many examples the block holds."""
+        """Number of examples in the block."""
         return len(self.cursors)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSettings:
-    """What is the same for all lanes of a reader. Travels to worker processes."""
+    """Settings that all lanes of a `BlockReader` share, explained there. Travels to workers."""
 
     source: Source
     num_lanes: int
@@ -74,10 +74,10 @@ class LaneBlocks:
     """Reads one lane block by block. Owns its open shard.
 
     Args:
-      settings: what is the same for all lanes.
-      lane: which lane this is.
+      settings: those of all lanes.
+      lane: number of the lane.
       cursor: where it goes on.
-      note: told what is being read; see `Lane`.
+      note: told the example that is being read; see `Lane`.
     """
 
     def __init__(
@@ -107,13 +107,18 @@ class LaneBlocks:
         """Returns the next block; shorter than the others at the end, or before an error.
 
         Raises:
-          Exception: what reading or preparing the next example raised, with its own type.
+          Exception: that of reading or preparing the next example, with its own type.
         """
         items: list[Any] = []
         cursors: list[Cursor] = []
         skipped: list[tuple[int, str]] = []
         skipped_shards: list[tuple[int, SkippedShard]] = []
         is_end = False
+        # A block ends in one of three ways:
+        # 1. It is full.
+        # 2. The lane has ended: the block is marked as the last, and may be empty.
+        # 3. An error: the examples read before it are handed over first, and the call after that
+        #    raises it.
         with isolated_rng():
             while self._error is None and len(items) < self._settings.block_size:
                 try:
@@ -140,11 +145,11 @@ class LaneBlocks:
             skipped=skipped,
             is_end=is_end,
             skipped_shards=skipped_shards,
-            counts=take_counts(self._settings.source),
+            counts=self._settings.source.take_counts(),
         )
 
     def close(self) -> None:
-        """Closes the open shard, and lets go of an error that waits: its frames hold this."""
+        """Closes the open shard and drops an error that waits, whose frames hold this object."""
         self._error = None
         self._lane.close()
 
@@ -155,7 +160,10 @@ class LaneBlocks:
         *,
         num_good: int,
     ) -> tuple[Any, Cursor] | None:
-        """Returns the next example prepared, and its cursor; None at the end."""
+        """Returns the next example prepared, and its cursor; None at the end.
+
+        Bad examples and shards on the way are added to `skipped` and `skipped_shards`.
+        """
         for example, cursor in self._lane:
             if isinstance(example, ShardError):
                 skip = SkippedShard(example.shard, _reason(example), str(example))
@@ -188,12 +196,6 @@ class LaneBlocks:
             return self._settings.prepare(example)
         except StopIteration as error:  # would end the training loop in silence
             raise UserCodeError("a transform, tokenizer or key raised StopIteration") from error
-
-
-def take_counts(source: Source) -> Mapping[str, int]:
-    """Returns what the source counted in this process since the last call, where it counts."""
-    take = getattr(source, "take_counts", None)
-    return {} if take is None else take()
 
 
 def _reason(error: ShardError) -> str:

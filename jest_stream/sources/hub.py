@@ -1,9 +1,13 @@
-"""Repositories of the Hugging Face Hub: which files hold a split, settled once, at one commit.
+"""Repositories of the Hugging Face Hub: the files that hold a split, found once, at one commit.
 
 In: `org/name`, a split, perhaps a configuration and a revision. Out: the tars or Parquet files that
 `datasets` would read for it, in its order, with their sizes. The rules are those of `datasets` (the
 README's `configs`, else the names of files and folders), applied to one listing of the repository.
 Runs in the training process; nothing of a repository is ever executed.
+
+The listing is made here, not by `datasets.load_dataset_builder`: that reads one Hub per process
+(`HF_ENDPOINT`), follows a README's patterns to other servers and to local files before we see them,
+and its requests, as those of `HfApi.list_repo_tree`, have no time limit.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
@@ -27,9 +31,8 @@ from jest_stream.types import ObjectInfo
 _ADDRESS = re.compile(r"(?:(?i:hf)://datasets/)?([^/@\s]+/[^/@\s]+?)(?:@([^\s]+?))?/?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_README_BYTES = 8 << 20
-_NOT_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 _KINDS: dict[str, Literal["tar", "parquet"]] = {".tar": "tar", ".parquet": "parquet"}
-# What else `datasets` would take for data: where such files prevail, a split is not tars.
+# Other files that `datasets` takes for data: where they prevail, a split is not tars.
 _OTHER_DATA = re.compile(r"\.(csv|tsv|jsonl?|arrow|txt|xml|zip|jpe?g|png|webp|gif|wav|mp3|mp4|h5)$")
 
 
@@ -41,9 +44,9 @@ class HubFiles(NamedTuple):
     commit: str
     """The commit that all are read at."""
     kind: Literal["tar", "parquet"]
-    """What they are."""
+    """Format of all of them."""
     paths: list[str]
-    """Where they lie in the repository, in order."""
+    """Their paths in the repository, in order."""
     infos: list[ObjectInfo]
     """The length of each, and the commit."""
     digest: str
@@ -82,7 +85,7 @@ def find_files(
 
     Raises:
       ConfigError: if there is no such repository, revision, configuration or split, it may not be
-        read, or it holds no tars or Parquet files; with what there is.
+        read, or it holds no tars or Parquet files; with the choices that exist.
       ShardUnavailableError: if the Hub cannot be reached.
     """
     api = _Api(repository, storage)
@@ -95,7 +98,7 @@ def find_files(
             "code, which is never run here. Ask its owners for Parquet files or tars, or see "
             'whether the Hub converted it: revision="refs/convert/parquet".'
         )
-    card = api.card(commit) if "README.md" in files else {}
+    card = api.card(commit) if "README.md" in files else None
     patterns, folder = _patterns_of(repository, card, config, list(files))
     if split not in patterns:
         raise ConfigError(
@@ -121,13 +124,13 @@ def find_files(
 
 
 class _Api:
-    """Asks the Hub about one repository; patient within the limits of the storage settings."""
+    """Asks the Hub about one repository, again and again within the storage's time limits."""
 
     def __init__(self, repository: str, storage: StorageConfig) -> None:
         # Its submodules are attributes of the package only once they have been imported.
-        constants = _import("huggingface_hub.constants")
-        self._utils = _import("huggingface_hub.utils")
-        self._hub = _import("huggingface_hub")
+        constants = importlib.import_module("huggingface_hub.constants")
+        self._utils = importlib.import_module("huggingface_hub.utils")
+        self._hub = importlib.import_module("huggingface_hub")
         options = storage.options.get("hf", {})
         self._repository = repository
         self._storage = storage
@@ -168,15 +171,13 @@ class _Api:
             url = None if following is None else self._own(following)
         return files
 
-    def card(self, commit: str) -> Mapping[str, Any]:
-        """Returns the metadata at the head of the README; empty if there is none."""
+    def card(self, commit: str) -> Any:
+        """Returns the `DatasetCardData` at the head of the README; None without one."""
         path = f"/datasets/{self._repository}/resolve/{commit}/README.md"
         text = self._get(path, commit).text[:_MAX_README_BYTES]
         if not text.lstrip("\ufeff").startswith("---"):
-            return {}
-        card = self._hub.DatasetCard(text, ignore_metadata_errors=True)
-        found: Mapping[str, Any] = card.data.to_dict()
-        return found
+            return None
+        return self._hub.DatasetCard(text, ignore_metadata_errors=True).data
 
     def _own(self, url: str) -> str:
         """Returns the path of an address on the same server: the token goes nowhere else."""
@@ -212,7 +213,12 @@ class _Api:
             time.sleep(pause_s)
 
     def _refused(self, error: Exception, status: int, revision: str | None) -> ConfigError:
-        """Returns what is wrong with what was asked for."""
+        """Returns the error in words for a request that the Hub refused."""
+        # There are four cases, the narrow ones first, since the Hub answers 404 or 401 to most:
+        # 1. A gated repository: everybody sees it, its files take a permission.
+        # 2. No such revision.
+        # 3. No such repository, or a private one: the Hub does not say which.
+        # 4. Any other refusal, such as a token without the right to read.
         utils, name = self._utils, f"hf://datasets/{self._repository}"
         who = "with the token in use" if self._has_token else "without a token, and none was found"
         log_in = "Log in with `hf auth login`, set HF_TOKEN, or pass token=..."
@@ -236,25 +242,25 @@ class _Api:
 
 
 def _patterns_of(
-    repository: str, card: Mapping[str, Any], config: str | None, paths: list[str]
+    repository: str, card: Any | None, config: str | None, paths: list[str]
 ) -> tuple[dict[str, list[str]], str]:
     """Returns the patterns of each split, and the folder that they are relative to."""
-    datasets = _import("datasets.data_files")
-    card_data = _import("huggingface_hub").DatasetCardData(**card)
-    metadata = _import("datasets.utils.metadata").MetadataConfigs
+    datasets = importlib.import_module("datasets.data_files")
+    metadata = importlib.import_module("datasets.utils.metadata").MetadataConfigs
     try:
-        configs = metadata.from_dataset_card_data(card_data)
+        configs: Any = metadata.from_dataset_card_data(card) if card else metadata()
         default = configs.get_default_config_name() if configs else None
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"the README of hf://datasets/{repository} has `configs` that cannot be read ({error})."
         ) from error
+    # The configuration is 1. the user's; 2. the README's default; 3. the only one.
     names = list(configs) or ["default"]
     chosen = config or default or (names[0] if len(names) == 1 else None)
     if chosen not in names:
-        what = f"no configuration {config!r}" if config else "several configurations"
+        fault = f"no configuration {config!r}" if config else "several configurations"
         raise ConfigError(
-            f"hf://datasets/{repository} has {what}: {', '.join(map(repr, names))}. Pass "
+            f"hf://datasets/{repository} has {fault}: {', '.join(map(repr, names))}. Pass "
             "config=..., one of these."
         )
     entry = configs[chosen] if configs else {}
@@ -262,38 +268,31 @@ def _patterns_of(
     if entry.get("data_files") is not None:
         patterns: dict[str, list[str]] = datasets.sanitize_patterns(entry["data_files"])
         return {str(split): list(map(str, listed)) for split, listed in patterns.items()}, folder
-    return _default_patterns(datasets, folder, paths), folder
+    return _default_patterns(repository, folder, paths), folder
 
 
-def _default_patterns(datasets: Any, folder: str, paths: list[str]) -> dict[str, list[str]]:
-    """Returns the first of the default sets of patterns that finds anything."""
-    for sharded in datasets.ALL_SPLIT_PATTERNS:
-        found = _matching(sharded.replace("{split}", "*"), folder, paths)
-        marker = PurePosixPath(sharded).name.partition("{split}")
-        splits = {_between(PurePosixPath(path).name, marker[0], marker[2]) for path in found}
-        if found:
-            return {split: [sharded.format(split=split)] for split in sorted(splits)}
-    for defaults in datasets.ALL_DEFAULT_PATTERNS:
-        matching = {
-            str(split): list(patterns)
-            for split, patterns in defaults.items()
-            if any(_matching(pattern, folder, paths) for pattern in patterns)
-        }
-        if matching:
-            return matching
-    return {}
+def _default_patterns(repository: str, folder: str, paths: list[str]) -> dict[str, list[str]]:
+    """Returns the patterns of each split of a repository whose README names none.
+
+    `datasets` tries its sets of patterns one after the other and takes the first that finds a file:
+    `data/SPLIT-00000-of-00003.EXTENSION`, then names and folders that hold `train`, `test`, ...,
+    then every file for `train`.
+    """
+    datasets = importlib.import_module("datasets.data_files")
+    try:
+        # Not public, but the order is nowhere else: `get_data_patterns` lists files by itself.
+        found = datasets._get_data_files_patterns(lambda one: _matching(one, folder, paths))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ConfigError(
+            f"the names of the files of hf://datasets/{repository} give no splits: {error} Name "
+            "the files of each split in the README's `configs`, or ask its owners to."
+        ) from error
+    return {str(split): list(patterns) for split, patterns in found.items()}
 
 
-def _between(name: str, before: str, behind: str) -> str:
-    """Returns the split in the name of a file, as in `train-00000-of-00003.parquet`."""
-    from fsspec.utils import glob_translate
-
-    tail = glob_translate(behind).removeprefix("(?s:").removesuffix(r")\Z")
-    found = re.fullmatch(f"{re.escape(before)}(.+?){tail}", name)
-    return found.group(1) if found else name
-
-
-def _matching(pattern: str, folder: str, paths: Any) -> list[str]:
+def _matching(pattern: str, folder: str, paths: Iterable[str]) -> list[str]:
     """Returns the files of a repository that a pattern of `datasets` means, sorted."""
     from fsspec.utils import glob_translate
 
@@ -302,27 +301,27 @@ def _matching(pattern: str, folder: str, paths: Any) -> list[str]:
             f"the README names data outside of the repository ({redacted(pattern)!r}), which is "
             "not read. Pass that address instead."
         )
-    base = f"{folder}/" if folder else ""
-    whole = f"r/{base}{pattern.removeprefix('./')}"
+    whole = "/".join(part for part in (folder, pattern.removeprefix("./")) if part)
     expression = re.compile(glob_translate(whole))
+    ignored = importlib.import_module("datasets.data_files").FILES_TO_IGNORE
     return sorted(
         path
         for path in paths
-        if expression.match(f"r/{path}")
-        and PurePosixPath(path).name not in {"README.md", *_NOT_DATA}
+        if expression.match(path)
+        and PurePosixPath(path).name not in ignored
         and _num_hidden(path) == _num_hidden(whole)
-        and _num_special(path) == _num_special(whole)
     )
 
 
-def _num_hidden(path: str) -> int:
-    """Counts the parts of a path that begin with a dot: a pattern must ask for them."""
-    return sum(part.startswith(".") for part in PurePosixPath(path).parts)
+def _num_hidden(path: str) -> tuple[int, int]:
+    """Counts parts that begin with a dot, and folders that begin with two underscores.
 
-
-def _num_special(path: str) -> int:
-    """Counts the folders of a path that begin with two underscores, likewise."""
-    return sum(part.startswith("__") for part in PurePosixPath(path).parts[:-1])
+    A pattern must ask for them: `**` does not match `.git/x.tar`, `.git/*` does.
+    """
+    parts = PurePosixPath(path).parts
+    return sum(part.startswith(".") for part in parts), sum(
+        part.startswith("__") for part in parts[:-1]
+    )
 
 
 def _of_one_kind(
@@ -350,13 +349,3 @@ def _of_one_kind(
 
 def _is_data(path: str) -> bool:
     return path.lower().endswith(tuple(_KINDS)) or bool(_OTHER_DATA.search(path.lower()))
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f"reading from the Hugging Face Hub needs the packages datasets and huggingface_hub "
-            f"({error}). Install them: pip install datasets"
-        ) from error

@@ -1,29 +1,30 @@
 """`HuggingFaceSource`: repositories of the Hugging Face Hub, and objects of `datasets`.
 
 In: `"hf://datasets/org/name"`, a `datasets.IterableDataset` or a `datasets.Dataset`. Out: examples
-as every source gives them, undecoded. Chooses the reader: ours for the tars and Parquet files of a
-repository, which notices damage and seeks; that of `datasets` for its own objects.
+as every source gives them, undecoded. Chooses the reader, in the training process: ours for the
+tars and Parquet files of a repository, which notices damage and seeks; that of `datasets` for its
+own objects.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from jest_stream.config import StorageConfig
-from jest_stream.errors import BadExampleError, ConfigError
+from jest_stream.errors import ConfigError
 from jest_stream.sources.hub import HubFiles, find_files, parse_repository
 from jest_stream.sources.parquet import ParquetFile, ParquetSource
 from jest_stream.sources.stream import StreamSource
 from jest_stream.sources.table import TableSource
 from jest_stream.sources.tar import TarSource
-from jest_stream.types import Example, Source
+from jest_stream.types import Source, WrappedSource
 
 
-class HuggingFaceSource:
+class HuggingFaceSource(WrappedSource):
     """Image-text pairs of the Hugging Face Hub, or of a dataset of the `datasets` library.
 
     A repository of tars (webdataset) or Parquet files is resolved once, where the source is made:
@@ -34,11 +35,11 @@ class HuggingFaceSource:
     An object of `datasets` is read by `datasets`. Where exactness ends:
 
     - A `Dataset` is read by row, and resumes exactly.
-    - An `IterableDataset` resumes at the position within each of its shards, by passing over what
-      came before (`datasets` reads it again). That is exact as long as the dataset gives the same
-      examples in the same order every time: not with a random `map` or an unseeded
+    - An `IterableDataset` resumes at the position within each of its shards, by passing over the
+      examples before (`datasets` reads them again). That is exact as long as the dataset gives the
+      same examples in the same order every time: not with a random `map` or an unseeded
       `interleave_datasets`. After `take`, `skip`, `repeat` or `interleave_datasets` it is one
-      shard, since its shards alone would give other examples. What it reads is trusted: `datasets`
+      shard, since its shards alone would give other examples. Its files are trusted: `datasets`
       takes a tar that was cut between two members for a shorter one, and opens some members
       itself: npy and npz without objects, pth by `torch.load` of weights only. Pass the
       repository's name instead where you can.
@@ -66,7 +67,7 @@ class HuggingFaceSource:
 
     Raises:
       ConfigError: if there is no such repository, revision, configuration, split or column, it may
-        not be read, it needs a script, or the dataset has no order; with what to do.
+        not be read, it needs a script, or the dataset has no order; with a remedy.
       ShardUnavailableError: if the Hub cannot be reached.
     """
 
@@ -84,9 +85,8 @@ class HuggingFaceSource:
     ) -> None:
         keys: dict[str, str | None] = {"image_key": image_key, "text_key": text_key}
         self._files: HubFiles | None = None
-        self._source: Source
         if not isinstance(dataset_or_name, str | os.PathLike):
-            self._source = _source_of(dataset_or_name, keys)
+            super().__init__(_source_of(dataset_or_name, keys))
             return
         name, written_revision = _repository(str(dataset_or_name))
         if revision and written_revision and revision != written_revision:
@@ -102,33 +102,7 @@ class HuggingFaceSource:
             revision=revision or written_revision,
             storage=storage,
         )
-        if self._files.kind == "tar":
-            _refuse_keys(keys)
-            self._source = TarSource(self._files.urls, storage=storage)
-        else:
-            shards = [
-                ParquetFile(url, info, path.rpartition(".")[0])
-                for url, info, path in zip(
-                    self._files.urls, self._files.infos, self._files.paths, strict=True
-                )
-            ]
-            self._source = ParquetSource(
-                shards, image_key=image_key, text_key=text_key, storage=storage
-            )
-
-    @property
-    def num_shards(self) -> int:
-        """Files of the repository, shards of the stream, or parts of the dataset."""
-        return self._source.num_shards
-
-    @property
-    def num_examples(self) -> Sequence[int] | None:
-        """Examples of each shard, where that is cheap to know: not of tars, nor of streams.
-
-        The first access reads the footers of all Parquet files.
-        """
-        counts: Sequence[int] | None = getattr(self._source, "num_examples", None)
-        return counts
+        super().__init__(_reader_of(self._files, keys, storage))
 
     @property
     def commit(self) -> str | None:
@@ -138,13 +112,11 @@ class HuggingFaceSource:
     @property
     def fingerprint(self) -> str:
         """Of a repository: names, lengths and ids of the files, and the columns; not the commit."""
-        if self._files is None or self._files.kind == "tar":
-            return self._source.fingerprint if self._files is None else self._files.digest
+        if self._files is None:
+            return self._source.fingerprint
+        if self._files.kind == "tar":
+            return self._files.digest
         return f"{self._files.digest}|{self._source.fingerprint.partition('|')[2]}"
-
-    def shard_name(self, shard: int) -> str:
-        """Returns what to call a shard in a message."""
-        return self._source.shard_name(shard)
 
     def shard_content(self, shard: int) -> tuple[int, str] | None:
         """Returns the length of a file of a repository; None of an object, which has none."""
@@ -152,23 +124,6 @@ class HuggingFaceSource:
             return None
         # Not the commit: it moves with every change of the repository, to other files too.
         return self._files.infos[shard].num_bytes, ""
-
-    def read(
-        self, shard: int, *, offset: int = 0, index: int = 0
-    ) -> Iterator[tuple[Example | BadExampleError, int]]:
-        """Yields the examples from `offset` or behind the first `index`; see `types.Source`."""
-        return self._source.read(shard, offset=offset, index=index)
-
-    def take_counts(self) -> dict[str, int]:
-        """Returns what storage counted in this process since the last call."""
-        take = getattr(self._source, "take_counts", None)
-        return {} if take is None else take()
-
-    def close(self) -> None:
-        """Closes what this process has open, connections too; reading opens it anew."""
-        close = getattr(self._source, "close", None)
-        if close is not None:
-            close()
 
     def __repr__(self) -> str:
         if self._files is None:
@@ -178,17 +133,37 @@ class HuggingFaceSource:
 
 
 def is_dataset(source: Any) -> bool:
-    """Whether an object is a `Dataset` or `IterableDataset` of the `datasets` library."""
+    """Returns whether an object is a `Dataset` or `IterableDataset` of `datasets`."""
     datasets = sys.modules.get("datasets")  # where it is not imported, there is no object of it
     return datasets is not None and isinstance(source, datasets.Dataset | datasets.IterableDataset)
 
 
 def is_repository(source: Any) -> bool:
-    """Whether an address names a repository of datasets, not files within one."""
+    """Returns whether an address names a repository of datasets, not files within one."""
     return (
         isinstance(source, str)
         and source.lower().startswith("hf://datasets/")
         and parse_repository(source) is not None
+    )
+
+
+def _reader_of(
+    files: HubFiles, keys: Mapping[str, str | None], storage: StorageConfig
+) -> TarSource | ParquetSource:
+    """Returns the source that reads the files of a repository."""
+    if files.kind == "tar":
+        if given := [f"{name}={key!r}" for name, key in keys.items() if key is not None]:
+            raise ConfigError(
+                f"{', '.join(given)} name columns of tables, but this repository holds tars. Pass "
+                "them to JESTDataset, where they name members."
+            )
+        return TarSource(files.urls, storage=storage)
+    shards = [
+        ParquetFile(url, info, path.rpartition(".")[0])
+        for url, info, path in zip(files.urls, files.infos, files.paths, strict=True)
+    ]
+    return ParquetSource(
+        shards, image_key=keys["image_key"], text_key=keys["text_key"], storage=storage
     )
 
 
@@ -217,15 +192,6 @@ def _repository(address: str) -> tuple[str, str | None]:
             "hf://datasets/org/name@revision. Single tars are read by TarSource."
         )
     return found
-
-
-def _refuse_keys(keys: Mapping[str, str | None]) -> None:
-    given = [f"{name}={key!r}" for name, key in keys.items() if key is not None]
-    if given:
-        raise ConfigError(
-            f"{', '.join(given)} name columns of tables, but this repository holds tars. Pass them "
-            "to JESTDataset, where they name members."
-        )
 
 
 def _with_token(storage: StorageConfig, token: str | None) -> StorageConfig:

@@ -1,4 +1,7 @@
-"""Manifests of shards that were counted here: `write_manifest`."""
+"""`write_manifest`: counts shards and writes the manifest that `manifest` reads.
+
+In: a `TarSource`. Out: a JSON file on this disk. Runs in the calling thread; reads each shard once.
+"""
 
 from __future__ import annotations
 
@@ -7,35 +10,36 @@ import os
 from pathlib import Path
 
 from jest_stream.errors import ConfigError
-from jest_stream.sources.manifest import _SCHEME, is_manifest
+from jest_stream.sources.manifest import has_scheme, is_manifest
 from jest_stream.sources.tar import TarSource
-from jest_stream.storage import redacted
+from jest_stream.storage import Storage, redacted
 
 
 def write_manifest(source: TarSource, path: str | os.PathLike[str]) -> None:
     """Counts the examples of every shard and writes a manifest that promises them.
 
     Walks the headers of all shards; local data is passed over, remote shards are read once. Later
-    `TarSource(path)` knows how much there is, and notices when a shard holds less.
+    `TarSource(path)` knows the numbers, and notices a shard that holds less.
 
     Args:
       source: the shards to count.
-      path: a local file, replaced in one step. Shards beneath its folder are named relative to it,
-        so that both can be moved together; upload it beside the shards to read it from there.
+      path: a local file, replaced in one step. Shards beneath its folder are named relative to it:
+        both can be moved together. Upload it beside the shards to read it from there.
 
     Raises:
       ShardError: for a shard that cannot be read to its end: nothing is written then.
-      ConfigError: for an address with a query, which may hold a signature.
+      ConfigError: for an address with a query, which may hold a signature, and where the disk does
+        not take the file.
     """
     target = Path(path)
-    if not is_manifest(str(target)) or _SCHEME.match(str(path)):
+    if not is_manifest(str(target)) or has_scheme(str(path)):
         raise ConfigError(f"path {str(path)!r} is no local .json file; pass one, to upload later.")
     folder = target.parent.resolve()
     shards = []
     for shard in range(source.num_shards):
-        listed = source.count(shard)
-        url = listed.url
-        if not _SCHEME.match(url):
+        entry = source.count(shard)
+        url = entry.url
+        if not has_scheme(url):
             whole = Path(url).resolve()
             url = whole.relative_to(folder).as_posix() if folder in whole.parents else str(whole)
         elif "?" in url:
@@ -44,12 +48,9 @@ def write_manifest(source: TarSource, path: str | os.PathLike[str]) -> None:
                 "should not be written to a file. Count shards by an address without one."
             )
         shards.append(
-            {"url": url, "num_examples": listed.num_examples, "num_bytes": listed.num_bytes}
+            {"url": url, "num_examples": entry.num_examples, "num_bytes": entry.num_bytes}
         )
-    lines = ",\n".join(json.dumps(entry) for entry in shards)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(f'{{"shards": [\n{lines}\n]}}\n')
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    lines = ",\n".join(json.dumps(shard) for shard in shards)
+    file = Storage().create(str(target))
+    file.write(f'{{"shards": [\n{lines}\n]}}\n'.encode())
+    file.commit()

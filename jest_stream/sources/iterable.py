@@ -1,8 +1,8 @@
-"""Any iterable of examples as a source: one shard, one lane, no shuffling of its own.
+"""Any iterable of examples as a source: one shard, one lane, read in the iterable's order.
 
 In: dicts (`__key__` optional) or ready `(image, text)` pairs. Out: examples. Sequences and
 map-style datasets resume by index, everything else by skipping; an iterator that cannot start over
-gives one pass.
+gives one pass. Runs where the lane is read, here or in one worker. No threads.
 """
 
 from __future__ import annotations
@@ -11,24 +11,26 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jest_stream.errors import BadExampleError, ConfigError
-from jest_stream.types import Example
+from jest_stream.types import Example, Source
 
 
-class IterableSource:
+class IterableSource(Source):
     """Reads examples from an iterable or a map-style dataset, in its own order.
 
-    A `torch.utils.data.Dataset` or `IterableDataset`, a `webdataset.WebDataset` or `DataPipeline`,
-    a list, a generator, ... What this cannot do, and `TarSource` and `HuggingFaceSource` can:
+    It may be a `torch.utils.data.Dataset` or `IterableDataset`, a `webdataset.WebDataset` or
+    `DataPipeline`, a list, a generator, ... Compared with `TarSource` and `HuggingFaceSource` it
+    has limits:
 
-    - It is one shard: one lane and at most one worker process read it, and one rank. Its order is
-      its own; nothing is shuffled or mixed here.
+    - It is one shard: one lane and at most one worker process read it, and one rank. Nothing is
+      shuffled or mixed here.
     - Lists and map-style datasets resume by index. Everything else resumes by iterating anew and
-      passing over what came before, which takes as long as reading it did, and is exact only if
-      it gives the same examples again: not behind an unseeded shuffle, such as webdataset's
+      passing over the examples before, which takes as long as reading them did, and is exact only
+      if the same examples come again: not with an unseeded shuffle, such as webdataset's
       `.shuffle()` or `resampled=True`.
     - An iterator or generator gives one pass, in one process, and cannot resume in another.
     - It is trusted. webdataset takes a tar that was cut for a shorter one, and its `.decode()` and
-      `pipe:` run what they are given; here, bytes are decoded by an allow-list. Pass it undecoded.
+      `pipe:` run the code they are given; here bytes are decoded by an allow-list. Pass it
+      undecoded.
     - In a worker process `torch.utils.data.get_worker_info()` is None, since one reads it all.
 
     Args:
@@ -52,12 +54,12 @@ class IterableSource:
 
     @property
     def num_shards(self) -> int:
-        """One: an iterable cannot be read in parts."""
+        """1: an iterable cannot be read in parts."""
         return 1
 
     @property
     def fingerprint(self) -> str:
-        """The type of the iterable: what it holds cannot be told without reading it."""
+        """The type of the iterable: its content is not known before it is read."""
         return f"iterable:{_type_name(self._iterable)}"
 
     def shard_name(self, shard: int) -> str:
@@ -67,10 +69,10 @@ class IterableSource:
     def read(
         self, shard: int, *, offset: int = 0, index: int = 0
     ) -> Iterator[tuple[Example | BadExampleError, int]]:
-        """Yields the examples behind the first `index`; see `types.Source`.
+        """Yields the examples after the first `index`; see `types.Source`.
 
         Raises:
-          ConfigError: for what is neither dict nor pair, and for an iterator that is exhausted.
+          ConfigError: for an item that is neither dict nor pair, and for an exhausted iterator.
         """
         del offset
         for item in self._items(index):
@@ -78,7 +80,11 @@ class IterableSource:
             index += 1
 
     def _items(self, start: int) -> Iterator[Any]:
-        """Yields what the iterable holds, from position `start` on."""
+        """Yields the items of the iterable, from position `start` on."""
+        # There are three kinds:
+        # 1. Indexed: position `start` is read at once.
+        # 2. One that starts over at each iter(): the first `start` items are passed over.
+        # 3. An iterator, which is its own iter(): it stands at `_num_taken` and cannot go back.
         if self._is_indexed:
             for position in range(start, len(self._iterable)):
                 yield self._iterable[position]
@@ -89,8 +95,8 @@ class IterableSource:
             raise ConfigError(
                 f"source is a {_type_name(items)}, which gives its examples once, and "
                 f"{self._num_taken} are gone already; example {start} is asked for again. For a "
-                "single pass use repeat=False, and iterate once. For more, pass what can start "
-                "over: a list, or an object whose __iter__ calls the generator function anew."
+                "single pass use repeat=False, and iterate once. For more, pass an iterable that "
+                "can start over: a list, or one whose __iter__ calls the generator function anew."
             )
         position = self._num_taken if is_one_shot else 0
         for item in items:
@@ -105,7 +111,7 @@ class IterableSource:
 
 
 def _example(item: Any, index: int) -> Example:
-    """Returns what the iterable gave as an example; never the same dict."""
+    """Returns an item as an example; never the same dict, which belongs to the user."""
     if isinstance(item, Mapping):
         return {**item, "__key__": str(item.get("__key__", index))}
     if isinstance(item, (tuple, list)) and len(item) == 2:

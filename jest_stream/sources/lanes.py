@@ -1,8 +1,9 @@
-"""Lanes: the fixed logical streams that shards are dealt to, whoever reads them.
+"""Lanes: the fixed logical streams that shards are dealt to.
 
-The deal depends on the seed and the number of lanes alone, so that any number of ranks and worker
-processes reads the same streams. `num_lanes`, `lane_shards` and `shard_order` are pure; a `Lane`
-remembers its place and owns at most one open shard.
+In: a source and the number of lanes. Out: per lane, an endless stream of examples and cursors. The
+deal depends on the seed and the number of lanes alone: any number of ranks and worker processes
+reads the same streams. `num_lanes`, `lane_shards` and `shard_order` are pure; a `Lane` remembers
+its place and owns at most one open shard. Runs where lanes are read, here or in a worker.
 """
 
 from __future__ import annotations
@@ -23,19 +24,18 @@ def num_lanes(
     world_size: int,
     requested: int | None = None,
 ) -> int:
-    """Returns how many lanes the shards are dealt to.
+    """Returns the number of lanes that the shards are dealt to.
 
-    By default the largest divisor of the global super-batch up to `min(num_shards, 64)`, or up to
-    `world_size` if that is more, that the world size divides: then every super-batch takes
+    By default it is the largest divisor of the global super-batch up to `min(num_shards, 64)`, or
+    up to `world_size` if that is more, that the world size divides: then every super-batch takes
     equally many examples of each lane, for any number of ranks that divides the lanes. Where that
-    would leave more than half of them unused (107 candidates have no divisor), as many as there
-    may be: mixing shards matters more.
+    would leave more than half of the possible lanes unused, it is all of those.
 
     Args:
       num_shards: shards of the source; each lane needs one.
       global_super_batch_size: candidates per step over all ranks.
       world_size: number of ranks.
-      requested: what the user wants instead; checked.
+      requested: the user's number instead; checked.
 
     Raises:
       ConfigError: if there are too few shards for the ranks, or `requested` does not fit.
@@ -58,6 +58,10 @@ def num_lanes(
                 f"{global_super_batch_size} examples. Fitting values: {_some(fitting)}."
             )
         return requested
+    # 1,280 candidates, 2 ranks and 100 shards: at most 64 lanes, and 64 divides 1,280: 64 lanes.
+    # 1,280 candidates, 2 ranks and 50 shards: at most 50, the largest divisor is 40: 40 lanes.
+    # 107 candidates, 1 rank and 50 shards: at most 50, but only 1 divides a prime: 50 lanes. Super-
+    # batches take unequal numbers of the lanes then, but mixing shards matters more.
     most = min(num_shards, _MAX_LANES, global_super_batch_size)
     most = max(most // world_size, 1) * world_size
     largest = max([number for number in fitting if number <= most], default=0)
@@ -65,7 +69,10 @@ def num_lanes(
 
 
 def lane_shards(num_shards: int, num_lanes: int, lane: int, seed: int) -> list[int]:
-    """Returns the shards that a lane owns: dealt once per run, like shuffled cards."""
+    """Returns the shards that a lane owns: dealt once per run, like shuffled cards.
+
+    Seven shards shuffled to 4 0 6 2 5 1 3 are dealt to three lanes as (4, 2, 3), (0, 5), (6, 1).
+    """
     return permutation(num_shards, "deal", seed)[lane::num_lanes]
 
 
@@ -77,19 +84,20 @@ def shard_order(shards: list[int], lane: int, seed: int, epoch: int) -> list[int
 class Lane(Iterator[tuple[Example | BadExampleError | ShardError, Cursor]]):
     """Iterates over one lane from a cursor on, epoch after epoch.
 
-    Each example comes with the cursor behind it; one that cannot be used comes as its error, as in
-    `Source.read`, and so does a shard whose rest is left out. After an exception the next call
-    reads on at the cursor, where it failed.
+    Each example comes with the cursor of the next one. An example that cannot be used comes as its
+    error, as in `Source.read`, and so does a shard whose rest is left out. After an exception the
+    next call reads on at the cursor, where it failed.
 
     Args:
       source: where the shards are.
-      lane: which lane this is, of `num_lanes`.
+      lane: number of the lane, below `num_lanes`.
       seed: of the deal and the orders.
       cursor: where to go on.
       end_epoch: the epoch not to begin; None for an endless lane.
       on_bad_shard: `"skip"` leaves out the rest of a shard that raises a `ShardError`, until the
         next epoch; no other error is ever passed over.
-      note: told, before each example is read, its shard and how many of the shard lie before it.
+      note: called before each example is read, with its shard and the number of the shard's
+        examples before it.
     """
 
     def __init__(
@@ -113,24 +121,30 @@ class Lane(Iterator[tuple[Example | BadExampleError | ShardError, Cursor]]):
         self._note = note
         self._cursor = cursor
         self._order = shard_order(self._shards, lane, seed, cursor.epoch)
-        # Whether this epoch has given an example; one begun elsewhere may have.
+        # Whether this epoch has given an example. One that was begun elsewhere may have given some.
         self._has_given = cursor[1:] != (0, 0, 0)
         self._skipped: ShardError | None = None  # the last one of this epoch
         self._reading: Iterator[tuple[Example | BadExampleError, int]] | None = None
 
     @property
     def cursor(self) -> Cursor:
-        """Where this lane goes on."""
+        """The place where this lane goes on."""
         return self._cursor
 
     def __next__(self) -> tuple[Example | BadExampleError | ShardError, Cursor]:
-        """Returns the next example and the cursor behind it.
+        """Returns the next example and the cursor of the one after it.
 
         Raises:
           StopIteration: at `end_epoch`.
           ShardError: if a whole epoch held no example: the lane would spin for ever.
         """
         while self._end_epoch is None or self._cursor.epoch < self._end_epoch:
+            # Five cases, of which the last two give nothing and look again:
+            # 1. An example: the cursor moves to the next one of the shard.
+            # 2. A shard that cannot be read, and skipping: its error, and on to the next shard.
+            # 3. Any other error: raised, and the cursor stays.
+            # 4. The end of a shard: on to the next one.
+            # 5. The end of the last shard: on to the next epoch.
             epoch, position, offset, index = self._cursor
             if position == len(self._order):
                 self._begin(epoch + 1)
@@ -176,7 +190,7 @@ class Lane(Iterator[tuple[Example | BadExampleError | ShardError, Cursor]]):
             if self._skipped is not None:
                 raise ShardError(
                     f"lane {self._lane} gave no example in a whole epoch: on_bad_shard='skip' left "
-                    f"out what it holds in its {shards}, the last because: {self._skipped}",
+                    f"out all of its {shards}, the last because: {self._skipped}",
                     shard=self._skipped.shard,
                     offset=self._skipped.offset,
                 ) from self._skipped

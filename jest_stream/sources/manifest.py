@@ -1,9 +1,8 @@
-"""Manifests: a JSON file that names the shards, with what each of them holds.
+"""Manifests: a JSON file that names the shards, with the examples and bytes of each.
 
 In: the address of a manifest, written by webdataset, wids or `write_manifest`. Out: shards in the
-order written, with the examples and bytes promised of each. What a manifest names is only ever a
-shard beside it or a remote address: it cannot point a reader at this machine's other files. No
-threads.
+order written, with the numbers promised of each. A remote manifest names shards beside it or other
+remote addresses: it cannot point a reader at the files of this machine. No threads.
 
 Three forms are read:
 
@@ -31,7 +30,7 @@ from jest_stream.storage import MAX_SHARDS, Storage, redacted
 MAX_MANIFEST_BYTES = 64 << 20
 """Most bytes of a manifest; a JSON of this size takes about ten times as much memory."""
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+):")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+):")  # two letters at least: C:\x.tar is a path
 # Halves of characters that no name of a file holds; others stand for bytes that are not UTF-8.
 _NO_NAME = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")
 _FORMS = (
@@ -40,21 +39,26 @@ _FORMS = (
 )
 
 
-class Listed(NamedTuple):
-    """One shard, and what is promised of it."""
+class ShardEntry(NamedTuple):
+    """One shard, and the numbers promised of it."""
 
     url: str
     num_examples: int | None = None
     num_bytes: int | None = None
 
 
+def has_scheme(url: str) -> bool:
+    """Returns whether an address begins with a scheme, known or not; else it is a local path."""
+    return _SCHEME.match(url) is not None
+
+
 def is_manifest(url: str) -> bool:
     """Returns whether an address names a manifest: its path ends in `.json`."""
-    path = urlsplit(url).path if _SCHEME.match(url) else url
+    path = urlsplit(url).path if has_scheme(url) else url
     return path.lower().endswith(".json")
 
 
-def read_manifest(storage: Storage, url: str) -> list[Listed]:
+def read_manifest(storage: Storage, url: str) -> list[ShardEntry]:
     """Returns the shards that a manifest names.
 
     Raises:
@@ -96,7 +100,7 @@ def read_manifest(storage: Storage, url: str) -> list[Listed]:
 
 
 def _distinct(pairs: list[tuple[str, Any]], shown: str) -> dict[str, Any]:
-    """Returns an object whose names differ: of two counts of one shard, which is right?"""
+    """Returns the object of these names and values; two counts of one shard are refused."""
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
@@ -105,7 +109,7 @@ def _distinct(pairs: list[tuple[str, Any]], shown: str) -> dict[str, Any]:
     return found
 
 
-def _entries(content: Any, shown: str) -> Iterable[Listed]:
+def _entries(content: Any, shown: str) -> Iterable[ShardEntry]:
     """Yields the entries of any known form, addresses as they are written."""
     if not isinstance(content, dict):
         raise ConfigError(f"manifest {shown!r} holds a {type(content).__name__}. {_FORMS}")
@@ -119,7 +123,7 @@ def _entries(content: Any, shown: str) -> Iterable[Listed]:
         for shard in shards:
             if not isinstance(shard, dict):
                 raise ConfigError(f"manifest {shown!r} holds {str(shard)[:80]!r} as a shard.")
-            yield Listed(
+            yield ShardEntry(
                 _text(shard.get("url"), "url", shown),
                 _count(shard.get(examples_name), examples_name, shown),
                 _count(shard.get(bytes_name), bytes_name, shown),
@@ -133,7 +137,7 @@ def _entries(content: Any, shown: str) -> Iterable[Listed]:
     for name, count in content.items():
         if count is None:
             raise ConfigError(f"manifest {shown!r} gives no count of {name[:80]!r}. {_FORMS}")
-        yield Listed(_text(name, "url", shown), _count(count, name, shown))
+        yield ShardEntry(_text(name, "url", shown), _count(count, name, shown))
 
 
 def _text(value: Any, name: str, shown: str) -> str:
@@ -154,7 +158,17 @@ def _count(value: Any, name: str, shown: str) -> int | None:
 
 
 def _resolved(url: str, manifest: str, shown: str) -> str:
-    """Returns the address that an entry means, or refuses it."""
+    """Returns the address that an entry means, or refuses it.
+
+    `manifest` is the address that relative entries are relative to, `shown` the one for errors.
+    """
+    # There are four cases:
+    # 1. An address with a scheme of the allow-list: as it is, also in a local manifest.
+    # 2. Any other scheme, or a chain (`zip://x::s3://y`): refused.
+    # 3. A path in a local manifest: relative to its folder. It lies on this machine, and may name
+    #    any file of it.
+    # 4. A path in a remote manifest: it must stay within the bucket or host.
+    #    `../other/0.tar` in s3://bucket/data/index.json is s3://bucket/other/0.tar.
     entry = f"manifest {shown!r} names {redacted(url)[:120]!r}"
     if re.search(r"[{}*\\\0]", url):
         raise ConfigError(f"{entry}: an entry names one shard, not a pattern.")
@@ -168,12 +182,12 @@ def _resolved(url: str, manifest: str, shown: str) -> str:
                 f"{', '.join(SCHEMES)} are read. Name shards on this disk by their paths."
             )
         return url
-    if not _SCHEME.match(manifest):
+    if not has_scheme(manifest):
         return os.path.join(os.path.dirname(manifest), url)
     if url.startswith(("/", "~")):
         raise UnsafeDataError(
-            f"{entry}, a file of this machine; a remote manifest may name only what lies beside "
-            "it, and remote addresses."
+            f"{entry}, a file of this machine; a remote manifest may name only shards beside it "
+            "and remote addresses."
         )
     root, _, path = manifest.partition("?")[0].partition("://")
     place, _, path = path.partition("/")

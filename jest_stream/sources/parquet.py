@@ -1,14 +1,12 @@
-"""Parquet files: rows by number, so that resuming reads the row group it stopped in, no other.
+"""Parquet files: rows by number; resuming reads the row group it stopped in and no earlier one.
 
-In: addresses of Parquet files with a column of images and one of texts. Out: examples, the offset
-behind each being the number of its row. The columns of metadata of a row group are fetched whole,
-since they are small; the images are streamed page by page. No threads, ours or Arrow's; one open
-file per reader.
+In: addresses of Parquet files with a column of images and one of texts. Out: examples; the offset
+after each is the number of the next row. Runs where lanes are read. No threads, ours or Arrow's;
+one open file per reader.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple
@@ -16,14 +14,14 @@ from typing import Any, BinaryIO, NamedTuple
 from jest_stream.config import StorageConfig
 from jest_stream.errors import (
     BadExampleError,
-    ConfigError,
     JESTError,
     ShardError,
     ShardTruncatedError,
     UnsafeDataError,
 )
-from jest_stream.sources.columns import Columns, columns_of, example_of, unreadable_text
-from jest_stream.storage import Storage, redacted
+from jest_stream.sources.fields import Fields, example_of, fields_of
+from jest_stream.sources.stored import StoredSource
+from jest_stream.storage import redacted
 from jest_stream.types import Example, ObjectInfo
 
 _MAGIC = b"PAR1"
@@ -40,12 +38,12 @@ class ParquetFile(NamedTuple):
     url: str
     """Path or address."""
     info: ObjectInfo | None
-    """What it is known to be; None to ask where it lies."""
+    """Its length and version; None to ask the store."""
     key: str
-    """What the keys of its examples begin with."""
+    """Beginning of the keys of its examples."""
 
 
-class ParquetSource:
+class ParquetSource(StoredSource):
     """Parquet files with a column of images and one of texts, each file a shard.
 
     Args:
@@ -56,7 +54,7 @@ class ParquetSource:
       max_example_bytes: most bytes of an image.
 
     Raises:
-      ConfigError: if pyarrow is missing, or the columns cannot be told.
+      ConfigError: if the columns cannot be told.
       ShardError: if the first file cannot be read.
     """
 
@@ -69,35 +67,24 @@ class ParquetSource:
         storage: StorageConfig | None = None,
         max_example_bytes: int = 256 << 20,
     ) -> None:
-        self._files = list(files)
-        self._storage = Storage(storage or StorageConfig())
+        super().__init__(storage)
+        self._files: list[ParquetFile] = list(files)
         self._max_example_bytes = max_example_bytes
         self._num_examples: list[int] | None = None
-        try:
-            with self._opened(0) as (file, reader):
-                del file
-                self._columns = columns_of(
-                    reader.schema_arrow, image_key, text_key, f"parquet file {self.shard_name(0)!r}"
-                )
-        except BaseException:
-            self._storage.close()  # the error, as long as somebody holds it, holds this
-            raise
-
-    @property
-    def num_shards(self) -> int:
-        """How many files there are."""
-        return len(self._files)
+        with self._closed_on_error(), self._opened(0) as (_, reader):
+            title = f"parquet file {self.shard_name(0)!r}"
+            self._fields = fields_of(reader.schema_arrow, image_key, text_key, title)
 
     @property
     def fingerprint(self) -> str:
         """The names of the files and the columns that are read."""
         names = ",".join(file.key for file in self._files)
-        return f"{names}|{self._columns.image}|{self._columns.text}"
+        return f"{names}|{self._fields.image}|{self._fields.text}"
 
     @property
-    def columns(self) -> Columns:
-        """What is read of each file."""
-        return self._columns
+    def fields(self) -> Fields:
+        """The columns that are read of each file."""
+        return self._fields
 
     @property
     def num_examples(self) -> Sequence[int]:
@@ -110,10 +97,6 @@ class ParquetSource:
             self._num_examples = counts
         return self._num_examples
 
-    def shard_name(self, shard: int) -> str:
-        """Returns the path or address of a file, without secrets."""
-        return redacted(self._files[shard].url)
-
     def read(
         self, shard: int, *, offset: int = 0, index: int = 0
     ) -> Iterator[tuple[Example | BadExampleError, int]]:
@@ -123,14 +106,14 @@ class ParquetSource:
           ShardTruncatedError: if the file was cut off.
           ShardError: if it is no Parquet file, damaged, or has not the columns of the first.
           ShardUnavailableError: if it cannot be opened.
-          UnsafeDataError: for an image larger than `max_example_bytes`, or what unpacks to far
-            more than it takes.
+          UnsafeDataError: for an image larger than `max_example_bytes`, or a row group that
+            unpacks to far more bytes than it takes.
         """
-        del index  # the row says it all
+        del index  # the offset is the number of the row
         name, prefix = self.shard_name(shard), self._files[shard].key
         with self._opened(shard) as (file, reader):
             self._check_columns(reader, name)
-            rows = _rows(file, reader, self._columns, offset, name)
+            rows = _rows(file, reader, self._fields, offset, name)
             while True:
                 with _arrow_errors(file, name):
                     step = next(rows, None)
@@ -138,30 +121,17 @@ class ParquetSource:
                     return
                 row, values = step
                 key = f"{prefix}/{row}"
-                if isinstance(values, UnicodeDecodeError):
-                    yield unreadable_text(key, name, values), row + 1
-                    continue
-                example = example_of(values, self._columns, key=key, shard=name)
+                example = example_of(values, self._fields, key=key, shard=name)
                 if isinstance(example, dict):
                     self._check_size(example, name, row)
                 yield example, row + 1
 
-    def take_counts(self) -> dict[str, int]:
-        """Returns what storage counted in this process since the last call."""
-        return self._storage.take_counts()
-
-    def close(self) -> None:
-        """Closes what this process has open, connections too; reading opens it anew."""
-        self._storage.close()
-
-    def __repr__(self) -> str:
-        return f"<ParquetSource {self.num_shards} files | {self.shard_name(0)} ...>"
-
     @contextmanager
     def _opened(self, shard: int) -> Iterator[tuple[BinaryIO, Any]]:
         """Opens a file and reads its footer."""
+        from pyarrow import parquet
+
         name = self.shard_name(shard)
-        parquet = _pyarrow_parquet()
         with self._storage.open(self._files[shard].url, self._files[shard].info) as file:
             with _arrow_errors(file, name):
                 reader = parquet.ParquetFile(file, buffer_size=_PAGE_BUFFER_BYTES, pre_buffer=False)
@@ -169,7 +139,7 @@ class ParquetSource:
 
     def _check_columns(self, reader: Any, name: str) -> None:
         leaves = {reader.schema.column(i).path for i in range(len(reader.schema))}
-        for leaf in (self._columns.image_leaf, self._columns.text):
+        for leaf in (self._fields.image_leaf, self._fields.text):
             if leaf not in leaves:
                 raise ShardError(
                     f"parquet file {name!r} has no column {leaf!r}, which the first file "
@@ -188,21 +158,27 @@ class ParquetSource:
 
 
 def _rows(
-    file: BinaryIO, reader: Any, columns: Columns, start: int, name: str
+    file: BinaryIO, reader: Any, fields: Fields, start: int, name: str
 ) -> Iterator[tuple[int, dict[str, Any] | UnicodeDecodeError]]:
     """Yields the number and the values of each row from `start` on."""
+    from pyarrow import parquet
+
     metadata = reader.metadata
-    # Unbuffered: fetches the chunk of each column at once, in one place of the file.
-    small = _pyarrow_parquet().ParquetFile(file, metadata=metadata, pre_buffer=False)
+    # Two readers of one file, since columns differ in size:
+    # 1. Images are large: `reader` is buffered and fetches them page by page.
+    # 2. Texts and metadata are small: `small` fetches the whole chunk of each column at once.
+    small = parquet.ParquetFile(file, metadata=metadata, pre_buffer=False)
     present = set(reader.schema_arrow.names)
-    others = [column for column in columns.metadata if column in present]
+    others = [column for column in fields.metadata if column in present]
+    # Row groups before `start` are not fetched. With groups of 8 rows and start=19, groups 0 and 1
+    # (rows 0 to 15) are passed over, and group 2 gives rows 19 to 23.
     first = 0
     for group in range(metadata.num_row_groups):
         num_rows = metadata.row_group(group).num_rows
         if start < first + num_rows:
-            _check_expansion(metadata.row_group(group), columns, name)
+            _check_expansion(metadata.row_group(group), fields, name)
             count = 0
-            images = _values(reader, group, [columns.image_leaf])
+            images = _values(reader, group, [fields.image_leaf])
             texts = _values(small, group, others)
             for image, values in zip(images, texts, strict=True):
                 row, count = first + count, count + 1
@@ -234,7 +210,7 @@ def rows_of(batch: Any) -> Iterator[Any]:
     """Yields each row of an Arrow batch or table as a dict, or the error that its text is."""
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError:  # raised before the first row: find which one it is
+    except UnicodeDecodeError:  # raised before the first row: find the rows that are to blame
         for i in range(batch.num_rows):
             try:
                 yield batch.slice(i, 1).to_pylist()[0]
@@ -242,14 +218,14 @@ def rows_of(batch: Any) -> Iterator[Any]:
                 yield error
 
 
-def _check_expansion(group: Any, columns: Columns, name: str) -> None:
-    """Refuses a row group that says itself that it unpacks to what memory cannot hold."""
+def _check_expansion(group: Any, fields: Fields, name: str) -> None:
+    """Refuses a row group that by its own footer unpacks to more than memory can hold."""
     packed = unpacked = metadata_bytes = 0
     for i in range(group.num_columns):
         column = group.column(i)
-        if column.path_in_schema == columns.image_leaf:
+        if column.path_in_schema == fields.image_leaf:
             packed, unpacked = column.total_compressed_size, column.total_uncompressed_size
-        elif any(f"{column.path_in_schema}.".startswith(f"{name}.") for name in columns.metadata):
+        elif any(f"{column.path_in_schema}.".startswith(f"{name}.") for name in fields.metadata):
             metadata_bytes += column.total_uncompressed_size
     if metadata_bytes > _MAX_METADATA_BYTES:
         raise UnsafeDataError(
@@ -258,27 +234,28 @@ def _check_expansion(group: Any, columns: Columns, name: str) -> None:
         )
     if unpacked > _HARMLESS_BYTES and unpacked > _MAX_EXPANSION * packed:
         raise UnsafeDataError(
-            f"parquet file {name!r} unpacks {packed:,} bytes of {columns.image_leaf!r} to "
+            f"parquet file {name!r} unpacks {packed:,} bytes of {fields.image_leaf!r} to "
             f"{unpacked:,}, as no images do. Do not trust this file."
         )
 
 
 @contextmanager
 def _arrow_errors(file: BinaryIO, name: str) -> Iterator[None]:
-    """Turns what Arrow says of a bad file into a `ShardError` that names it."""
-    arrow = importlib.import_module("pyarrow")
+    """Turns Arrow's error about a bad file into a `ShardError` that names the file."""
+    import pyarrow
+
     try:
         yield
     except JESTError:
         raise
-    except (arrow.ArrowException, OSError, EOFError, ValueError) as error:
-        if isinstance(error, arrow.ArrowMemoryError):
+    except (pyarrow.ArrowException, OSError, EOFError, ValueError) as error:
+        if isinstance(error, pyarrow.ArrowMemoryError):
             raise
         raise _damaged(file, name, error) from error
 
 
 def _damaged(file: BinaryIO, name: str, error: Exception) -> ShardError:
-    """Returns what a file is that cannot be read: cut off, damaged, or another format."""
+    """Returns the error of an unreadable file: it was cut off, is damaged, or no Parquet file."""
     file.seek(0)
     head = file.read(len(_MAGIC))
     num_bytes = file.seek(0, 2)
@@ -291,20 +268,10 @@ def _damaged(file: BinaryIO, name: str, error: Exception) -> ShardError:
             shard=name,
             offset=num_bytes,
         )
-    what = "is damaged" if head == _MAGIC else "is no parquet file"
+    fault = "is damaged" if head == _MAGIC else "is no parquet file"
     reason = " ".join(redacted(str(error)).split())[:300]
     return ShardError(
-        f"parquet file {name!r} {what} ({type(error).__name__}: {reason}). Write or fetch it "
+        f"parquet file {name!r} {fault} ({type(error).__name__}: {reason}). Write or fetch it "
         "again, or take it out of the source.",
         shard=name,
     )
-
-
-def _pyarrow_parquet() -> Any:
-    try:
-        return importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ConfigError(
-            f"reading parquet files needs the package pyarrow, which cannot be imported ({error}). "
-            "Install it: pip install pyarrow"
-        ) from error

@@ -1,13 +1,13 @@
 """Lanes read block by block, in this process or in worker processes: the same blocks either way.
 
 In: a source, the lanes to read and where each goes on. Out: `Block`s, one lane after the other.
-Each worker owns some of the lanes and a socket of its own; the reader takes the next block from
-the worker that owns the next lane, so the order needs no agreement between workers, and workers
-need not divide lanes.
+Runs in the training thread. Each worker owns some of the lanes and one socket; the reader takes the
+next block from the worker that owns the next lane, so the order needs no agreement between workers,
+and workers need not divide lanes.
 
-Why not torch's DataLoader: it reports a killed worker by raising from a signal handler, wherever
-the training loop happens to be, and waits for ever for workers that were killed while they wrote
-to the queue that they share. A socket of its own ends when its worker does.
+torch's DataLoader is not used: it reports a killed worker by raising from a signal handler, at any
+line of the training loop, and waits for ever for workers that were killed while they wrote to the
+queue that they share. A socket ends when its worker does.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from jest_stream.errors import BadExampleLimitError
-from jest_stream.sources.blocks import Block, BlockSettings, LaneBlocks, take_counts
-from jest_stream.sources.reading import ReadTask
+from jest_stream.sources.blocks import Block, BlockSettings, LaneBlocks
+from jest_stream.sources.read_task import ReadTask
 from jest_stream.types import Cursor, Example, Source
 from jest_stream.workers import (
     Failure,
@@ -45,11 +45,11 @@ class BlockReader:
     """Reads lanes block by block, in lane order.
 
     Args:
-      source: where the shards are.
+      source: holds the shards.
       lanes: the lanes to read, in the order in which they take turns.
       num_lanes: lanes of the whole run, over all ranks.
       seed: of the deal, the orders and the random state that `prepare` runs on.
-      cursors: where each of `lanes` goes on.
+      cursors: the place where each of `lanes` goes on.
       block_size: examples per block.
       prepare: makes an item of an example; raises `BadExampleError` where it cannot.
       collate: makes the `items` of a block from the items of its examples.
@@ -107,20 +107,20 @@ class BlockReader:
         self._stop: Finalizer | None = None
         self._num_good = self._num_bad = 0
         self.cursors: dict[int, Cursor] = {lane: cursors[lane] for lane in lanes}
-        """Per lane, what comes behind the last block handed out."""
+        """Per lane, the place after the last block handed out."""
 
     def read(self) -> Block | None:
         """Returns the next block in lane order; None when all lanes have ended.
 
-        What goes wrong in a lane or a worker is raised here, where its next block would have
-        come. After an error, as after `close()`, the next call reads on from `cursors`.
+        The error of a lane or a worker is raised here, in place of its next block. After an error,
+        as after `close()`, the next call reads on from `cursors`.
 
         Raises:
           WorkerDiedError: for a worker process that is gone.
           StalledError: for one that gave nothing for `timeout_s`.
           BadExampleLimitError: if too many examples are bad, in a row or in all.
           ConfigError: if the settings cannot be sent to a worker process.
-          Exception: what the source or `prepare` raised, with its own type.
+          Exception: that of the source or of `prepare`, with its own type.
         """
         if not self._turns:
             self.close()
@@ -204,7 +204,8 @@ class BlockReader:
                 del message  # its error's traceback holds this frame
         assert isinstance(message, Block) and message.lane == lane
         counts = dict(message.counts)
-        for name, amount in take_counts(self._settings.source).items():  # of this process
+        # The worker counted its own reads; opening the source was counted in this process.
+        for name, amount in self._settings.source.take_counts().items():
             counts[name] = counts.get(name, 0) + amount
         return replace(message, counts=counts)
 

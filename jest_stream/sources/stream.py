@@ -1,8 +1,8 @@
 """A streaming `datasets.IterableDataset` as a source: its shards, its order, its way of reading.
 
 In: an `IterableDataset`. Out: examples with undecoded images. Resumes by position within a shard:
-`datasets` reads the shard from its start and passes over what came before, undecoded. No threads of
-ours.
+`datasets` reads the shard from its start and passes over the examples before, undecoded. No threads
+of ours.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import torch
 from torch.torch_version import TorchVersion
 
 from jest_stream.errors import BadExampleError, ConfigError, UnsafeDataError
-from jest_stream.sources.columns import columns_of, columns_of_row, example_of
-from jest_stream.sources.images import ImageFiles
-from jest_stream.types import Example
+from jest_stream.sources.fields import example_of, fields_of, fields_of_row
+from jest_stream.types import Example, Source
 
-# Steps that do to each shard what they do to the whole. Others (take, skip, repeat, interleave)
-# give other examples shard by shard: `skip(7)` would be dealt out over the shards.
+# Steps that give the same examples shard by shard as over the whole. Others (take, skip, repeat,
+# interleave) do not: `skip(7)` would be dealt out over the shards instead of ending in the first.
 _PER_SHARD = frozenset(
     "NoneType ExamplesIterable ArrowExamplesIterable RebatchedArrowExamplesIterable "
     "SelectColumnsIterable TypedExamplesIterable MappedExamplesIterable FilteredExamplesIterable "
@@ -29,7 +28,7 @@ _PER_SHARD = frozenset(
 )
 
 
-class StreamSource:
+class StreamSource(Source):
     """The shards of a `datasets.IterableDataset`; one shard where its steps cannot be split.
 
     Args:
@@ -54,27 +53,22 @@ class StreamSource:
             row = next(iter(dataset.take(1)), None)
             if row is None:
                 raise ConfigError(f"{self._name} is empty.")
-            self._columns = columns_of_row(row, image_key, text_key, self._name)
+            self._fields = fields_of_row(row, image_key, text_key, self._name)
         else:
-            self._columns = columns_of(features.arrow_schema, image_key, text_key, self._name)
-            dataset = _undecoded(dataset.select_columns(list(self._columns.names)))
+            self._fields = fields_of(features.arrow_schema, image_key, text_key, self._name)
+            dataset = _undecoded(dataset.select_columns(list(self._fields.columns)))
         self._dataset = dataset
         known = f"{self._name}|{self._num_shards}|{features}|{dataset.split}"
         self._fingerprint = hashlib.blake2b(known.encode(), digest_size=16).hexdigest()
 
     @property
     def num_shards(self) -> int:
-        """How many shards the dataset has; 1 if its shards alone give other examples."""
+        """Shards of the dataset; 1 if its shards alone give other examples."""
         return self._num_shards
 
     @property
-    def num_examples(self) -> None:
-        """None: how many examples a stream gives is not known before its end."""
-        return None
-
-    @property
     def fingerprint(self) -> str:
-        """Name, split, columns and number of shards: what they hold cannot be told."""
+        """Name, split, columns and number of shards: their content is not known."""
         return self._fingerprint
 
     def shard_name(self, shard: int) -> str:
@@ -84,18 +78,18 @@ class StreamSource:
     def read(
         self, shard: int, *, offset: int = 0, index: int = 0
     ) -> Iterator[tuple[Example | BadExampleError, int]]:
-        """Yields the examples behind the first `index` of the shard: see `types.Source`."""
+        """Yields the examples after the first `index` of the shard; see `types.Source`."""
         del offset
-        name, files = self.shard_name(shard), ImageFiles()
-        # Always a dataset of its own: `_behind` sets its state.
+        name = self.shard_name(shard)
+        # Always a new dataset: `_after` sets its state.
         part = self._dataset.with_format(None)
         if self._num_shards > 1:
             part = part.shard(num_shards=self._num_shards, index=shard)
-        rows = iter(_behind(part, index))
+        rows = iter(_after(part, index))
         try:
             for row in rows:
                 example = example_of(
-                    row, self._columns, key=f"{shard}/{index}", shard=name, load=files.load
+                    row, self._fields, key=f"{shard}/{index}", shard=name, opens_paths=True
                 )
                 index += 1
                 yield example, index
@@ -106,7 +100,7 @@ class StreamSource:
         return f"<StreamSource {self.num_shards} shards | {self._name}>"
 
 
-def _behind(part: Any, index: int) -> Any:
+def _after(part: Any, index: int) -> Any:
     """Returns a dataset without its first `index` examples."""
     if index == 0:
         return part
@@ -131,12 +125,12 @@ def _undecoded(dataset: Any) -> Any:
 
 
 def _check_order(dataset: Any) -> None:
-    """Refuses what has no order of its own that could be gone back to."""
+    """Refuses a dataset whose order resuming could not go back to."""
     shuffled = sorted(kind for kind in _kinds(dataset) if "Shuffle" in kind)
     if shuffled or getattr(dataset, "_shuffling", None) is not None:
         raise ConfigError(
             "the dataset was shuffled with .shuffle(), whose buffer no checkpoint holds: resuming "
-            "would lose what is in it. Pass it as it was before; shards are shuffled and mixed "
+            "would lose its examples. Pass it as it was before; shards are shuffled and mixed "
             "here, by seed."
         )
     if getattr(dataset, "_distributed", None) is not None:
@@ -147,7 +141,7 @@ def _check_order(dataset: Any) -> None:
 
 
 def _check_reader(dataset: Any) -> None:
-    """Refuses tars that `datasets` reads where that can run a stranger's code."""
+    """Refuses tars read by `datasets` where reading them can run a stranger's code."""
     is_old = TorchVersion(torch.__version__) < TorchVersion("2.6")
     if is_old and dataset.info.builder_name == "webdataset":
         raise UnsafeDataError(

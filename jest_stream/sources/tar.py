@@ -2,8 +2,8 @@
 
 In: addresses of tar files in the webdataset convention (members `KEY.EXTENSION`, those of one
 example side by side), or of a manifest that lists them. Out: examples, still encoded, each with the
-byte offset behind it, from any such offset on. What there is to read is settled once, where the
-source is made; workers are sent the result. No threads; one open file per reader.
+byte offset of the next one; reading starts at any such offset. The list of shards is settled once,
+where the source is made; workers are sent the result. No threads; one open file per reader.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from urllib.parse import urlsplit
 from jest_stream.config import StorageConfig
 from jest_stream.errors import BadExampleError, ShardError, UnsafeDataError
 from jest_stream.sources.archive import Member, Members
-from jest_stream.sources.manifest import Listed, is_manifest, read_manifest
-from jest_stream.storage import Storage, redacted, scheme_of
+from jest_stream.sources.manifest import ShardEntry, is_manifest, read_manifest
+from jest_stream.sources.stored import StoredSource
+from jest_stream.storage import scheme_of
 from jest_stream.types import Example, ObjectInfo
 
 _REGULAR = {tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE}
 
 
-class TarSource:
+class TarSource(StoredSource):
     """Tar shards on local disk, in an object store, on a web server or on the Hub; as written.
 
     Every local shard must exist when the source is made, and the first remote one; the others are
-    checked when they are opened. A shard whose length or version differs from what was seen first
-    is an error. A key that comes again within a shard is a bad example; a reader that starts at an
-    offset knows only the keys behind it.
+    checked when they are opened. A shard must keep the length and version that were seen first. A
+    key that comes again within a shard is a bad example; a reader that starts at an offset knows
+    only the keys from there on.
 
-    A manifest (an address that ends in `.json`: webdataset's sizes, a wids index, or what
-    `jest_stream.sources.manifest.write_manifest` writes) says how many examples and bytes there
-    are: a shard that holds another number is an error too.
+    A manifest (an address that ends in `.json`: webdataset's sizes, a wids index, or a file of
+    `write_manifest`) promises numbers of examples and bytes: a shard that holds another number is
+    an error too.
 
     Args:
       urls: paths, brace or glob patterns, `file://`, `s3://`, `gs://`, `http(s)://` or `hf://`
@@ -57,32 +58,25 @@ class TarSource:
         storage: StorageConfig | None = None,
         max_example_bytes: int = 256 << 20,
     ) -> None:
-        self._storage = Storage(storage or StorageConfig())
+        super().__init__(storage)
         self._max_example_bytes = max_example_bytes
-        self._shards: list[Listed] = []
-        # What was seen of each shard first, in this process or in the one that sent it here.
+        self._files: list[ShardEntry] = []
+        # Length and version of each shard when it was first seen, here or in the process that
+        # sent this source here.
         self._seen: dict[int, ObjectInfo] = {}
-        try:
+        with self._closed_on_error():
             self._list(urls)
             self._fingerprint = self._named_by()
             if 0 not in self._seen:  # a wrong name, bucket or password is noticed before training
-                self._seen[0] = self._storage.info(self._shards[0].url)
+                self._seen[0] = self._storage.info(self._files[0].url)
             for shard, info in self._seen.items():
-                self._storage.check_fits(self._shards[shard].url, info)
-        except BaseException:
-            self._storage.close()  # the error, as long as somebody holds it, holds this
-            raise
-
-    @property
-    def num_shards(self) -> int:
-        """How many shards there are."""
-        return len(self._shards)
+                self._storage.check_fits(self._files[shard].url, info)
 
     @property
     def num_examples(self) -> Sequence[int] | None:
-        """Examples of each shard, as the manifest says; None if it does not say so of all."""
-        counts = [shard.num_examples for shard in self._shards if shard.num_examples is not None]
-        return counts if len(counts) == len(self._shards) else None
+        """Examples of each shard by the manifest; None unless it says so of all."""
+        counts = [file.num_examples for file in self._files if file.num_examples is not None]
+        return counts if len(counts) == len(self._files) else None
 
     @property
     def fingerprint(self) -> str:
@@ -92,11 +86,6 @@ class TarSource:
         """
         return self._fingerprint
 
-    def shard_name(self, shard: int) -> str:
-        """Returns the address of a shard, without secrets."""
-        url = self._shards[shard].url
-        return redacted(url) if scheme_of(url) else url
-
     def shard_content(self, shard: int) -> tuple[int, str]:
         """Returns the length of a shard and its ETag or the like, as they were seen first."""
         return self._info(shard)
@@ -104,7 +93,7 @@ class TarSource:
     def read(
         self, shard: int, *, offset: int = 0, index: int = 0
     ) -> Iterator[tuple[Example | BadExampleError, int]]:
-        """Yields the examples that start at `offset` or behind it: see `types.Source`.
+        """Yields the examples that start at `offset` or after it; see `types.Source`.
 
         Raises:
           ShardTruncatedError: where the shard ends before its end-of-archive marker.
@@ -114,83 +103,80 @@ class TarSource:
           ShardUnavailableError: if it cannot be opened.
           UnsafeDataError: for an example larger than `max_example_bytes`.
         """
-        name, promised = self.shard_name(shard), self._shards[shard].num_examples
-        with self._storage.open(self._shards[shard].url, self._info(shard)) as file:
+        name, promised = self.shard_name(shard), self._files[shard].num_examples
+        with self._storage.open(self._files[shard].url, self._info(shard)) as file:
             members = Members(file, name, offset)
-            for example, behind in _group(members, name, self._max_example_bytes):
+            for example, next_offset in _group(members, name, self._max_example_bytes):
                 index += 1
+                # One example too many is reported at once: a shard that was replaced by a larger
+                # one is not read to its end first.
                 if promised is not None and index > promised:
                     raise _other_number(name, promised, f"more than {promised:,}", members.position)
-                yield example, behind
+                yield example, next_offset
             if promised is not None and index < promised:
                 raise _other_number(name, promised, f"{index:,}", members.position)
             members.check_tail(is_counted=promised is not None)
 
-    def count(self, shard: int) -> Listed:
-        """Returns what a shard holds, from its headers; it must be whole.
+    def count(self, shard: int) -> ShardEntry:
+        """Returns the numbers of examples and bytes of a shard, by its headers; it must be whole.
 
         Raises:
           ShardError: as `read`.
         """
-        name, promised = self.shard_name(shard), self._shards[shard].num_examples
+        name, promised = self.shard_name(shard), self._files[shard].num_examples
         info = self._info(shard)
-        with self._storage.open(self._shards[shard].url, info) as file:
+        with self._storage.open(self._files[shard].url, info) as file:
             members = Members(file, name, 0)
-            num_examples, last = 0, None
+            num_examples, last_key = 0, None
             for member in members:
-                parts = _split(member.name)
-                if member.kind != tarfile.DIRTYPE and parts and parts[0] != last:
-                    num_examples, last = num_examples + 1, parts[0]
+                if (parts := _key_and_extension(member)) and parts[0] != last_key:
+                    num_examples, last_key = num_examples + 1, parts[0]
             if promised is not None and num_examples != promised:
                 raise _other_number(name, promised, f"{num_examples:,}", members.position)
             members.check_tail(is_counted=promised is not None)
-        return Listed(self._shards[shard].url, num_examples, info.num_bytes)
-
-    def take_counts(self) -> dict[str, int]:
-        """Returns what storage counted in this process since the last call: bytes, retries, ..."""
-        return self._storage.take_counts()
-
-    def close(self) -> None:
-        """Closes what this process has open, connections too; reading opens it anew."""
-        self._storage.close()
-
-    def __repr__(self) -> str:
-        return f"<TarSource {self.num_shards} shards | {self.shard_name(0)} ...>"
+        return ShardEntry(self._files[shard].url, num_examples, info.num_bytes)
 
     def _info(self, shard: int) -> ObjectInfo:
-        """Returns what was seen of a shard first; looks now if it has not been seen."""
-        listed = self._shards[shard]
+        """Returns length and version of a shard as first seen; looks now if it was not."""
+        entry = self._files[shard]
         info = self._seen.get(shard)
         if info is None:
-            info = self._seen[shard] = self._storage.info(listed.url)
-        if listed.num_bytes not in (None, info.num_bytes):
+            info = self._seen[shard] = self._storage.info(entry.url)
+        if entry.num_bytes not in (None, info.num_bytes):
             raise ShardError(
                 f"shard {self.shard_name(shard)!r} has {info.num_bytes:,} bytes, its manifest "
-                f"promises {listed.num_bytes:,}: it was cut off or replaced. Fetch it again, or "
+                f"promises {entry.num_bytes:,}: it was cut off or replaced. Fetch it again, or "
                 "make the manifest anew.",
                 shard=self.shard_name(shard),
-                offset=min(info.num_bytes, listed.num_bytes or 0),
+                offset=min(info.num_bytes, entry.num_bytes or 0),
             )
         return info
 
     def _list(self, urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> None:
         for url in self._storage.expand(urls):
             if is_manifest(url):
-                self._shards += read_manifest(self._storage, url)
+                self._files += read_manifest(self._storage, url)
             else:
                 if (info := self._storage.listed(url)) is not None:
-                    self._seen[len(self._shards)] = info
-                self._shards.append(Listed(url))
-        for shard, (url, _, _) in enumerate(self._shards):
-            if not scheme_of(url):
-                self._seen[shard] = self._storage.info(url)
+                    self._seen[len(self._files)] = info
+                self._files.append(ShardEntry(url))
+        # Local shards cost a stat each. Remote ones cost a request each, and thousands would
+        # delay the start: they are asked about when they are opened.
+        for shard, entry in enumerate(self._files):
+            if not scheme_of(entry.url):
+                self._seen[shard] = self._storage.info(entry.url)
 
     def _named_by(self) -> str:
-        """Returns the fingerprint of what is known before any remote shard is asked for."""
-        digest = hashlib.blake2b(digest_size=16)
-        for shard, (url, _, num_bytes) in enumerate(self._shards):
+        """Returns the fingerprint, of the facts known before any remote shard is asked for."""
+        lines = []
+        for shard, (url, _, num_bytes) in enumerate(self._files):
             if shard in self._seen:
                 num_bytes = self._seen[shard].num_bytes
+            # The name is as short as can tell two lists apart:
+            # 1. A local shard: file name and size. The list may move to another folder.
+            # 2. A remote shard of known size: likewise, e.g. to another bucket.
+            # 3. A remote shard of unknown size: the address. A name such as 00000.tar alone says
+            #    nothing.
             if not scheme_of(url):
                 name = os.path.basename(url)
             else:
@@ -198,23 +184,28 @@ class TarSource:
                 name = posixpath.basename(parts.path)
                 if num_bytes is None:
                     name = f"{parts.scheme}://{parts.hostname}{parts.path}"
-            digest.update(f"{name}\0{num_bytes}\n".encode())
-        return digest.hexdigest()
+            lines.append(f"{name}\0{num_bytes}\n")
+        return hashlib.blake2b("".join(lines).encode(), digest_size=16).hexdigest()
 
 
 def _group(
     members: Members, shard: str, max_bytes: int
 ) -> Iterator[tuple[Example | BadExampleError, int]]:
-    """Joins members side by side that share a key."""
+    """Joins members side by side that share a key; yields each example and the next one's offset.
+
+    Of an example with two faults the first is reported; its other members are passed over unread.
+    """
     example: Example = {}
     problem: BadExampleError | None = None
     num_bytes = 0
     seen: set[str] = set()
     for member in members:
-        if member.kind == tarfile.DIRTYPE or not (parts := _split(member.name)):
+        if not (parts := _key_and_extension(member)):
             continue
         key, extension = parts
         if key != example.get("__key__"):
+            # An example is complete once another key begins, and reading goes on at the header of
+            # that member: members a.jpg at byte 0, a.txt at 1024 and b.jpg at 2048 yield (a, 2048).
             if example:
                 yield problem or example, member.offset
             example = {"__key__": key, "__shard__": shard}
@@ -235,21 +226,28 @@ def _group(
         yield problem or example, members.position
 
 
-def _split(name: str) -> tuple[str, str] | None:
+def _key_and_extension(member: Member) -> tuple[str, str] | None:
     """Returns key and extension of a member; None if it belongs to no example.
 
-    As webdataset does: `a/b.seg.PNG` is `seg.png` of `a/b`; names without an extension, dotfiles
-    and `__metadata__` are passed over, and so is what macOS adds.
+    >>> _key_and_extension(Member("a/b.seg.PNG", 0, tarfile.REGTYPE, 0))
+    ('a/b', 'seg.png')
     """
-    folder, slash, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    if not stem or not dot:
+    # Imported here: `import jest_stream` must not import webdataset.
+    from webdataset.tariterators import base_plus_ext
+
+    if member.kind == tarfile.DIRTYPE:
         return None
-    if name.startswith("__"):
-        first = name.partition("/")[0]
+    key, extension = base_plus_ext(member.name)
+    # No example has 1. a name without an extension, 2. a dotfile, which webdataset takes for the
+    # extension of its folder ("a/.b" for "b" of "a/").
+    if key is None or key.endswith("/"):
+        return None
+    # 3. the metadata of webdataset (`__name__`) and of macOS.
+    if member.name.startswith("__"):
+        first = member.name.partition("/")[0]
         if first == "__MACOSX" or first.endswith("__"):
             return None
-    return folder + slash + stem, extension.lower()
+    return key, extension.lower()
 
 
 def _check_key(key: str, shard: str, seen: set[str]) -> BadExampleError | None:

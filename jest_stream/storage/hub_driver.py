@@ -1,7 +1,8 @@
 """`hf://`: repositories of the Hugging Face Hub, pinned to a commit.
 
 A branch moves while it is read; a commit does not. So addresses are rewritten once, before the
-first read: `hf://datasets/org/name/x.tar` becomes `hf://datasets/org/name@COMMIT/x.tar`.
+first read: `hf://datasets/org/name/x.tar` becomes `hf://datasets/org/name@COMMIT/x.tar`. Async
+methods run on fsspec's loop, `pinned` in the caller's thread.
 """
 
 from __future__ import annotations
@@ -82,12 +83,11 @@ class HubDriver(WebDriver):
     """
 
     def __init__(self, config: StorageConfig) -> None:
-        self._hub: Any = importlib.import_module("huggingface_hub")
-        self._utils: Any = importlib.import_module("huggingface_hub.utils")
+        from huggingface_hub import HfApi
+
         options = config.options.get("hf", {})
-        self._token = options.get("token")
-        constants: Any = importlib.import_module("huggingface_hub.constants")
-        self._endpoint = str(options.get("endpoint") or constants.ENDPOINT).rstrip("/")
+        self._api = HfApi(endpoint=options.get("endpoint") or None, token=options.get("token"))
+        self._endpoint = self._api.endpoint.rstrip("/")
         self._timeout_s = config.connect_timeout_s + config.stall_timeout_s
         self._files = web_files(config, {"client_kwargs": {"trust_env": True}})
         self._connecting = asyncio.Lock()
@@ -104,7 +104,7 @@ class HubDriver(WebDriver):
         elif answer.redirected_to and url not in self._refused:
             await answer.close()
             self._signed.pop(url, None)
-            self._refused.add(url)  # a fresh one that is refused, too, is not worth another try
+            self._refused.add(url)  # if a fresh one is refused too, that is final
             raise AttemptFailed("again", "the signed address of the file has expired")
         return answer
 
@@ -115,11 +115,16 @@ class HubDriver(WebDriver):
         return revision if _COMMIT.fullmatch(revision) else ""
 
     async def matches(self, pattern: str) -> list[tuple[str, ObjectInfo | None]]:
-        """Returns the files of the commit that match. huggingface_hub's listing has no limits."""
+        """Returns the files of the commit that match."""
+        # HfApi.list_repo_tree is not used: it has no time limit, waits for ever on a server that
+        # falls silent, and tries again by itself. One page after the other is read here instead,
+        # within the limit that all listings have.
         from fsspec.utils import glob_translate
 
         wanted = parse(pattern)
         expression = re.compile(glob_translate(wanted.path))
+        # Only the folder before the first wildcard is listed, and below it only if the pattern
+        # goes deeper: "data/train/*.tar" lists "data/train", "data/*/0.tar" all of "data".
         folder = re.split(r"[^/]*[*?\[]", wanted.path, maxsplit=1)[0].rstrip("/")
         is_deep = "/" in wanted.path[len(folder) :].lstrip("/") or "**" in wanted.path
         url: str | None = (
@@ -142,8 +147,7 @@ class HubDriver(WebDriver):
             return url
         key = file[:3]
         if key not in self._commits:
-            api = self._hub.HfApi(endpoint=self._endpoint, token=self._token)
-            info = api.repo_info(
+            info = self._api.repo_info(
                 file.repository,
                 repo_type=file.kind,
                 revision=file.revision or None,
@@ -154,7 +158,7 @@ class HubDriver(WebDriver):
 
     async def _page(self, url: str) -> tuple[list[dict[str, Any]], str | None]:
         """Returns one page of a listing, and the address of the next."""
-        answer = await self._get(url, self._utils.build_hf_headers(token=self._token))
+        answer = await self._get(url, self._headers())
         try:
             if answer.status == 404:
                 return [], None  # no such folder; that there is a repository is known
@@ -179,16 +183,23 @@ class HubDriver(WebDriver):
             answer = await self._get(signed, asked)
             answer.redirected_to = signed
             return answer
+        from huggingface_hub import hf_hub_url
+
         file = parse(url)
-        address = self._hub.hf_hub_url(
+        address = hf_hub_url(
             file.repository,
             file.path,
             repo_type=file.kind,
             revision=file.revision or None,
             endpoint=self._endpoint,
         )
-        headers: Mapping[str, str] = self._utils.build_hf_headers(token=self._token)
-        answer = await self._get(address, {**headers, **asked})
+        answer = await self._get(address, {**self._headers(), **asked})
         if answer.redirected_to and answer.status in (200, 206):
             self._signed[url] = answer.redirected_to
         return answer
+
+    def _headers(self) -> dict[str, str]:
+        """Returns the headers of a request to the Hub, with the token."""
+        utils: Any = importlib.import_module("huggingface_hub.utils")
+        headers: dict[str, str] = utils.build_hf_headers(token=self._api.token)
+        return headers

@@ -28,7 +28,7 @@ def assert_resumes(
     train_step: Callable[[Any], object] | None = None,
     include_learner_copy: bool = False,
 ) -> None:
-    """Raises unless a dataset that is stopped and resumed gives what it would have given.
+    """Raises unless a dataset that is stopped and resumed gives the batches of a run without stop.
 
     For example, in a test of a source of your own:
 
@@ -68,7 +68,7 @@ def assert_resumes(
                 difference = _difference(again, loaded)
                 assert not difference, (
                     f"resumed at step {step}: state_dict() right after load_state_dict(state) is "
-                    f"not what was loaded: state{difference}"
+                    f"not the state that was loaded: state{difference}"
                 )
                 rest = _batches(dataset, num_steps - step, train)
             _require_same(rest, expected[step:], step, f"resumed at step {step}")
@@ -89,7 +89,7 @@ def _batches(
             train_step(batch)
             if len(batches) == num_steps:
                 break
-        # What is left of a pass that was resumed at its end may be nothing.
+        # A pass that was resumed at its end may have no batches left; two such in a row cannot be.
         num_empty = num_empty + 1 if len(batches) == num_before else 0
         assert num_empty < 2, f"the dataset ended after {len(batches)} of {num_steps} batches"
     return batches
@@ -122,7 +122,7 @@ def _require_same(found: list[Any], expected: list[Any], first: int, run: str) -
 
 
 def _difference(found: Any, expected: Any) -> str:
-    """Returns where two values first differ, as in `['key'][2] is 'a', was 'b'`; empty if not."""
+    """Returns the first difference of two values, as in `['key'][2] is 'a', was 'b'`; or ""."""
     if isinstance(found, Tensor) and isinstance(expected, Tensor):
         return _tensor_difference(found, expected)
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
@@ -134,10 +134,11 @@ def _difference(found: Any, expected: Any) -> str:
             return f" has {len(found)} entries, had {len(expected)}"
         pairs = [(i, found[i], expected[i]) for i in range(len(expected))]
     else:
+        # The last case is NaN, which is taken to equal itself here.
         is_same = (
-            found is expected or found == expected or (found != found) & (expected != expected)
+            found is expected or found == expected or (found != found and expected != expected)
         )
-        return "" if is_same else f" is {found!r}, was {expected!r}"  # NaN is the same as NaN
+        return "" if is_same else f" is {found!r}, was {expected!r}"
     for name, one, other in pairs:
         if difference := _difference(one, other):
             return f"[{name!r}]{difference}"

@@ -1,13 +1,11 @@
-"""What is made of an example: the score view of every candidate, the train view of the chosen.
+"""Examples to tensors: the score view of every candidate, the train view of the chosen.
 
 `ScoreView` turns one example into a row, `collate` stacks rows into columns; both run where the
 examples are read, in worker processes if there are any. `TrainView` makes the random view of the
 few that were chosen, `LateViews` has it made ahead of time, and `scaled` makes a smaller one of the
-score view. What selection wants to know of an
-example's metadata travels along, as `term` and `group`.
+score view. The metadata that selection needs travel along as `term` and `group`.
 """
 
-from jest_stream.config import DEFAULT_LIMITS, Limits
 from jest_stream.views.columns import (
     REFERENCE,
     Columns,
@@ -17,32 +15,26 @@ from jest_stream.views.columns import (
     gather_rows,
     put_view,
     require_same_fields,
+    tensors_of,
     view_of,
 )
-from jest_stream.views.compose import Finish
+from jest_stream.views.compose import PixelTable
 from jest_stream.views.late import LateViews
-from jest_stream.views.metadata import Key
-from jest_stream.views.recipe import Recipe, ReducedDecoding, TrainViewFrom, make_recipe
-from jest_stream.views.rows import Row, Transform, add_view
+from jest_stream.views.recipe import Recipe, make_recipe
+from jest_stream.views.rows import Row, add_view
 from jest_stream.views.scaling import scaled
 from jest_stream.views.score import ScoreView
 from jest_stream.views.train import TrainView
 
 __all__ = [
     "Columns",
-    "DEFAULT_LIMITS",
-    "Finish",
-    "Key",
+    "PixelTable",
     "LateViews",
-    "Limits",
     "REFERENCE",
     "Recipe",
-    "ReducedDecoding",
     "Row",
     "ScoreView",
     "TrainView",
-    "TrainViewFrom",
-    "Transform",
     "View",
     "add_view",
     "collate",
@@ -52,5 +44,6 @@ __all__ = [
     "put_view",
     "require_same_fields",
     "scaled",
+    "tensors_of",
     "view_of",
 ]

@@ -1,7 +1,7 @@
-"""What tells that an example is still what a reference embedded: checksums of its image and text.
+"""Checksums of image and text: they tell whether an example changed since a reference embedded it.
 
-Two names or two lengths that agree say little: captions that were written anew leave a tar as long
-as it was. Pure functions.
+Names and lengths of shards that agree say little: a tar keeps its length when its captions are
+written anew. Pure functions.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any
 
 from jest_stream.errors import CachedShardChangedError
 from jest_stream.types import REFERENCE_ROW, Example
+from jest_stream.views.decode import title_of
 
 UNKNOWN = 0
-"""Of what was decoded elsewhere: another version of a decoder may give other pixels."""
+"""Checksum of an image that was decoded elsewhere: another decoder may give other pixels."""
 
 
 def checksums(image: Any, text: Any) -> tuple[int, int]:
@@ -30,17 +31,16 @@ def require_same(example: Example, found: tuple[int, int]) -> None:
         if UNKNOWN not in (before, now) and before != now
     ]
     if names:
-        shard = example.get("__shard__", "")
-        place = f" of shard {shard!r}" if shard else ""
         raise CachedShardChangedError(
-            f"the {' and the '.join(names)} of example {example['__key__']!r}{place} changed since "
-            f"the reference embedded it, or image_key and text_key mean another member now, so its "
-            f"cached embeddings are of something else. Build a cache of the data as they are.",
-            shard=shard,
+            f"the {' and the '.join(names)} of {title_of(example)} changed since the reference "
+            f"embedded it, or image_key and text_key mean another member now, so its cached "
+            f"embeddings are of something else. Build a cache of the data as they are.",
+            shard=example.get("__shard__", ""),
         )
 
 
 def _checksum(value: Any) -> int:
     if isinstance(value, str):
         value = value.encode("utf-8", "surrogatepass")
+    # A checksum of 0 would be taken for `UNKNOWN`; 1 stands for it.
     return zlib.crc32(value) or 1 if isinstance(value, bytes) else UNKNOWN

@@ -1,7 +1,9 @@
-"""Rows of many examples, stacked: few tensors to hand over. Pure functions.
+"""Rows of many examples, stacked to columns: few tensors to hand over. Pure functions.
 
 `image` and `text` may each be one tensor or a mapping of tensors (as processors of transformers
 return): a mapping's entries are named `image/pixel_values`, ….
+
+Shapes: n: number of examples, D: embedding dimension.
 """
 
 from __future__ import annotations
@@ -19,16 +21,17 @@ from jest_stream.views.rows import Row
 Columns = dict[str, Any]
 """Each value holds one entry per example: a tensor `[n, …]`, or a list."""
 REFERENCE = "reference_embeddings"
-"""The view that holds what the reference makes of the examples: `[n, D]` images and texts."""
+"""The view that holds the reference's embeddings of the examples: `[n, D]` images and texts."""
 View = Tensor | dict[str, Tensor] | list[Any]
+"""Image or text of n examples: `[n, …]`, named tensors `[n, …]`, or n plain strings."""
 
 
 def collate(rows: list[Row], *, argument: str = "transform") -> Columns:
     """Returns the rows as columns: one tensor per field, so that a process hands over few.
 
     Args:
-      rows: with the same entries in each.
-      argument: the transform that made their images, as it is called in messages.
+      rows: at least one; with the same entries in each.
+      argument: name in messages of the transform that made their images.
 
     Raises:
       ConfigError: for tensors of different shapes.
@@ -48,7 +51,9 @@ def collate(rows: list[Row], *, argument: str = "transform") -> Columns:
 
 
 def gather_rows(rows: Sequence[ReferenceRow]) -> tuple[Tensor, Tensor]:
-    """Returns `[n, D]` image and text embeddings, copied from where they are."""
+    """Returns `[n, D]` image and text embeddings, copied out of the mapped files."""
+    # Runs of rows of one record batch are copied together, and as a slice where they are
+    # consecutive, as nearly always: rows 4, 5, 6 of one and 0, 1 of the next are two slices.
     parts: list[tuple[Tensor, Tensor]] = []
     start = 0
     for stop in range(1, len(rows) + 1):
@@ -56,9 +61,9 @@ def gather_rows(rows: Sequence[ReferenceRow]) -> tuple[Tensor, Tensor]:
             continue
         image, text, _, first = rows[start]
         wanted = [row[-1] for row in rows[start:stop]]
-        if wanted == list(range(first, first + len(wanted))):  # as nearly always
-            behind = first + len(wanted)
-            parts.append((image[first:behind].clone(), text[first:behind].clone()))
+        end = first + len(wanted)
+        if wanted == list(range(first, end)):
+            parts.append((image[first:end].clone(), text[first:end].clone()))
         else:
             at = torch.tensor(wanted)
             parts.append((image[at], text[at]))
@@ -76,7 +81,7 @@ def require_same_fields(
     Args:
       parts: rows, or columns of several; `key` is a list in both.
       num_dims: leading dimensions in which they may differ.
-      argument: the transform that made the images, as it is called in messages.
+      argument: name in messages of the transform that made the images.
     """
     first = parts[0] if parts else {}
     for part in parts[1:]:
@@ -89,10 +94,11 @@ def require_same_fields(
             )
         for name, value in first.items():
             is_stacked = isinstance(value, Tensor) or isinstance(part[name], Tensor)
-            if is_stacked and _kind(part[name], num_dims) != _kind(value, num_dims):
+            kinds = _kind(value, num_dims), _kind(part[name], num_dims)
+            if is_stacked and kinds[0] != kinds[1]:
                 raise ConfigError(
                     f"{name} must have one shape and dtype for all examples, to be stacked; "
-                    f"{keys} have {_kind(value, num_dims)} and {_kind(part[name], num_dims)}. Let "
+                    f"{keys} have {kinds[0]} and {kinds[1]}. Let "
                     f"{argument} resize, crop and convert to RGB, and tokenizer pad to a fixed "
                     f"length."
                 )
@@ -110,6 +116,21 @@ def view_of(columns: Columns, name: str) -> View:
         return column
     prefix = name + "/"
     return {key[len(prefix) :]: columns[key] for key in columns if key.startswith(prefix)}
+
+
+def tensors_of(columns: Columns, name: str, taker: str) -> Tensor | dict[str, Tensor]:
+    """Returns the view `name` as a model takes it.
+
+    Raises:
+      ConfigError: for a text that no tokenizer turned into a tensor; names the `taker`.
+    """
+    view = view_of(columns, name)
+    if isinstance(view, list):
+        raise ConfigError(
+            f"{name} of example {columns['key'][0]!r} is a {type(view[0]).__name__}, but {taker} "
+            f"takes tensors. Pass tokenizer=, a function that turns the text into one."
+        )
+    return view
 
 
 def put_view(columns: Columns, name: str, view: View) -> None:

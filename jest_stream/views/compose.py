@@ -1,10 +1,12 @@
-"""Known transforms, taken apart: what makes pixels, and what makes numbers of each pixel.
+"""Known transforms, split in two: the steps that make pixels, and those that map each pixel alone.
 
-A `Compose` of torchvision that ends in ToTensor, Normalize and the like is split there: the first
-part gives uint8, which takes a quarter of the memory on its way to the device; the rest maps each
-of the 256 values on its own, whatever the place, and is looked up in a table that the transform
-itself filled. So the result is its own, bit for bit, on every device. Known by type and module
-name: nothing is imported for it. Pure.
+A `Compose` of torchvision that ends in ToTensor, Normalize and the like is split there. The first
+part gives uint8, which takes a quarter of the memory on its way to the device. The rest maps each
+of the 256 values in the same way at every place, and is looked up in a table that the transform
+itself filled. So the result is the transform's own, bit for bit, on every device. Steps are known
+by type and module name: nothing is imported for it. Pure.
+
+Shapes: n: images, C: channels, H, W: height and width.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jest_stream.config import Transform
 from jest_stream.views.decode import Reduced
-from jest_stream.views.rows import Transform
 
 _LIBRARIES = ("torchvision.transforms", "open_clip.transform", "timm.data")
 _CONVERTING = frozenset("ToTensor PILToTensor ToImage MaybeToTensor MaybePILToTensor".split())
 _PER_VALUE = _CONVERTING | frozenset("ConvertImageDtype ToDtype Normalize ToPureTensor".split())
 _TO_RGB = frozenset("MaybeConvertMode _convert_to_rgb".split())
-# Interpolations that average over what they shrink, so that it may have been shrunk before.
+# Interpolations that average over the pixels they merge: an image may have been reduced before.
 _SMOOTH = frozenset("bilinear bicubic lanczos box hamming".split())
 
 # The decoder gives at least this many pixels for each one that the view keeps, in each direction.
@@ -35,14 +37,15 @@ _MIN_RATIO = 1.6
 
 @dataclass(frozen=True)
 class Resize:
-    """The step that resizes an image, as torchvision describes it."""
+    """The step that resizes an image, in torchvision's terms."""
 
     size: tuple[int, ...]
     """Height and width, or the shorter side."""
     interpolation: str
 
     def target(self, full_size: tuple[int, int]) -> tuple[int, int]:
-        """Returns width and height that an image of `full_size` is resized to."""
+        """Returns width and height to which an image of `full_size` is resized."""
+        # One number is the shorter side: with 64, an image of 500 x 375 becomes 85 x 64.
         if len(self.size) == 2:
             return self.size[1], self.size[0]
         width, height = full_size
@@ -64,7 +67,7 @@ class Reduction:
     """Says by how much images may be reduced while they are decoded; a `Shrink`."""
 
     resizes: tuple[Resize, ...]
-    """What is made of them: all of these."""
+    """The sizes that are made of each image."""
 
     def __call__(self, full_size: tuple[int, int]) -> int:
         """Returns the largest of 1, 2, 4 and 8 that leaves enough pixels for every view."""
@@ -79,12 +82,12 @@ class Reduction:
         return 1
 
 
-class Finish:
-    """What is left to do to uint8 pixels: the end of a transform, as a table of its values.
+class PixelTable:
+    """The last steps of a transform, as a table with an entry for each uint8 value.
 
     Args:
-      steps: of the transform, in order; each maps values one by one.
-      takes_pictures: whether the first of them takes PIL images. If not, they take tensors.
+      steps: in order; each maps values one by one.
+      takes_pictures: whether the first of them takes PIL images. If not, it takes tensors.
     """
 
     def __init__(self, steps: Sequence[Transform], *, takes_pictures: bool) -> None:
@@ -93,7 +96,8 @@ class Finish:
         self._tables: dict[tuple[int, torch.device], Tensor] = {}
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Returns what the transform makes of pixels `[n, C, H, W]`; what is not uint8 is made."""
+        """Returns `[n, C, H, W]` pixels as the transform gives them; only uint8 is looked up."""
+        # Images that the first steps could not leave as uint8 have been through all steps.
         if pixels.dtype != torch.uint8:
             return pixels
         table = self.table(pixels.shape[1], pixels.device)
@@ -104,9 +108,10 @@ class Finish:
         return finished
 
     def table(self, num_channels: int, device: torch.device) -> Tensor:
-        """Returns `[C, 256]`: what becomes of each value in each channel."""
+        """Returns `[C, 256]`: the result for each value in each channel."""
         place = (num_channels, device)
         if place not in self._tables:
+            # An image of 1 x 256 pixels that holds every value once in each channel.
             values = torch.arange(256, dtype=torch.uint8).expand(num_channels, 1, 256).contiguous()
             probe: Any = as_picture(values) if self._takes_pictures else values
             made = _run(self._steps, probe).as_subclass(Tensor)
@@ -115,8 +120,8 @@ class Finish:
 
 
 @dataclass(frozen=True)
-class Recognised:
-    """A known transform, taken apart. Makes uint8 pixels where it can."""
+class SplitCompose:
+    """A known transform, split in two. Makes uint8 pixels where it can."""
 
     head: tuple[Transform, ...]
     """Steps that make pixels."""
@@ -130,21 +135,23 @@ class Recognised:
     """Steps that come before it."""
 
     def __call__(self, image: Any) -> Any:
-        """Returns `[C, H, W]` uint8 for `finish` where possible, else what the transform does."""
+        """Returns `[C, H, W]` uint8 for `pixel_table` where possible, else the finished image."""
         return self._pixels(_run(self.head, image))
 
     def of_reduced(self, reduced: Reduced) -> Any:
-        """Returns the same of an image that was decoded reduced, resized by the same geometry."""
+        """Returns the same for an image that was decoded reduced, resized by the same geometry."""
         assert self.resize is not None
         return self._pixels(_run(self.head[self.num_before + 1 :], self.resize.apply(reduced)))
 
-    def finish(self) -> Finish | None:
-        """Returns what is left to do to the pixels; None if nothing is."""
+    def pixel_table(self) -> PixelTable | None:
+        """Returns the table of the last steps; None if there are none."""
         if not self.tail:
             return None
-        return Finish(self.tail, takes_pictures=self.takes_pictures)
+        return PixelTable(self.tail, takes_pictures=self.takes_pictures)
 
     def _pixels(self, value: Any) -> Any:
+        # There are three cases: 1. a uint8 tensor, for a tail that takes tensors; 2. a PIL image,
+        # for a tail that takes those; 3. anything else, which goes through the tail here.
         if isinstance(value, Tensor):
             is_known = value.dtype == torch.uint8 and value.dim() == 3 and len(value) in (1, 3)
             if is_known and not self.takes_pictures:
@@ -156,30 +163,29 @@ class Recognised:
         return _run(self.tail, value)
 
 
-def recognise(transform: Transform | None) -> Recognised | None:
-    """Returns a `Compose` of torchvision taken apart; None for anything else.
-
-    It stays whole if its end cannot be told from its beginning, and gives then what it always did.
-    """
+def split_compose(transform: Transform | None) -> SplitCompose | None:
+    """Returns a `Compose` of torchvision split in two; None for anything else."""
     steps = _steps_of(transform)
     if steps is None:
         return None
+    # From the end backwards: the first step that looks at more than single values ends the tail.
     start = len(steps)
     while start > 0 and _is_per_value(steps[start - 1]):
         start -= 1
     head, tail = tuple(steps[:start]), tuple(steps[start:])
     takes_pictures = any(_is(step, _CONVERTING) for step in tail)
     try:
-        table = Finish(tail, takes_pictures=takes_pictures).table(3, torch.device("cpu"))
-    except Exception:  # as it does on every image: the transform shall say so itself
+        table = PixelTable(tail, takes_pictures=takes_pictures).table(3, torch.device("cpu"))
+    except Exception:  # the user shall see the transform's own error, on a real image
         return None
+    # The decoder makes RGB already, so that steps which convert to it do nothing.
     num_before = 0
     while num_before < len(head) and _is(head[num_before], _TO_RGB):
         num_before += 1
     resize = _resize_of(head[num_before]) if num_before < len(head) else None
-    if table.dtype == torch.uint8:  # pixels are all that it gives
-        return Recognised(tuple(steps), resize=resize, num_before=num_before)
-    return Recognised(head, tail, takes_pictures, resize, num_before)
+    if table.dtype == torch.uint8:  # the transform gives uint8 itself: no table is needed
+        return SplitCompose(tuple(steps), resize=resize, num_before=num_before)
+    return SplitCompose(head, tail, takes_pictures, resize, num_before)
 
 
 def as_picture(pixels: Tensor) -> Any:
@@ -208,14 +214,14 @@ def _steps_of(transform: Any) -> list[Transform] | None:
 
 
 def _is(step: Any, names: frozenset[str]) -> bool:
-    """Whether a step is of a library that we know, by one of these names."""
+    """Whether a step is of a known library, by one of these names."""
     kind = step if hasattr(step, "__qualname__") else type(step)  # a function, or an object
     module = str(getattr(kind, "__module__", ""))
     return getattr(kind, "__name__", "") in names and module.startswith(_LIBRARIES)
 
 
 def _is_per_value(step: Any) -> bool:
-    # A ToDtype whose dtype depends on the kind of tensor does not tell from values alone.
+    # A ToDtype may take a mapping from kinds of tensors to dtypes: values alone do not tell it.
     return _is(step, _PER_VALUE) and not isinstance(getattr(step, "dtype", None), Mapping)
 
 

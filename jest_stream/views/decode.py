@@ -1,7 +1,8 @@
-"""Member to value, by an allow-list: what is read from strangers never runs code.
+"""Member to value, by an allow-list: data of strangers never run code.
 
 In: an example as a source yields it. Out: PIL images (RGB, loaded), strings, numbers, parsed json,
 arrays. The limits are checked before memory is taken. Values that are no bytes pass as they are.
+Runs where the examples are read, in worker processes if there are any. Pure.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-# What decoders raise on broken data: 60,000 mutated images gave OSError (without a number),
+# The errors of decoders on broken data: 60,000 mutated images gave OSError (without a number),
 # SyntaxError and ValueError. TypeError, NameError and their like are mistakes in programs.
 _BROKEN_DATA = (
     ArithmeticError,
@@ -45,13 +46,13 @@ _REFUSED = frozenset("pyd pkl pickle pth pt ckpt npz joblib dill cloudpickle".sp
 class MissingMemberError(BadExampleError, KeyError):
     """An example without the member that was asked for; a `KeyError`, so that `get` works."""
 
-    __str__ = Exception.__str__
+    __str__ = Exception.__str__  # that of KeyError shows the message in quotes
 
 
 class Decoded(Mapping[str, Any]):
     """A view of an example whose members are decoded when they are first asked for.
 
-    What user functions get: `text_key=lambda example: example["json"]["caption"]`.
+    User functions get one: `text_key=lambda example: example["json"]["caption"]`.
     """
 
     def __init__(self, example: Mapping[str, Any], limits: Limits = DEFAULT_LIMITS) -> None:
@@ -74,7 +75,7 @@ class Decoded(Mapping[str, Any]):
         return len(self._example)
 
     def __repr__(self) -> str:
-        return f"<Decoded {_title(self._example)} | {_names(self._example)}>"
+        return f"<Decoded {title_of(self._example)} | {_names(self._example)}>"
 
 
 class Reduced(NamedTuple):
@@ -84,11 +85,12 @@ class Reduced(NamedTuple):
     full_size: tuple[int, int]
     """Width and height before."""
     box: tuple[float, float, float, float]
-    """Where in the image the full one lies; its last row and column may reach beyond."""
+    """Place of the full image in the reduced one, in its pixels: left, top, right, bottom. A JPEG
+    of 501 x 375, divided by 4, has 126 x 94 pixels, and the full one covers 125.25 x 93.75."""
 
 
 Shrink = Callable[[tuple[int, int]], int]
-"""Says by which of 1, 2, 4 and 8 an image of a size may be divided while it is decoded."""
+"""Takes width and height; returns 1, 2, 4 or 8, the divisor of both while an image is decoded."""
 
 
 def decode(
@@ -98,11 +100,11 @@ def decode(
     *,
     shrink: Shrink | None = None,
 ) -> Any:
-    """Returns the value of a member; its name's last suffix tells how.
+    """Returns the value of a member; the last suffix of its name chooses the decoder.
 
     `jpg jpeg png webp gif image` (first frame) become a loaded PIL image, RGB; `txt` and `text` a
-    str; `json` what it holds; `cls` an int; `npy` an array. Bytes of any other name are returned
-    as they are, for the user's own function.
+    str; `json` its content; `cls` an int; `npy` an array. Bytes of any other name are returned as
+    they are, for the user's own function.
 
     With `shrink`, JPEGs that it divides become `Reduced`: their decoder leaves out the fine part of
     the cosine transform. The limits hold for the full size all the same.
@@ -114,9 +116,9 @@ def decode(
     """
     if name not in example:
         raise MissingMemberError(
-            f"{_title(example)} has no member {name!r}, only {_names(example)}. Name a member that "
-            "every example has.",
-            **_place(example),
+            f"{title_of(example)} has no member {name!r}, only {_names(example)}. Name a member "
+            "that every example has.",
+            **place_of(example),
             reason="missing_member",
         )
     value = example[name]
@@ -125,7 +127,7 @@ def decode(
         return value
     if kind in _REFUSED:
         raise UnsafeDataError(
-            f"member {name!r} of {_title(example)} is of a kind that can run code when opened "
+            f"member {name!r} of {title_of(example)} is of a kind that can run code when opened "
             "(pickle and its like); it never is. Store arrays as npy, text as txt or json."
         )
     decoder = _DECODERS.get(kind)
@@ -137,24 +139,24 @@ def decode(
         return decoder(value, limits)
     except _Unsafe as error:
         raise UnsafeExampleError(
-            f"member {name!r} of {_title(example)} is left undecoded: it {error}. Remove it, or "
+            f"member {name!r} of {title_of(example)} is left undecoded: it {error}. Remove it, or "
             "skip bad examples.",
-            **_place(example),
+            **place_of(example),
             reason=f"unsafe_{_group(kind)}",
         ) from error
     except _BROKEN_DATA as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the system: no descriptors left, say
+            raise  # an error of the system (no descriptors left, say) is no fault of the data
         raise BadExampleError(
-            f"member {name!r} of {_title(example)} cannot be decoded as {_group(kind)} "
+            f"member {name!r} of {title_of(example)} cannot be decoded as {_group(kind)} "
             f"({type(error).__name__}: {error}). Repair the data, or skip bad examples.",
-            **_place(example),
+            **place_of(example),
             reason=f"unreadable_{_group(kind)}",
         ) from error
 
 
 class _Unsafe(Exception):
-    """Why a member must not be decoded."""
+    """The reason that forbids to decode a member."""
 
 
 def _image(data: bytes, limits: Limits, shrink: Shrink | None = None) -> Image.Image | Reduced:
@@ -174,7 +176,7 @@ def _image(data: bytes, limits: Limits, shrink: Shrink | None = None) -> Image.I
         image.load()
     except bombs as error:
         raise _Unsafe(
-            f"has more pixels than PIL allows, whatever max_pixels says ({error})"
+            f"has more pixels than PIL allows, max_pixels notwithstanding ({error})"
         ) from error
     image = _as_rgb(image)
     return image if box is None else Reduced(image, full_size, box)
@@ -200,7 +202,7 @@ def _opened(data: bytes) -> Image.Image:
         try:  # without asking all formats first: 120 us for one of 96 px instead of 128
             return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
         except SyntaxError:
-            pass  # what is wrong is said better below
+            pass  # PIL's general way, below, has the better message
     return Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
 
 
@@ -215,6 +217,8 @@ def _check_pixels(size: tuple[int, int], limits: Limits) -> None:
 
 def _webp_size(data: bytes) -> tuple[int, int]:
     """Returns the size that a webp's header promises; zeros for anything else."""
+    # There are three kinds of header: extended (VP8X, sizes less one in 24 bits), lossless (VP8L,
+    # sizes less one in 14 bits each) and lossy (VP8, sizes in the low 14 bits of two words).
     head = data[:30]
     if head[:4] != b"RIFF" or head[8:12] != b"WEBP" or len(head) < 30:
         return 0, 0
@@ -282,12 +286,14 @@ def _group(kind: str) -> str:
     return _DECODERS[kind].__name__.lstrip("_")
 
 
-def _place(example: Mapping[str, Any]) -> dict[str, str]:
+def place_of(example: Mapping[str, Any]) -> dict[str, str]:
+    """Returns key and shard of an example, as the errors of examples take them."""
     return {"key": str(example.get("__key__", "")), "shard": str(example.get("__shard__", ""))}
 
 
-def _title(example: Mapping[str, Any]) -> str:
-    place = _place(example)
+def title_of(example: Mapping[str, Any]) -> str:
+    """Returns the name of an example in messages."""
+    place = place_of(example)
     shard = f" of shard {place['shard']!r}" if place["shard"] else ""
     return f"example {place['key']!r}{shard}"
 

@@ -1,8 +1,8 @@
 """Train views made ahead of time: of the chosen, as soon as the choice is known.
 
-In: the chosen of a super-batch. Out, when its turn comes: their views. They are made in worker
-processes of their own, each of which takes every n-th of the chosen; or, without any, in this
-process when they are due. The views are the same either way.
+In: the chosen of a super-batch. Out, when its turn comes: their views. They are made in separate
+worker processes, each of which takes every n-th of the chosen; or, without any, in this process
+when they are due. The views are the same either way. The training thread makes all calls.
 """
 
 from __future__ import annotations
@@ -37,40 +37,40 @@ _MAX_SENT = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
-    """Views to be made, or, on the way back, that were made."""
+class ViewRequest:
+    """One worker's share of a batch: on the way there examples, on the way back their views."""
 
     step: int
-    """Of the batch."""
+    """Step of the batch."""
     positions: range
-    """Where in the batch they belong."""
+    """Positions of these examples in the batch."""
     items: Columns
     """Columns of the chosen; on the way back, of their views."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MakeTask:
-    """What a worker that makes train views is started with. Travels to it."""
+    """The task of a worker that makes train views. Travels to it."""
 
     view: TrainView
 
     def run(self, parent: ParentConnection, status: WorkerStatus) -> None:
-        """Answers each order with the views, or with what went wrong."""
+        """Answers each request with the views, or with the error that prevented them."""
         while parent.wants_more:
-            order: Order = parent.receive()
+            request: ViewRequest = parent.receive()
             place = 0
 
             def note(step: int, position: int) -> None:
-                """Says what is made next."""
+                """Tells the training process which view is made next."""
                 nonlocal place
                 place = position
                 status.put(step, position)
 
             try:
                 views = self.view(
-                    order.items, step=order.step, positions=order.positions, note=note
+                    request.items, step=request.step, positions=request.positions, note=note
                 )
-                made = Order(step=order.step, positions=order.positions, items=views)
+                made = ViewRequest(step=request.step, positions=request.positions, items=views)
                 message = Message(made)
             except Exception as error:
                 message = failure_message(error, position=place)
@@ -84,7 +84,7 @@ class LateViews:
     """Makes the train views of chosen examples. Owns the worker processes.
 
     Args:
-      view: how they are made.
+      view: makes the views of some examples.
       num_workers: processes. 0: this one makes them.
       timeout_s: longest wait for a worker; when making them here takes longer, it is logged.
     """
@@ -93,15 +93,15 @@ class LateViews:
         self._view = view
         self._num_workers = num_workers
         self._timeout_s = timeout_s
-        self._chosen: dict[int, Columns] = {}  # by step: what was asked for and not yet taken
-        self._sent: set[int] = set()  # those of them that the workers have
+        self._chosen: dict[int, Columns] = {}  # by step: the chosen whose views were not yet taken
+        self._sent: set[int] = set()  # those of these steps that the workers have
         self._workers: list[Worker] = []
         self._watchdog: Watchdog | None = None  # while views are made here
         self._stop: Finalizer | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Which columns of the chosen are asked for."""
+        """Names of the columns of the chosen that `start` takes."""
         return self._view.columns
 
     def has(self, step: int) -> bool:
@@ -111,7 +111,7 @@ class LateViews:
     def start(self, chosen: Columns, *, step: int) -> None:
         """Asks for the views of a step; the workers begin at once.
 
-        What goes wrong is raised by `take`, except where workers cannot be started.
+        Errors are raised by `take`, except where workers cannot be started.
 
         Raises:
           ConfigError: if the train transform cannot be sent to a worker process.
@@ -129,7 +129,7 @@ class LateViews:
           WorkerDiedError: for a worker process that is gone.
           StalledError: for one that gave nothing for `timeout_s`.
           BadExampleError: for an image that cannot be decoded.
-          Exception: what the train transform raised, with its own type.
+          Exception: any error of the train transform, with its own type.
         """
         try:
             self._send()
@@ -166,7 +166,7 @@ class LateViews:
             raise
 
     def pause(self) -> None:
-        """Stops the workers. What was asked for is made anew when it is next needed."""
+        """Stops the workers. Views that were asked for are made anew when they are next needed."""
         self._sent.clear()
         self._watchdog = None
         if self._stop is not None:
@@ -174,12 +174,12 @@ class LateViews:
             self._stop = None
 
     def forget(self) -> None:
-        """Stops the workers and forgets what was asked for."""
+        """Stops the workers and forgets the views that were asked for."""
         self.pause()
         self._chosen.clear()
 
     def _send(self) -> None:
-        """Hands the workers what they have not got, the earliest first."""
+        """Hands the workers the steps that they have not got, the earliest first."""
         self.open()
         if not self._workers:
             return
@@ -187,18 +187,19 @@ class LateViews:
             for step in sorted(self._chosen.keys() - self._sent):
                 if len(self._sent) >= _MAX_SENT:
                     return
-                for worker, order in zip(self._workers, self._orders(step), strict=True):
-                    worker.send(Message(order, is_inline=False))
+                for worker, request in zip(self._workers, self._requests(step), strict=True):
+                    worker.send(Message(request, is_inline=False))
                 self._sent.add(step)
         except BaseException:
             self.pause()
             raise
 
-    def _orders(self, step: int) -> list[Order]:
-        """Returns the shares of the workers: every n-th each."""
+    def _requests(self, step: int) -> list[ViewRequest]:
+        """Returns the shares of the workers."""
+        # Every n-th each: of 10 examples, 3 workers take (0, 3, 6, 9), (1, 4, 7) and (2, 5, 8).
         chosen, num_workers = self._chosen[step], len(self._workers)
         return [
-            Order(
+            ViewRequest(
                 step=step,
                 positions=range(number, len(chosen["key"]), num_workers),
                 items={name: column[number::num_workers] for name, column in chosen.items()},
@@ -210,6 +211,7 @@ class LateViews:
         messages = [worker.receive(self._timeout_s) for worker in self._workers]
         failures = [m for m in messages if isinstance(m, Failure)]
         if failures:
+            # The error of the earliest example, as without workers.
             first = min(failures, key=lambda failure: failure.position)
             try:
                 raise first.error from WorkerTraceback(first.traceback)
@@ -226,7 +228,7 @@ class LateViews:
         return view_of(views, "image")
 
 
-def _joined(parts: list[Order], chosen: Columns) -> View:
+def _joined(parts: list[ViewRequest], chosen: Columns) -> View:
     """Returns the views of all workers in the order of the batch; each is copied once."""
     keyed = [{"key": chosen["key"][part.positions.start :], **part.items} for part in parts]
     require_same_fields(keyed, argument=ARGUMENT)

@@ -1,4 +1,7 @@
-"""What selection and the views look up in a decoded example. Pure functions."""
+"""Look-ups in a decoded example: image and text for the views, term and group for selection.
+
+Pure functions; they run where the examples are read.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +12,31 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from jest_stream.config import Metadata, Term
+from jest_stream.config import Key, Metadata, Term
 from jest_stream.errors import BadExampleError, ConfigError
-from jest_stream.views.decode import Decoded
+from jest_stream.views.decode import Decoded, place_of, title_of
 
-Key = Metadata
-"""Alternatives such as `"jpg;png"`, the first present member counts; or a function of the example,
-which sees decoded members."""
+
+def present_member(example: Mapping[str, Any], key: str) -> str | None:
+    """Returns the first of the alternatives in `key` that an example has; None if it has none."""
+    return next((name for name in key.split(";") if name in example), None)
 
 
 def find(decoded: Decoded, key: Key, argument: str, reason: str) -> Any:
-    """Returns the member that `key` means; `BadExampleError` if there is none."""
+    """Returns the member that `key` means; raises `BadExampleError` if there is none."""
     if callable(key):
         return key(decoded)
-    for name in key.split(";"):
-        if name in decoded:
-            return decoded[name]
+    name = present_member(decoded, key)
+    if name is not None:
+        return decoded[name]
     known = sorted(name for name in decoded if not name.startswith("__"))
-    what = (
-        f"has no member for {argument}={key!r}, only {known} (should {argument} be one of these?)"
-    )
-    raise _bad(decoded, what, reason)
+    problem = f"has no member for {argument}={key!r}, only {known}"
+    raise _bad(decoded, f"{problem} (should {argument} be one of these?)", reason)
 
 
 def _metadata(decoded: Decoded, key: Metadata, role: str) -> Any:
-    """A member, or else an entry of the `json` member, or what the user's function makes of it."""
+    # There are three cases: 1. a function of the user's; 2. a member; 3. an entry of the `json`
+    # member, which is decoded only here.
     if callable(key):
         return key(decoded)
     if key in decoded:
@@ -47,7 +50,7 @@ def _metadata(decoded: Decoded, key: Metadata, role: str) -> Any:
 
 
 def number_of(decoded: Decoded, term: Term) -> float:
-    """Returns the number of a term; `BadExampleError` where the example has none."""
+    """Returns the number of a term; raises `BadExampleError` where the example has none."""
     value = _metadata(decoded, term.value, "term")
     if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) != 1:
         raise ConfigError(
@@ -85,13 +88,10 @@ def group_of(decoded: Decoded, group_by: Metadata | tuple[str, ...]) -> Hashable
     return value
 
 
-def _bad(decoded: Decoded, what: str, reason: str) -> BadExampleError:
-    shard = str(decoded.get("__shard__", ""))
-    place = f" of shard {shard!r}" if shard else ""
+def _bad(decoded: Decoded, problem: str, reason: str) -> BadExampleError:
     return BadExampleError(
-        f"example {decoded['__key__']!r}{place} {what}. Repair the data, pass a function that does "
-        f'without, or on_bad_example="skip" to leave such examples out and count them.',
-        key=str(decoded["__key__"]),
-        shard=shard,
+        f"{title_of(decoded)} {problem}. Repair the data, pass a function that does without, or "
+        f'on_bad_example="skip" to leave such examples out and count them.',
+        **place_of(decoded),
         reason=reason,
     )

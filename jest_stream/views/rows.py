@@ -1,38 +1,36 @@
-"""What one example becomes: a flat dict of tensors and plain values. Pure functions."""
+"""Row of one example: a flat dict of tensors and plain values. Pure functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from jest_stream.config import Limits
+from jest_stream.config import Key, Limits
 from jest_stream.errors import ConfigError
 from jest_stream.types import Example
 from jest_stream.views.decode import Decoded
-from jest_stream.views.metadata import Key
+from jest_stream.views.metadata import present_member
 
 Row = dict[str, Any]
-Transform = Callable[[Any], Any]
 
 
 def as_rgb(image: Any, limits: Limits) -> Any:
-    """Pictures that were decoded elsewhere, as ours are; anything else as it is."""
-    if isinstance(image, bytes):  # of a function of the user's
+    """Returns PIL images as RGB, and anything else as it is."""
+    if isinstance(image, bytes):  # returned by a function of the user's
         image = Decoded({"image": image}, limits)["image"]
     mode = getattr(image, "mode", "RGB")
     return image if mode == "RGB" or not hasattr(image, "convert") else image.convert("RGB")
 
 
 def raw_image(example: Example, key: Key, image: Any) -> tuple[str, Any]:
-    """The image as it was read, with the member's name that tells its decoder."""
-    if callable(key):
-        return "image", image
-    name = next(name for name in key.split(";") if name in example)
-    return name, example[name]
+    """Returns the image as it was read, after the name of its member, which tells the decoder."""
+    name = "image" if callable(key) else present_member(example, key)
+    assert name is not None  # else the image would not have been found
+    return name, image if callable(key) else example[name]
 
 
 def add_view(row: Row, name: str, view: Any, argument: str = "") -> None:
@@ -41,7 +39,8 @@ def add_view(row: Row, name: str, view: Any, argument: str = "") -> None:
     single_dim = 1 if is_text else 3
     if isinstance(view, Mapping):
         entries = {key: torch.as_tensor(value) for key, value in view.items()}
-        # Of a processor that makes patches, images have two dimensions: all entries tell together.
+        # Processors that make patches give images of two dimensions, like a batch of texts: that
+        # there is a batch dimension is seen when all entries begin with a 1.
         is_batch = len(entries) > 1 and all(
             entry.dim() > 1 and len(entry) == 1 for entry in entries.values()
         )
@@ -52,11 +51,11 @@ def add_view(row: Row, name: str, view: Any, argument: str = "") -> None:
     elif is_text and isinstance(view, str):
         row[name] = view
     else:
-        what, usual = ("text", "tokenizer") if is_text else ("image", "transform")
+        kind, usual = ("text", "tokenizer") if is_text else ("image", "transform")
         raise ConfigError(
             f"{name} of example {row['key']!r} is a {type(view).__name__}, but models take "
             f"tensors (or mappings of tensors). Pass {argument or usual}=, a function that turns "
-            f"the {what} into one."
+            f"the {kind} into one."
         )
 
 

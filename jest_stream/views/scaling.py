@@ -1,4 +1,7 @@
-"""Score views made smaller, on the device where they lie. Pure functions."""
+"""Score views made smaller, on the device where they lie. Pure functions.
+
+Shapes: n: images, C: channels, H, W: height and width.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ _View = TypeVar("_View", Tensor, dict[str, Tensor], "Tensor | Mapping[str, Tenso
 def scaled(view: _View, side: int | None) -> _View:
     """Returns images of `side` x `side` pixels; None, and images of that size, as they are.
 
-    Bicubic and antialiased: what PIL's BICUBIC gives, of which the transforms of CLIP and SigLIP
-    are made, up to its rounding. An area mean, the other way not to alias, is several times as far
-    from it. Of named tensors, those with four dimensions are images.
+    Bicubic and antialiased, which equals PIL's BICUBIC up to its rounding: the transforms of CLIP
+    and SigLIP use that. An area mean, the other way not to alias, is several times as far from it.
+    Of named tensors, those with four dimensions are images.
 
     Args:
       view: `[n, C, H, W]`, floating or integers from 0 to 255; or named tensors.
@@ -37,7 +40,7 @@ def scaled(view: _View, side: int | None) -> _View:
         shapes = {name: list(tensor.shape[1:]) for name, tensor in view.items()}
         raise ConfigError(
             f"scoring.image_size={side}, but transform gives no images, only {shapes}. Leave "
-            f"scoring.image_size at None, and let transform give what is scored."
+            f"scoring.image_size at None, and let transform give the size that is scored."
         )
     return {
         name: _scaled(tensor, side) if tensor.ndim == 4 else tensor for name, tensor in view.items()

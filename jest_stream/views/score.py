@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from jest_stream.config import DEFAULT_LIMITS, Limits, Metadata, Term
+from jest_stream.config import DEFAULT_LIMITS, Key, Limits, Metadata, Term, Transform
 from jest_stream.types import REFERENCE_ROW, Example
 from jest_stream.views.checksums import checksums, require_same
-from jest_stream.views.compose import Recognised, Reduction
+from jest_stream.views.compose import Reduction, SplitCompose
 from jest_stream.views.decode import Decoded, Reduced, decode
-from jest_stream.views.metadata import Key, find, group_of, number_of
-from jest_stream.views.rows import Row, Transform, add_view, as_rgb, raw_image
+from jest_stream.views.metadata import find, group_of, number_of, present_member
+from jest_stream.views.rows import Row, add_view, as_rgb, raw_image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,21 +22,21 @@ class ScoreView:
     """Makes the deterministic view that candidates are scored on, one row per example."""
 
     keys: tuple[Key, Key]
-    """Where an example's image and text are."""
+    """The members with an example's image and text."""
     learner: tuple[Transform | None, Transform | None]
     """Transform and tokenizer. None: the values are tensors already."""
     reference: tuple[Transform | None, Transform | None]
-    """The reference's own. None: it sees what the learner sees."""
+    """The reference's transform and tokenizer. None: it is given the learner's view."""
     keep_image: bool
     """Whether the undecoded image travels along, for a train view made later."""
     terms: Sequence[Term] = ()
-    """Numbers of the example's own that count in its score; their weighted sum travels along."""
+    """Numbers of each example that count in its score; their weighted sum travels along."""
     group_by: Metadata | tuple[str, ...] | None = None
-    """What tells the example's group. None: no group travels along."""
+    """Metadata that name the example's group. None: no group travels along."""
     limits: Limits = DEFAULT_LIMITS
     """The largest members that are decoded."""
     reduction: Reduction | None = None
-    """How far JPEGs are reduced while they are decoded. Then the transforms are `Recognised`."""
+    """How far JPEGs are reduced while they are decoded. Then the transforms are `SplitCompose`."""
     for_cache: bool = False
     """Whether checksums of image and text travel along, for a cache to hold."""
 
@@ -44,7 +44,7 @@ class ScoreView:
         """Returns the row of one example.
 
         Raises:
-          BadExampleError: for a missing or unreadable member, or metadata that are.
+          BadExampleError: for members or metadata that are missing or unreadable.
           CachedShardChangedError: if its cached embeddings are of another image or text.
           ConfigError: for a value that no transform was given for, or a term that is no number.
         """
@@ -74,10 +74,10 @@ class ScoreView:
         return row
 
     def _image(self, example: Example, decoded: Decoded) -> Any:
-        """The picture, or `Reduced`: members that the user's functions see are never that."""
+        """Returns the picture; `Reduced` only where no function of the user's is given it."""
         key = self.keys[0]
         if self.reduction is not None and isinstance(key, str):
-            name = next((name for name in key.split(";") if name in example), None)
+            name = present_member(example, key)
             if name is not None:
                 image = decode(example, name, self.limits, shrink=self.reduction)
                 return image if isinstance(image, Reduced) else as_rgb(image, self.limits)
@@ -86,6 +86,6 @@ class ScoreView:
 
 def _viewed(transform: Transform | None, image: Any) -> Any:
     if isinstance(image, Reduced):
-        assert isinstance(transform, Recognised)
+        assert isinstance(transform, SplitCompose)
         return transform.of_reduced(image)
     return image if transform is None else transform(image)

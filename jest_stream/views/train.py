@@ -1,7 +1,7 @@
 """The random view that is trained on, made of the few that were chosen. Pure.
 
-Each example has random state of its own, named by run, rank, step and position in the batch, so
-that the view does not depend on where it is made, nor on which others are made there.
+The random state is set anew for each example, by run, rank, step and position in the batch: the
+view does not depend on the process that makes it, nor on the others that are made there.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jest_stream.config import DEFAULT_LIMITS, Limits
+from jest_stream.config import DEFAULT_LIMITS, Limits, Transform
 from jest_stream.errors import ConfigError, UserCodeError
 from jest_stream.randomness import isolated_rng, seed_globally
 from jest_stream.views.columns import Columns, collate, columns_of
 from jest_stream.views.compose import as_picture
 from jest_stream.views.decode import Decoded
-from jest_stream.views.rows import Row, Transform, add_view, as_rgb
+from jest_stream.views.rows import Row, add_view, as_rgb
 
 ARGUMENT = "train_transform"
-"""What the user calls the transform that makes it."""
+"""The user's name for the transform that makes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +33,13 @@ class TrainView:
     seed: int
     rank: int
     is_of_score_view: bool = False
-    """Whether the score view's pixels are what `transform` is given, instead of the image that was
-    read."""
+    """Whether `transform` is given the score view's pixels instead of the image that was read."""
     limits: Limits = DEFAULT_LIMITS
     """The largest images that are decoded."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Which columns of the chosen it takes."""
+        """Names of the columns of the chosen that it takes."""
         return ("image" if self.is_of_score_view else "raw_image", "key", "shard")
 
     def __call__(
@@ -56,7 +55,7 @@ class TrainView:
         Args:
           chosen: `columns` of the chosen, on the CPU.
           step: of the batch.
-          positions: where in the batch each of them is.
+          positions: the position in the batch of each of them.
           note: told step and position before each example.
 
         Raises:
@@ -70,6 +69,7 @@ class TrainView:
                     note(step, position)
                 row: Row = {"key": chosen["key"][index]}
                 image = self._image(chosen, index)
+                # After decoding, which is not random, and just before the code that is.
                 seed_globally("train_view", self.seed, self.rank, step, position)
                 add_view(row, "image", self._transformed(image), argument=ARGUMENT)
                 rows.append(row)

@@ -1,4 +1,4 @@
-"""Worker processes: started, watched and ended here, with the messages that they exchange."""
+"""Worker processes: how they start and end, what they send, and what watches over them."""
 
 from jest_stream.workers.process import (
     Finalizer,

@@ -1,8 +1,9 @@
-"""Worker processes, from both sides: they are started, watched and ended here.
+"""A worker process, from both sides: how it is started, watched and ended.
 
-In: a `Job` for each process; its task travels there and runs. Out: messages over one socket per
-worker. Workers share nothing, so a worker that is killed at any moment ends its own socket and
-leaves no lock or queue that the others wait for. No threads but the one of `end_with_parent`.
+A `Task` travels to the process and runs there, with a socket to the training process. Workers share
+nothing with each other: with a queue for all, a worker killed while writing would leave the reader
+waiting. A socket ends when its worker does, and the next message is known to come from its lane's
+owner. `Worker` is the training process's side and runs in its training thread.
 """
 
 from __future__ import annotations
@@ -28,25 +29,25 @@ from jest_stream.workers.watch import Activity, WorkerStatus, end_with_parent
 
 _STOP_TIMEOUT_S = 3.0
 # Terminals and schedulers send these to every process of a job, to interrupt it or have it save a
-# checkpoint. They are for the training process, whose handlers a worker inherits.
+# checkpoint. The training process answers them; a worker inherits its handlers, and ignores them.
 _FOR_TRAINING = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Task(Protocol):
-    """The work of a worker process. Travels to it."""
+    """The work of one worker process. Travels to it."""
 
     def run(self, parent: ParentConnection, status: WorkerStatus) -> None:
-        """Works until `parent.wants_more` is False; keeps `status` up to date."""
+        """Works until `parent.wants_more` is False; notes each example before it is begun."""
 
 
 class Job(NamedTuple):
-    """A task with the words that messages use of its worker."""
+    """A task, and how messages call it."""
 
     name: str
-    """Name of the worker, such as "worker 0 of 2"."""
+    """The worker's name in messages, such as "worker 0 of 2"."""
     task: Task
     describe: Callable[[Activity | None], str]
-    """Returns "reads lanes 0, 2, ..." with the last activity. Stays in this process."""
+    """Says in messages how the worker is occupied, by its last note. Stays in this process."""
 
 
 class Worker:
@@ -54,7 +55,7 @@ class Worker:
 
     Args:
       context: of `torch.multiprocessing`, with the start method.
-      job: the task and its names.
+      job: its work and name.
     """
 
     def __init__(self, context: Any, job: Job) -> None:
@@ -73,7 +74,7 @@ class Worker:
         self._process.daemon = True
 
     def start(self) -> None:
-        """Starts the process. Its owner must be able to `join` it before this is called.
+        """Starts the process. Its owner must know it by then, to `join` it even if this fails.
 
         Raises:
           WorkerDiedError: if it cannot be started.
@@ -83,13 +84,13 @@ class Worker:
         except EOFError as error:  # of the fork server, which imports the main script
             raise WorkerDiedError(f"{self._name} could not be started. {_GUARD}") from error
         finally:
-            self._theirs.close()  # the connection ends when the worker does
+            self._theirs.close()  # so that the connection ends when the worker does
 
     def receive(self, timeout_s: float) -> Any:
         """Returns the worker's next message.
 
         Raises:
-          WorkerDiedError: if it is gone, with its last activity.
+          WorkerDiedError: if it is gone, with the example it was at.
           StalledError: if it gave nothing for `timeout_s`, with its stacks.
         """
         try:
@@ -104,7 +105,7 @@ class Worker:
             self._check(error)
             raise
 
-    def acknowledge(self) -> None:
+    def answer(self) -> None:
         """Tells the worker that one of its messages was taken.
 
         Raises:
@@ -117,9 +118,9 @@ class Worker:
             raise
 
     def send(self, message: Message) -> None:
-        """Sends a message made with `is_inline=False`, and forgets it if the worker is gone.
+        """Sends a message that is not inline. To a worker that is gone it sends nothing.
 
-        The `receive` that waits for the worker's answer then says so.
+        The `receive` that waits for the answer then raises.
         """
         try:
             message.send(self._connection)
@@ -127,12 +128,12 @@ class Worker:
             pass
 
     def ask_to_stop(self) -> None:
-        """Sends SIGTERM, which interrupts the task where it is."""
+        """Asks the process to end."""
         if self._has_process:
             self._process.terminate()
 
     def join(self, deadline: float) -> None:
-        """Waits for the end of the process, kills it at `deadline`, and closes the descriptors.
+        """Waits until the process is gone, not beyond `deadline`, and lets go of descriptors.
 
         May be called again.
         """
@@ -155,8 +156,8 @@ class Worker:
             return False
 
     def _title(self) -> str:
-        work = self._describe(self._status.activity)
-        return f"{self._name} (process {self._process.pid}), which {work},"
+        occupation = self._describe(self._status.activity)
+        return f"{self._name} (process {self._process.pid}), which {occupation},"
 
     def _check(self, cause: BaseException) -> None:
         """Raises if the process is gone; else the error is ours."""
@@ -165,17 +166,20 @@ class Worker:
             self._raise_died(cause)
 
     def _raise_died(self, cause: BaseException) -> NoReturn:
-        exit_code = self._process.exitcode
-        how, why = f"ended with status {exit_code}", "A transform that calls exit?"
-        if exit_code < 0:
-            how = f"was killed by {signal.Signals(-exit_code).name}"
+        # The reason is guessed by how the process ended. There are five cases:
+        # 1. It exited by itself. 2. A signal ended it. 3. It never ran our code: a main script
+        # without a guard. 4. SIGKILL: the system's memory killer sends it. 5. SIGSEGV: a crash.
+        status = self._process.exitcode
+        how, why = f"ended with status {status}", "A transform that calls exit?"
+        if status < 0:
+            how = f"was killed by {signal.Signals(-status).name}"
             why = "Look for the reason in the system log."
         elif not self._status.has_begun and self._method != "fork":
             how, why = f"{how} before it began", _GUARD
-        if exit_code == -signal.SIGKILL:
+        if status == -signal.SIGKILL:
             why = "Often the system is out of memory: use fewer workers or a smaller super-batch."
-        elif exit_code == -signal.SIGSEGV:
-            why = "A library crashed: look at that example, and at its decoder."
+        elif status == -signal.SIGSEGV:
+            why = "A library crashed: look at that example, and at what decodes it."
         text = f"{self._title()} {how}. {why} {self._status.last_stacks}"
         raise WorkerDiedError(text.rstrip()) from cause
 
@@ -208,12 +212,12 @@ def stop_workers(workers: list[Worker], owner_pid: int) -> None:
     if os.getpid() != owner_pid:
         return
     try:
-        for worker in workers:  # all are asked before the first is waited for
+        for worker in workers:
             worker.ask_to_stop()
         deadline = time.monotonic() + _STOP_TIMEOUT_S
         for worker in workers:
             worker.join(deadline)
-    except BaseException:  # Ctrl-C: those that are left are killed
+    except BaseException:  # Ctrl-C: a deadline of 0 kills those that are left
         for worker in workers:
             worker.join(0)
         raise
@@ -222,9 +226,7 @@ def stop_workers(workers: list[Worker], owner_pid: int) -> None:
 
 
 def start_workers(workers: list[Worker], jobs: Sequence[Job]) -> None:
-    """Starts a process for each job and appends it to `workers`, whose owner stops them.
-
-    Each is appended before it is started: Ctrl-C in between leaves none that nobody stops.
+    """Starts a process for each job and puts it into `workers`, whose owner stops them all.
 
     Raises:
       ConfigError: if a task cannot be sent to a process, as some start methods need.
@@ -239,15 +241,16 @@ def start_workers(workers: list[Worker], jobs: Sequence[Job]) -> None:
 
 
 class ParentConnection:
-    """The training process, as a worker sees it.
+    """The connection to the training process, in a worker.
 
     Args:
-      connection: the socket to it; blocks.
-      is_stopped: whether this process was asked to end.
+      connection: a blocking socket.
+      is_stopped: tells whether this process was asked to end.
     """
 
     def __init__(self, connection: socket.socket, is_stopped: Callable[[], bool]) -> None:
         self.connection = connection
+        """To the training process."""
         self._is_stopped = is_stopped
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
@@ -258,7 +261,7 @@ class ParentConnection:
         return not self._is_stopped()
 
     def wait(self) -> None:
-        """Returns when the training process has sent something, or has closed the connection."""
+        """Waits until the training process has sent something, or has closed the connection."""
         self._poll.poll()
 
     def receive(self) -> Any:
@@ -273,12 +276,12 @@ class ParentConnection:
 def work(
     connection: socket.socket, inherited: socket.socket | None, status: WorkerStatus, task: Task
 ) -> None:
-    """Runs a task in a worker process, until it is stopped.
+    """Runs the task of a worker process, until it is stopped. The process begins here.
 
     Args:
-      connection: the socket to the training process.
-      inherited: its other end, where the worker was forked.
-      status: shared with the training process.
+      connection: to the training process.
+      inherited: the other end of it, where the worker was forked.
+      status: where the task notes its examples.
       task: the work.
     """
     is_stopped = False
@@ -286,9 +289,9 @@ def work(
         inherited.close()  # the connection ends when the training process lets go of it
 
     def leave(*_: object) -> None:
-        """Unwinds the task, which closes its files."""
+        """Unwinds the task, which then closes its files."""
         nonlocal is_stopped
-        is_stopped = True  # the exit raised here may be swallowed: Cython's imports do
+        is_stopped = True  # SystemExit alone may be swallowed: Cython's imports do
         sys.exit()
 
     signal.set_wakeup_fd(-1)  # inherited, it would tell an event loop of the training process
@@ -299,12 +302,13 @@ def work(
     gc.freeze()
     torch.set_num_threads(1)
     status.begin()
-    end_with_parent()  # from a thread: the task may hang in a transform
+    # A thread looks, since the task itself may hang, in a transform for example.
+    end_with_parent()
     task.run(ParentConnection(connection, lambda: is_stopped), status)
 
 
 def _require_picklable(task: object) -> None:
-    """Raises `ConfigError` for a task that cannot travel to a process that is not forked."""
+    """Raises unless the task can be sent to a process that is not forked."""
     try:
         ForkingPickler.dumps(task)
     except Exception as error:

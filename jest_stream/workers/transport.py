@@ -1,12 +1,10 @@
-"""Messages between processes: values, or errors with the traceback that they had in the worker.
+"""Messages between the training process and its workers: values, and errors with their tracebacks.
 
-A message is a pickle (protocol 5) followed by the bytes of its tensors and arrays. Up to 64 KiB go
-through the socket. Of a longer message only a descriptor does, of memory without a name: a worker
-that stops halfway leaves nothing in /dev/shm and no lock that others wait for. The thread that
-calls does the work.
-
-Only messages of our own processes are unpickled, over a socket that no other process can open.
-Data that was read from a source stays bytes here.
+In: anything that pickles, such as a block of columns. Out, in the other process: the same, with
+tensors and arrays that own their memory. Pickle protocol 5 takes their bytes out of the pickled
+object, so that they are copied once. A short message goes through the socket; of a long one only a
+descriptor does, of memory without a name, so that a worker that stops halfway leaves nothing to
+wait for. Only our own processes' messages are unpickled, never data that was read.
 """
 
 from __future__ import annotations
@@ -23,7 +21,6 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -35,17 +32,17 @@ from torch import Tensor
 # long (a process on each of 2 cores).
 _MAX_INLINE_BYTES = 1 << 16
 _ALIGNMENT = 64
-_HEADER = struct.Struct("!QQ?")  # number of parts, bytes of all, whether they lie in memory
+_HEADER = struct.Struct("!QQ?")  # number of parts, bytes in all, whether they are in memory
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An error that a worker sends instead of the value asked for."""
+    """An error that a worker sends in place of the value it was asked for."""
 
     error: Exception
     traceback: str
     position: int = 0
-    """Of the item that it failed at, among those asked for."""
+    """Position of the failed item among those that the worker was asked for."""
 
 
 class WorkerTraceback(Exception):
@@ -56,42 +53,45 @@ class WorkerTraceback(Exception):
 
 
 class Message:
-    """A serialised value on its way out. Owns the memory that it lies in, until it is sent.
+    """A value on its way out. Owns the memory that it lies in, until it is sent.
+
+    The parts are the pickled object and the bytes of each tensor and array in it. Before them
+    stands a table of their sizes; each begins at a multiple of 64 bytes: with parts of 100 and 10
+    bytes the table fills bytes 0 to 15, the parts 64 to 163 and 192 to 201.
 
     Args:
-      value: the value; its CPU tensors and numpy arrays travel as their bytes, wherever they are.
+      value: a picklable object.
       is_inline: whether a short message may go through the socket. If not, sending never waits for
         the other side to read.
     """
 
-    def __init__(self, value: Any, *, is_inline: bool = True) -> None:
+    def __init__(self, value: object, *, is_inline: bool = True) -> None:
         buffers: list[pickle.PickleBuffer] = []
-        pickled = _pickled(value, buffers.append)
-        contents = [memoryview(pickled), *(buffer.raw() for buffer in buffers)]
-        sizes = [content.nbytes for content in contents]
-        # A table of sizes, the pickle, the buffers; each begins at a multiple of 64 bytes. With
-        # sizes (100, 40): table at 0, pickle at 64, buffer at 192, 256 bytes in all.
-        table = struct.pack(f"!{len(sizes)}Q", *sizes)
-        self._num_contents = len(sizes)
-        self._parts: list[bytes | memoryview] = [table, bytes(-len(table) % _ALIGNMENT)]
-        for content in contents:
-            self._parts += [content, bytes(-content.nbytes % _ALIGNMENT)]
-        self.num_bytes = sum(map(len, self._parts))
-        """Memory that it takes."""
+        parts: list[Any] = [_pickled(value, buffers.append), *(each.raw() for each in buffers)]
+        sizes = [part.nbytes for part in parts]
+        pieces: list[Any] = []
+        for piece in [struct.pack(f"!{len(sizes)}Q", *sizes), *parts]:
+            pieces += [piece, bytes(-memoryview(piece).nbytes % _ALIGNMENT)]
+        self._num_parts = len(parts)
+        self.num_bytes = sum(memoryview(piece).nbytes for piece in pieces)
+        """How much memory it takes."""
+        self._pieces = pieces
         self._memory: io.FileIO | None = None
         if self.num_bytes > _MAX_INLINE_BYTES or not is_inline:
+            self._pieces = []
             self._memory = new_memory()
-            writer = io.BufferedWriter(self._memory)
-            for part in self._parts:
-                writer.write(part)
-            writer.detach()
-            self._parts = []
+            try:
+                for piece in pieces:
+                    _write(self._memory.fileno(), piece)
+            except BaseException:
+                self._memory.close()
+                raise
 
     def send(self, connection: socket.socket) -> None:
         """Sends it, and lets go of it. Waits while the other side does not read."""
-        header = _HEADER.pack(self._num_contents, self.num_bytes, self._memory is not None)
+        header = _HEADER.pack(self._num_parts, self.num_bytes, self._memory is not None)
         if self._memory is None:
-            connection.sendall(b"".join([header, *self._parts]))
+            connection.sendall(b"".join([header, *self._pieces]))
             return
         try:
             while True:
@@ -110,19 +110,20 @@ def failure_message(error: Exception, *, position: int = 0) -> Message:
     """Returns an error as a message; as a `RuntimeError` where it cannot travel itself."""
     text = "".join(traceback.format_exception(error))
     try:
-        arrived = pickle.loads(_pickled(error))  # some can be pickled but not unpickled
+        arrived = pickle.loads(_pickled(error))  # some can be pickled, but not unpickled
         if type(arrived) is type(error) and str(arrived) == str(error):
             return Message(Failure(error, text, position))
     except Exception:
         pass
-    return Message(Failure(RuntimeError(f"{type(error).__name__}: {error}"), text, position))
+    stand_in = RuntimeError(f"{type(error).__name__}: {error}")
+    return Message(Failure(stand_in, text, position))
 
 
 def receive(connection: socket.socket, sentinel: int | None, timeout_s: float) -> Any:
-    """Returns the next message; its tensors and arrays own their memory.
+    """Returns the value of the next message; its tensors own their memory.
 
     Args:
-      connection: the socket that it comes from.
+      connection: to the sender.
       sentinel: of the process that sends it: ready when that is gone. None: not watched.
       timeout_s: longest wait for all of it.
 
@@ -144,22 +145,20 @@ def receive(connection: socket.socket, sentinel: int | None, timeout_s: float) -
             if not data:
                 raise EOFError
             header += data
-        num_contents, num_bytes, is_in_memory = _HEADER.unpack(header)
-        unfilled: Any = np.empty(num_bytes, np.uint8)  # not zeroed, as a bytearray would be
-        content = memoryview(unfilled)
+        num_parts, num_bytes, is_in_memory = _HEADER.unpack(header)
+        content: Any = np.empty(num_bytes, np.uint8)
+        view = memoryview(content)
         if is_in_memory:
             assert memory is not None
             for start in range(0, num_bytes, 1 << 30):  # a read takes less than 2 GiB
-                os.preadv(memory, [content[start : start + (1 << 30)]], start)
+                os.preadv(memory, [view[start : start + (1 << 30)]], start)
         else:
-            _receive_into(content, connection, sentinel, deadline)
+            _receive_into(view, connection, sentinel, deadline)
     finally:
         if memory is not None:
             os.close(memory)
-    sizes = struct.unpack_from(f"!{num_contents}Q", content)
-    starts = accumulate(map(_aligned, sizes), initial=_aligned(8 * num_contents))
-    contents = [content[start : start + size] for start, size in zip(starts, sizes, strict=False)]
-    return pickle.loads(contents[0], buffers=contents[1:])
+    pickled, *buffers = _parts_of(view, num_parts)
+    return pickle.loads(pickled, buffers=buffers)
 
 
 def new_memory() -> io.FileIO:
@@ -169,6 +168,16 @@ def new_memory() -> io.FileIO:
     descriptor, path = tempfile.mkstemp(prefix="jest_stream")
     os.unlink(path)
     return io.FileIO(descriptor, "r+")
+
+
+def _parts_of(view: memoryview, num_parts: int) -> list[memoryview]:
+    """Returns the parts of a message, by the table of sizes at its head."""
+    sizes = struct.unpack_from(f"!{num_parts}Q", view)
+    parts, offset = [], _aligned(8 * num_parts)
+    for size in sizes:
+        parts.append(view[offset : offset + size])
+        offset += _aligned(size)
+    return parts
 
 
 def _aligned(num_bytes: int) -> int:
@@ -196,45 +205,50 @@ def _wait(connection: socket.socket, sentinel: int | None, deadline: float) -> N
     ready = wait(watched, max(deadline - time.monotonic(), 0))
     if not ready:
         raise TimeoutError
-    # A process that has sent and then ended makes both ready: its message is still read.
     if connection not in ready:
         raise EOFError
 
 
+def _write(memory: int, data: Any) -> None:
+    view = memoryview(data)
+    while view.nbytes:
+        view = view[os.write(memory, view) :]
+
+
 def _pickled(
-    value: Any, take_buffer: Callable[[pickle.PickleBuffer], object] | None = None
+    value: object, take_buffer: Callable[[pickle.PickleBuffer], object] | None = None
 ) -> memoryview:
-    """Returns the pickle of a value; bytes of tensors and arrays go to `take_buffer`, if given."""
+    """Returns the pickled object; the bytes of tensors and arrays go to `take_buffer`, if given."""
     file = io.BytesIO()
-    _Pickler(file, protocol=5, buffer_callback=take_buffer).dump(value)
+    _Pickler(file, 5, buffer_callback=take_buffer).dump(value)
     return file.getbuffer()
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles tensors as their bytes.
+    """Takes the bytes of tensors out of the pickled object, as numpy does with its arrays.
 
-    `torch.multiprocessing` would give each a file in /dev/shm, and a descriptor that stays open
-    while the tensor lives; torch's own `__reduce_ex__` calls `torch.save` and `torch.load`.
+    `torch.multiprocessing` would give each a file in /dev/shm and a descriptor, open as long as the
+    tensor lives; torch's own `__reduce_ex__` calls `torch.save` and `torch.load`.
     """
 
     def reducer_override(self, value: Any) -> Any:
-        """Returns how a tensor is rebuilt. There are three cases:
+        """Returns how a tensor is made again; all else goes its own way.
 
-        1. A dense tensor on the CPU is rebuilt over its bytes, as a plain tensor without gradient.
-        2. A sparse one is rebuilt of its dense parts, which come here again. Torch's own way keeps
-           each that arrives in a list, until the next `torch.load` checks them (torch 2.14).
-        3. Any other, and every other object, travels as its class says.
+        There are three cases:
+        1. A tensor on another device, and a quantized one, travel as torch pickles them.
+        2. A sparse tensor is made of its dense parts, which come here again: made dense, one of
+           256 x 1,000,000 would take 1 GB. torch's own way would keep each one that it unpickles
+           in a list, until the next `torch.load` (torch 2.14).
+        3. Any other arrives as a plain tensor over the bytes received, without gradient.
         """
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or value.is_quantized or value.device.type != "cpu":
             return NotImplemented
         layout = value.layout
-        if layout == torch.strided:
-            if value.is_quantized or value.device.type != "cpu":
-                return NotImplemented
-            plain = value.detach().resolve_conj().resolve_neg().contiguous()
-            data: Any = plain.flatten().view(torch.uint8).numpy()
-            return _tensor, (pickle.PickleBuffer(data), plain.dtype, tuple(plain.shape))
         parts: tuple[Tensor, ...]
+        if layout == torch.strided:
+            plain = value.detach().resolve_conj().resolve_neg().contiguous()
+            data: Any = plain.flatten().view(torch.uint8).numpy() if plain.numel() else b""
+            return _tensor_of, (pickle.PickleBuffer(data), tuple(plain.shape), plain.dtype)
         if layout == torch.sparse_coo:
             make = partial(torch.sparse_coo_tensor, is_coalesced=value.is_coalesced())
             parts = value._indices(), value._values()
@@ -250,8 +264,7 @@ class _Pickler(pickle.Pickler):
         return partial(make, check_invariants=False), (*parts, value.shape)
 
 
-def _tensor(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """Returns the tensor that lies in these bytes, without a copy."""
-    if len(data) == 0:
+def _tensor_of(data: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if not memoryview(data).nbytes:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).reshape(shape)

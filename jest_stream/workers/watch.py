@@ -1,9 +1,9 @@
-"""Signs of life of a worker, for messages: its last activity, and its stacks when it hangs.
+"""Watches over reading: the example at hand, and the stacks of a process that hangs.
 
-`WorkerStatus` is written by a worker and read by the training process, also when the worker is gone
-or hangs in C code, with or without the interpreter's lock. `Watchdog` is for reading in this
-process: a thread that sleeps, and logs all stacks when a read takes too long. `end_with_parent`
-starts a thread in a worker. Neither of the first two ends anything.
+A worker keeps `WorkerStatus`; the training process reads them, even of a worker that is gone or hangs in C
+code, with or without the interpreter's lock. `Watchdog` watches reading in the training process: a
+thread that sleeps, and logs all stacks when a read takes too long. Neither ends a process, but
+`end_with_parent` has a worker end when the training process is gone.
 """
 
 from __future__ import annotations
@@ -46,26 +46,27 @@ class Activity(NamedTuple):
 
 
 class WorkerStatus:
-    """Last activity of a worker, and its stacks when asked. Owns a descriptor of shared memory.
+    """The example that a worker reads, and its stacks on request. Owns shared memory.
 
-    Three numbers lie at the start of the memory, the text of the stacks from byte 4,096 on.
+    The first 24 bytes hold the numbers of the example, those from 4,096 on the stacks, written by
+    faulthandler. There is no lock: 24 bytes are written in one call, by one writer.
     """
 
     def __init__(self, descriptor: int | None = None) -> None:
         self._memory = new_memory() if descriptor is None else io.FileIO(descriptor, "r+")
 
     def begin(self) -> None:
-        """In the worker: says that it runs, and shows its stacks when it crashes or is asked."""
+        """WorkerStatus, in the worker, that it runs; has its stacks shown at a crash or on request."""
         os.pwrite(self._memory.fileno(), _ACTIVITY.pack(1, -1, 0), 0)
         os.lseek(self._memory.fileno(), _STACKS_AT, os.SEEK_SET)
-        # Written in C, by the signal handler: also while the interpreter hangs in a library.
+        # faulthandler writes in C, in the signal handler, while the interpreter hangs or not.
         faulthandler.enable(file=self._memory.fileno())
         faulthandler.register(
             _SHOW_STACKS, file=self._memory.fileno(), all_threads=True, chain=False
         )
 
     def put(self, number: int, position: int) -> None:
-        """In the worker: notes the activity that begins; 0.5 us."""
+        """WorkerStatus, in the worker, the example that comes next; takes 0.5 us."""
         os.pwrite(self._memory.fileno(), _ACTIVITY.pack(1, number, position), 0)
 
     @property
@@ -75,7 +76,7 @@ class WorkerStatus:
 
     @property
     def activity(self) -> Activity | None:
-        """The last activity of the worker; None before the first."""
+        """The example that the worker was busy with last; None before the first."""
         data = os.pread(self._memory.fileno(), _ACTIVITY.size, 0)
         if not data:
             return None
@@ -84,7 +85,7 @@ class WorkerStatus:
 
     @property
     def last_stacks(self) -> str:
-        """The stacks that were asked for, or that a crash left; empty if there are none."""
+        """The stacks requested, or left by a crash; empty if there are none."""
         data = os.pread(self._memory.fileno(), _MAX_STACKS_BYTES, _STACKS_AT)
         return f"Its stacks:\n{data.decode('utf-8', 'replace').rstrip()}" if data else ""
 
@@ -93,7 +94,6 @@ class WorkerStatus:
         if not self.has_begun:
             return "It had not begun to run Python code of ours."
         os.kill(pid, _SHOW_STACKS)
-        # faulthandler says no "end": the text is complete once nothing was added for 0.2 s.
         deadline = time.monotonic() + _STACKS_TIMEOUT_S
         text, is_quiet_at = "", deadline
         while time.monotonic() < min(deadline, is_quiet_at):
@@ -108,7 +108,7 @@ class WorkerStatus:
         self._memory.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles it for a process that is being started, and was not forked."""
+        """Travels to a process that is started without a fork, as a copy of the descriptor."""
         return _reopened, (multiprocessing.reduction.DupFd(self._memory.fileno()),)
 
 
@@ -116,7 +116,7 @@ class Watchdog:
     """Logs all stacks of this process when a read takes longer than `timeout_s`.
 
     A context manager around each read; `close` ends its thread. The thread only reads two
-    attributes, which the reading thread sets, so it needs no lock.
+    attributes, which the reading thread sets: there is no lock.
     """
 
     def __init__(self, timeout_s: float, title: str) -> None:
@@ -129,7 +129,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="jest_stream watch", daemon=True)
 
     def __enter__(self) -> None:
-        if self._thread.ident is None:  # not in the constructor: its caller may never close this
+        if self._thread.ident is None:  # not in the constructor: an owner must know it, to close it
             self._thread.start()
         self._reader = threading.get_ident()
         self._began_at = time.monotonic()
@@ -167,9 +167,9 @@ class Watchdog:
 
 
 def end_with_parent() -> None:
-    """Ends this process, from now on, once its parent is gone: a killed one cannot say so.
+    """Ends this process once its parent is gone: a killed parent cannot say so.
 
-    The connection does not tell it either: another worker may have inherited the other end.
+    The connection may not tell either, since another worker may have inherited its other end.
     """
     parent_pid = os.getppid()
 
@@ -195,7 +195,7 @@ def _own_stacks(first: int) -> str:
 
 
 def _state(pid: int) -> str:
-    """Returns the state of a process in words, such as stopped or waiting for a disk."""
+    """Returns in words the state of a process: stopped, or waiting for a disk, perhaps."""
     try:
         letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):

@@ -71,7 +71,7 @@ def test_sizes_change_at_their_steps(
 @pytest.mark.parametrize(
     ("ratio", "message"),
     [
-        ({3: 0.5}, "filter_ratio must say what holds from step 0 on"),
+        ({3: 0.5}, "filter_ratio must give the ratio from step 0 on"),
         ({0: 0.5, -1: 0.5}, "a step of filter_ratio must be an integer of at least 0, got -1"),
         ({0: 0.5, 7: 1.0}, r"filter_ratio must be in \[0, 1\), got 1.0"),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jest_stream.demo.comparison import Standing, clear_sign, compare, table, verdict
+from jest_stream.demo.comparison import CurvePoint, clear_sign, compare, table, verdict
 from jest_stream.demo.training import Recall
 
 PAIRS = {"emoji": 1600}
@@ -11,7 +11,7 @@ PAIRS = {"emoji": 1600}
 def curve(*recalls, flops=1.0, seconds=1.0):
     """A test every 100 steps; `flops` and `seconds` per 100 steps."""
     return [
-        Standing(
+        CurvePoint(
             steps=100 * at,
             scored=1280 * 100 * at,
             trained=256 * 100 * at,

@@ -18,7 +18,7 @@ from jest_stream.demo.model import (
     TwoTowerModel,
     sigmoid_loss,
 )
-from jest_stream.scoring.encoders import two_tower
+from jest_stream.scoring.two_tower import two_tower
 
 CAPTION = "fire engine: engine, fire, truck"
 

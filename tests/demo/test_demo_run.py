@@ -23,20 +23,20 @@ def cache_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def shards(cache_dir):
+def demo_shards(cache_dir):
     return data.unpack(cache_dir)
 
 
-def test_the_pool_unpacks_to_shards_once(shards, cache_dir):
-    assert len(shards) >= 20
-    before = [os.stat(path).st_mtime_ns for path in shards]
-    assert data.unpack(cache_dir) == shards
-    assert [os.stat(path).st_mtime_ns for path in shards] == before
+def test_the_pool_unpacks_to_shards_once(demo_shards, cache_dir):
+    assert len(demo_shards) >= 20
+    before = [os.stat(path).st_mtime_ns for path in demo_shards]
+    assert data.unpack(cache_dir) == demo_shards
+    assert [os.stat(path).st_mtime_ns for path in demo_shards] == before
     assert len(os.listdir(cache_dir)) == 1  # nothing half-written is left
 
 
-def test_shards_hold_picture_caption_and_origin(shards):
-    example, _ = next(TarSource(shards).read(0))
+def test_shards_hold_picture_caption_and_origin(demo_shards):
+    example, _ = next(TarSource(demo_shards).read(0))
     assert {"webp", "txt", "json"} <= example.keys()
     assert json.loads(example["json"]).keys() == {"set", "family", "category", "licence"}
 
@@ -69,7 +69,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
         data.unpack(tmp_path / "file")
 
 
-def test_the_default_cache_is_the_user_s(tmp_path, monkeypatch, shards):
+def test_the_default_cache_is_the_user_s(tmp_path, monkeypatch, demo_shards):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert data._user_cache() == tmp_path / "jest_stream"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -77,7 +77,7 @@ def test_the_default_cache_is_the_user_s(tmp_path, monkeypatch, shards):
     assert data._user_cache() == tmp_path / ".cache" / "jest_stream"
 
 
-def test_a_short_demo_writes_table_plot_and_results(shards, cache_dir, tmp_path, capsys):
+def test_a_short_demo_writes_table_plot_and_results(demo_shards, cache_dir, tmp_path, capsys):
     random_state, num_threads = torch.get_rng_state(), torch.get_num_threads()
     out = tmp_path / "new" / "folder"
     returned = run_demo(steps=2, seed=3, out=out, filter_ratio=0.5, cache_dir=cache_dir)
@@ -111,7 +111,7 @@ def test_a_short_demo_writes_table_plot_and_results(shards, cache_dir, tmp_path,
         ({"steps": 1, "filter_ratio": 1.5}, "filter_ratio must be in"),
     ],
 )
-def test_settings_that_cannot_work_are_named(arguments, message, shards, cache_dir, tmp_path):
+def test_settings_that_cannot_work_are_named(arguments, message, demo_shards, cache_dir, tmp_path):
     with pytest.raises(ConfigError, match=message):
         run_demo(out=tmp_path, cache_dir=cache_dir, **arguments)
 

@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 from support.leaks import no_leaks  # noqa: F401
 from support.models import TinyTwoTower, flipped, to_tensor, tokenize
-from support.shards import write_shards
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -36,7 +35,7 @@ from jest_stream import (
 )
 from jest_stream.errors import ConfigError
 from jest_stream.metrics.metrics import shared_out
-from jest_stream.scoring.forward import embed_once
+from jest_stream.scoring.learner import embed_once
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -74,9 +73,7 @@ def half_pixels(image: Image.Image) -> Tensor:
     return pil_to_tensor(image.resize((16, 16))).float() / 255
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return write_shards(tmp_path_factory.mktemp("shards"), num_shards=4, examples_per_shard=64)
+SHARDS = {"num_shards": 4, "examples_per_shard": 64}
 
 
 def jest(shards: Any, learner: nn.Module | None = None, **options: Any) -> JESTDataset:

@@ -1,4 +1,4 @@
-"""What a JEST step costs agrees with the formula within 2 %, whatever makes scoring cheap.
+"""The cost of a JEST step agrees with the formula within 2 %, in every way to score cheaply.
 
 Counted as it runs, through the public dataset; expected from FLOPs of the towers by hand.
 
@@ -15,7 +15,7 @@ from support.vit_flops import Setting, Shape, counted, settings
 from torch import nn
 
 from jest_stream import ScoringConfig
-from jest_stream.metrics.compute import forward_flops
+from jest_stream.metrics.flops import forward_flops
 from jest_stream.scoring.learner import LearnerCopy
 
 SHAPE = Shape(

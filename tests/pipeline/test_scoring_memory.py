@@ -1,6 +1,6 @@
 """Scoring that runs out of memory goes on in smaller parts; training is not harmed.
 
-    pytest tests/scoring/test_scoring_memory.py
+    pytest tests/pipeline/test_scoring_memory.py
 
 The encoder raises what a CUDA device raises.
 """
@@ -14,7 +14,6 @@ import pytest
 import torch
 from support.leaks import no_leaks  # noqa: F401  a fixture
 from support.models import TinyTwoTower, tiny_dataset, train_step
-from support.shards import write_shards
 from torch import Tensor
 
 from jest_stream import JESTDataset, ScoringConfig
@@ -42,11 +41,6 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> type[Narrow]:
     monkeypatch.setattr(Narrow, "sizes", [])
     monkeypatch.setattr(Narrow, "most", 1000)
     return Narrow
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return write_shards(tmp_path_factory.mktemp("shards"), num_shards=4, examples_per_shard=16)
 
 
 def dataset_of(shards: list[str], learner: TinyTwoTower, **options: Any) -> JESTDataset:

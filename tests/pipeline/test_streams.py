@@ -1,6 +1,6 @@
 """Scoring beside training: the same batches, nothing touched too early, no wait too many.
 
-    pytest tests/scoring/test_streams.py
+    pytest tests/pipeline/test_streams.py
 
 Runs the whole dataset on `QueuedDevice`, a model of a device with streams that looks for accesses
 that nothing orders. What runs on a real one is in `test_streams_gpu.py`.
@@ -20,22 +20,16 @@ import torch
 from support.leaks import no_leaks  # noqa: F401  a fixture
 from support.models import TinyTwoTower, flipped, train_step
 from support.queued_device import QueuedDevice
-from support.shards import write_shards
 from support.stream_runs import SCENARIOS, Learner, dataset_of, scenario_of, take
 from torch import Tensor
 
 from jest_stream import SelectionConfig
 from jest_stream.errors import NonFiniteError
 from jest_stream.pipeline.device import streams
-from jest_stream.pipeline.device.choice import Choice
+from jest_stream.pipeline.device.pending import PendingSelection
 from jest_stream.pipeline.device.streams import Slot
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return write_shards(tmp_path_factory.mktemp("shards"), num_shards=4, examples_per_shard=16)
 
 
 @pytest.fixture
@@ -188,7 +182,9 @@ def test_weights_that_still_lie_in_the_slot_are_caught(
     patch: Callable[[QueuedDevice | None], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Choice, "weights", lambda choice, device: choice.on_device.weights)
+    monkeypatch.setattr(
+        PendingSelection, "weights", lambda pending, device: pending.on_device.weights
+    )
     device = QueuedDevice()
     patch(device)
     scenario_of(lookahead=0, refresh_every=100)(shards, device)

@@ -1,6 +1,6 @@
 """Scoring beside training on a real GPU: rules that only it can break.
 
-    pytest -m gpu tests/scoring/test_streams_gpu.py
+    pytest -m gpu tests/pipeline/test_streams_gpu.py
 
 Skipped without CUDA; `test_streams.py` runs the same schedule on a model of a device.
 """

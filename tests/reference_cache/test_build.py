@@ -1,4 +1,4 @@
-"""A cache holds what the reference gives, and its files depend on nothing but what was embedded.
+"""A cache holds what the reference gives, and its files depend on the embedded data alone.
 
 pytest tests/reference_cache/test_build.py
 """
@@ -32,6 +32,8 @@ from jest_stream.errors import (
 )
 from jest_stream.types import REFERENCE_ROW
 from jest_stream.views.columns import gather_rows
+
+SHARDS = {"num_shards": NUM_SHARDS, "examples_per_shard": PER_SHARD}
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

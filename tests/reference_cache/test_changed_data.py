@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.cache_builds import build, train_from
 from support.leaks import no_leaks  # noqa: F401
-from support.shards import draw, make_example, members, write_shards, write_tar
+from support.shards import draw, make_example, members, write_tar
 
 from jest_stream.errors import CachedShardChangedError
 
@@ -20,10 +20,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 NUM_SHARDS, PER_SHARD = 4, 12
 
-
-@pytest.fixture
-def shards(tmp_path: Path) -> list[str]:
-    return write_shards(tmp_path / "s", num_shards=NUM_SHARDS, examples_per_shard=PER_SHARD)
+SHARDS = {"num_shards": NUM_SHARDS, "examples_per_shard": PER_SHARD}
 
 
 def rewritten(shards: list[str], change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -44,12 +41,12 @@ def rewritten(shards: list[str], change: Callable[[dict[str, Any]], dict[str, An
 )
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_other_captions_and_pictures_under_the_same_keys_are_noticed(
-    folder: Path, shards: list[str], member: str, data: bytes, message: str, num_workers: int
+    folder: Path, own_shards: list[str], member: str, data: bytes, message: str, num_workers: int
 ) -> None:
-    rewritten(shards, lambda example: {**example, member: data})
+    rewritten(own_shards, lambda example: {**example, member: data})
     with pytest.raises(CachedShardChangedError, match=message + r"\d\d' of shard .*") as raised:
-        train_from(shards, str(folder), num_workers=num_workers)
-    assert raised.value.shard in shards
+        train_from(own_shards, str(folder), num_workers=num_workers)
+    assert raised.value.shard in own_shards
 
 
 @pytest.mark.parametrize(

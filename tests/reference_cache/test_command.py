@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cache_builds import files_of
+from support.cache_builds import NUM_SHARDS, PER_SHARD, files_of
 from support.clip_models import write_folder
 from support.fault_server import FaultServer
 from support.faults import Fault
@@ -29,6 +29,8 @@ from support.shards import write_shards
 
 from jest_stream import ReferenceCache, StorageConfig
 from jest_stream.cli import main
+
+SHARDS = {"num_shards": NUM_SHARDS, "examples_per_shard": PER_SHARD}
 
 pytestmark = [pytest.mark.usefixtures("no_leaks"), pytest.mark.timeout(400)]
 
@@ -75,7 +77,7 @@ def start(command: list[str], *, program: tuple[str, ...] = (), **options: Any) 
 
 
 def finish(process: Any) -> tuple[str, str]:
-    """Waits for its end; returns what it said."""
+    """Waits for its end; returns its output and its errors."""
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, f"{out}\n{err}"
     return out, err

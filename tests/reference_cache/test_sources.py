@@ -6,7 +6,6 @@ pytest tests/reference_cache/test_sources.py
 from __future__ import annotations
 
 import pickle
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from support.cache_builds import build
+from support.cache_builds import NUM_SHARDS, PER_SHARD, build
 from support.fault_server import FaultServer
 from support.hub_server import HubServer, parquet_of
 from support.leaks import no_leaks  # noqa: F401
@@ -25,15 +24,16 @@ from torch.nn import functional as F
 
 from jest_stream import (
     HuggingFaceSource,
-    JESTDataset,
     ReferenceCache,
     StorageConfig,
     TarSource,
     open_source,
 )
-from jest_stream.errors import ConfigError, ReferenceMismatchError
+from jest_stream.errors import ReferenceMismatchError
 from jest_stream.types import REFERENCE_ROW, Source
 from jest_stream.views.decode import Decoded
+
+SHARDS = {"num_shards": NUM_SHARDS, "examples_per_shard": PER_SHARD}
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -114,19 +114,3 @@ def test_a_joined_source_can_be_sent_to_another_process(tmp_path: Path) -> None:
     assert_joined(pickle.loads(pickle.dumps(joined)), 64)
     assert joined.fingerprint == TarSource(shards).fingerprint
     assert joined.num_examples is None and "JoinedSource" in repr(joined)
-
-
-def test_without_pyarrow_the_message_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shards = write_shards(tmp_path / "s")
-    build(shards, tmp_path / "cache")
-    for name in [name for name in sys.modules if name.startswith("pyarrow")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    message = r'needs the package pyarrow.*pip install "jest_stream\[cache\]"'
-    with pytest.raises(ConfigError, match=message):
-        build(shards, tmp_path / "other")
-    with pytest.raises(ConfigError, match=message):
-        JESTDataset(shards, learner=TinyTwoTower(1), reference=tmp_path / "cache", batch_size=4)
-    assert not (tmp_path / "other").exists()

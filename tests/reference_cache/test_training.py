@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.cache_builds import build
+from support.cache_builds import NUM_SHARDS, PER_SHARD, build
 from support.clip_models import write_folder
 from support.leaks import no_leaks  # noqa: F401
 from support.models import TinyTwoTower, to_tensor, tokenize, train_step
@@ -29,13 +29,15 @@ from jest_stream import (
     TarSource,
 )
 from jest_stream.errors import ConfigError, ReferenceMismatchError
-from jest_stream.scoring.named import NamedReference, load_reference
+from jest_stream.scoring.named_reference import NamedReference, load_reference
 from jest_stream.scoring.reference import ReferenceModel
 from jest_stream.selection.joint import joint_selection
 from jest_stream.testing.resume import assert_resumes
 from jest_stream.types import REFERENCE_ROW
 from jest_stream.views.columns import collate, gather_rows
 from jest_stream.views.score import ScoreView
+
+SHARDS = {"num_shards": NUM_SHARDS, "examples_per_shard": PER_SHARD}
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -11,7 +11,7 @@ from support.models import Plain
 from torch import Tensor, nn
 
 from jest_stream.errors import ConfigError
-from jest_stream.scoring.encoders import embed_in_micro_batches, two_tower
+from jest_stream.scoring.two_tower import embed_in_micro_batches, two_tower
 
 
 def test_missing_methods_are_named_with_what_is_accepted():

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from jest_stream import ScoringConfig
 from jest_stream.errors import ResumeMismatchError
-from jest_stream.scoring.encoders import two_tower
 from jest_stream.scoring.learner import LearnerCopy
 from jest_stream.scoring.reference import ReferenceModel
+from jest_stream.scoring.two_tower import two_tower
 
 SIZES = [
     {"image_size": 32},
@@ -42,7 +42,7 @@ def embedded(model: nn.Module, image: Tensor) -> Tensor:
 
 
 def copied(model: nn.Module, image: Tensor, **scoring: Any) -> Tensor:
-    """What the learner copy and the reference say, which must be one and the same."""
+    """Embeddings of the learner copy, which must be those of the reference."""
     setting = ScoringConfig(**scoring)
     got = LearnerCopy(model, refresh_every=1, scoring=setting).embed(image, words())
     reference = ReferenceModel(clone(model), scoring=setting).embed(image, words())
@@ -52,7 +52,7 @@ def copied(model: nn.Module, image: Tensor, **scoring: Any) -> Tensor:
 
 
 def resized_by_open_clip(model: nn.Module, **vision: Any) -> nn.Module:
-    """What open_clip makes of the weights when it loads them into a model of another size."""
+    """The weights that open_clip makes when it loads them into a model of another size."""
     from open_clip.model import resize_pos_embed
     from timm.layers import resample_patch_embed
 

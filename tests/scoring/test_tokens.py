@@ -1,4 +1,4 @@
-"""Which tokens are kept: evenly spread, the same for every image.
+"""The kept tokens are evenly spread, the same for every image.
 
 Run: pytest tests/scoring/test_tokens.py
 """

@@ -117,5 +117,5 @@ def test_sizes_and_meanings_that_do_not_exist_are_errors():
         select_uniformly(30, batch_size=0)
     with pytest.raises(ConfigError, match="must be 'none' or 'super_batch', got 'all'"):
         select_independently(*models(0), batch_size=5, negatives="all")
-    with pytest.raises(ConfigError, match="num_chunks=6 is above batch_size=5"):
-        select_independently(*models(0), batch_size=5, num_chunks=6)
+    with pytest.raises(ConfigError, match="num_chunks must be an integer of at least 1, got 0"):
+        select_independently(*models(0), batch_size=5, num_chunks=0)

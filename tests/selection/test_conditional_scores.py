@@ -14,12 +14,13 @@ import torch
 from support.selection_inputs import embeddings_with_logits, random_embeddings
 
 from jest_stream.selection import losses
+from jest_stream.selection.checks import check_candidates
 from jest_stream.selection.conditional import (
     ExactSoftmaxScores,
     OwnSigmoidScores,
     SigmoidScores,
     SoftmaxScores,
-    streaming_scores,
+    conditional_scores,
     take,
 )
 from jest_stream.selection.scores import WeightedScore, easy_reference, hard_learner, learnability
@@ -53,7 +54,9 @@ def test_a_table_worked_out_by_hand():
     #   [ln 2, 30,  0]
     #   [0,    20, 10]
     #   [50,    0,  0]
-    conditional = streaming_scores(learner, None, score=hard_learner, loss="sigmoid")
+    conditional = conditional_scores(
+        check_candidates(learner, None, score=hard_learner, loss="sigmoid")
+    )
     torch.testing.assert_close(conditional.scores(), torch.tensor([math.log(2), 20.0, 0.0]))
     condition(conditional, [1])
     # Example 0 gains its pairs with 1: 30 + 0. Example 2: 0 + 10.
@@ -69,7 +72,9 @@ def test_a_softmax_table_worked_out_by_hand():
         [3.0, 1.0, 4.0],
         [1.0, 5.0, 9.0],
         [2.0, 6.0, 5.0]])  # fmt: skip
-    conditional = streaming_scores(learner, None, score=hard_learner, loss="softmax")
+    conditional = conditional_scores(
+        check_candidates(learner, None, score=hard_learner, loss="softmax")
+    )
     torch.testing.assert_close(conditional.scores(), torch.tensor([-3.0, -5.0, -5.0]))
     condition(conditional, [1])
     # One chosen: the log-sum-exps are the logits themselves. Example 0: (1 + 1) / 2 - 3.
@@ -97,7 +102,9 @@ def test_an_exact_marginal_worked_out_by_hand():
 def test_sigmoid_scores_equal_the_matrix(score, scale, bias):
     learner = random_embeddings(40, 12, seed=1, scale=scale, bias=bias)
     reference = random_embeddings(40, 7, seed=2, scale=30.0, bias=bias - 3)
-    conditional = streaming_scores(learner, reference, score=score, loss="sigmoid")
+    conditional = conditional_scores(
+        check_candidates(learner, reference, score=score, loss="sigmoid")
+    )
     matrix = naive.score_matrix(
         learner if score.learner_weight else None, reference if score.reference_weight else None
     )
@@ -135,7 +142,9 @@ def test_weights_and_functions_score_as_the_matrix_does():
         (lambda a, b: (a - b).clamp_min(-0.1) * a, (own - other).clamp_min(-0.1) * own),
     ]
     for score, matrix in cases:
-        conditional = streaming_scores(learner, reference, score=score, loss="sigmoid")
+        conditional = conditional_scores(
+            check_candidates(learner, reference, score=score, loss="sigmoid")
+        )
         chosen: list[int] = []
         for chunk in CHUNKS:
             oracle = matrix.diagonal() + matrix[chosen].sum(0) + matrix[:, chosen].sum(1)
@@ -149,7 +158,9 @@ def test_learner_equal_to_reference_scores_exactly_zero(loss):
     # Not almost: differences are taken tile by tile, before anything is summed up.
     learner = random_embeddings(500, 64, seed=0, scale=80.0)
     reference = replace(learner, image=learner.image.clone(), text=learner.text.clone())
-    conditional = streaming_scores(learner, reference, score=learnability, loss=loss)
+    conditional = conditional_scores(
+        check_candidates(learner, reference, score=learnability, loss=loss)
+    )
     for chunk in torch.arange(120).split(50):
         assert not conditional.scores().any()
         conditional.condition_on(take(conditional.models, chunk))

@@ -190,6 +190,7 @@ def test_an_infinite_gain_leaves_only_the_best():
         (2048, 16, [128] * 16),  # int(10240 * (1 - 0.8) / 16) is 127
         (5, 5, [1] * 5),
         (7, 1, [7]),
+        (7, 16, [1] * 7),  # never more chunks than examples
     ],
 )
 def test_chunk_sizes_add_up_and_the_remainder_goes_first(batch_size, num_chunks, sizes):

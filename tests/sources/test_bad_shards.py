@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support import block_readers as readers
 from support.leaks import no_leaks
+from support.pairs import alone, sizes_of, stream_config
 from support.shards import make_example, members, write_shards, write_tar
 
 from jest_stream.errors import (
@@ -27,11 +27,11 @@ from jest_stream.errors import (
     UnsafeDataError,
 )
 from jest_stream.pipeline.device.streams import Ring
-from jest_stream.pipeline.super_batches import Position, Window
+from jest_stream.pipeline.super_batches import Position, SuperBatchReader
 from jest_stream.sources.iterable import IterableSource
-from jest_stream.sources.reader import Block, BlockReader
+from jest_stream.sources.reader import Block
 from jest_stream.sources.tar import TarSource
-from jest_stream.types import Cursor, Example
+from jest_stream.types import Cursor, Example, Source
 
 __all__ = ["no_leaks"]
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -189,13 +189,27 @@ def test_a_source_of_ones_own_says_what_may_be_skipped() -> None:
     assert {skip.reason for block in blocks for _, skip in block.skipped_shards} == {"unavailable"}
 
 
-def cut(reader: BlockReader, size: int) -> list[tuple[list[str], dict[str, int], Position]]:
+def row(example: Example) -> dict[str, Any]:
+    return {"key": example["__key__"]}
+
+
+def super_batches(source: Source, size: int, num_workers: int = 0) -> SuperBatchReader:
+    """Reads super-batches of a size, one pass over two lanes."""
+    return SuperBatchReader(
+        stream_config(on_bad_shard="skip", num_workers=num_workers),
+        sizes_of(1, size),
+        source=source,
+        layout=alone(LANES),
+        prepare=row,
+    )
+
+
+def cut(reader: SuperBatchReader, size: int) -> list[tuple[list[str], dict[str, int], Position]]:
     """Returns all super-batches: their keys, counts and where they start."""
-    window = Window(reader, Position(dict(reader.cursors), 0))
     batches = []
     while True:
-        batch = window.take(size, slot=Ring(torch.device("cpu")).slot())
-        batches.append((batch.columns.get("key", []), batch.counts, batch.start))
+        batch = reader.read(size, slot=Ring().slot(), end_epoch=1)
+        batches.append((batch.columns.get("key", []), batch.counts, batch.position))
         if batch.size < size:
             return batches
 
@@ -213,16 +227,16 @@ def shards_only(counts: dict[str, int]) -> dict[str, int]:
 def test_super_batches_count_skipped_shards_once_also_when_resumed_anywhere(
     paths: list[str], num_workers: int
 ) -> None:
-    batches = cut(open_reader(TarSource(paths), num_workers=num_workers), 5)
+    batches = cut(super_batches(TarSource(paths), 5, num_workers), 5)
     counts = [shards_only(batch[1]) for batch in batches]
     assert total(counts) == {"shards_skipped": 1, "shards_skipped/truncated": 1}
     for number, (_, _, position) in enumerate(batches):
-        reader = open_reader(TarSource(paths), cursors=position.cursors)
-        window = Window(reader, position)
-        resumed = window.take(5, slot=Ring(torch.device("cpu")).slot())
+        reader = super_batches(TarSource(paths), 5)
+        reader.go_to(position)
+        resumed = reader.read(5, slot=Ring().slot(), end_epoch=1)
         assert resumed.columns.get("key", []) == batches[number][0]
         assert shards_only(resumed.counts) == counts[number]
-        reader.close()
+        reader.pause()
 
 
 class Counting(Failing):
@@ -246,7 +260,7 @@ class Counting(Failing):
 
 @pytest.mark.parametrize("num_workers", WORKERS)
 def test_what_the_source_counts_arrives_from_every_process(num_workers: int) -> None:
-    batches = cut(open_reader(Counting(), num_workers=num_workers), 2)
+    batches = cut(super_batches(Counting(), 2, num_workers), 2)
     counts = total([counts for _, counts, _ in batches])
     assert counts == {"shards_skipped": 2, "shards_skipped/damaged": 2, "storage_bytes": 600}
 

@@ -250,6 +250,7 @@ def test_columns_can_be_named_for_tables_only(hub: HubServer) -> None:
         ({"train.csv": b"a,b", "test.csv": b"a,b"}, "consists of 1 .csv; read are .tar and .parq"),
         ({"README.md": b"# empty"}, "has no split 'train'; it has none"),
         ({"train[1].tar": b""}, "has a name that means a pattern"),
+        ({"data/a-b-00000-of-00001.tar": b""}, "org/name give no splits: Split name should match"),
     ],
 )
 def test_repositories_that_cannot_be_read_say_why(

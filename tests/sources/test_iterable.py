@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import webdataset
 from support.leaks import no_leaks  # noqa: F401
+from support.models import tiny_dataset
 from support.shards import draw, make_example, write_shards
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -18,7 +20,7 @@ from jest_stream.sources import open_source
 from jest_stream.sources.iterable import IterableSource
 from jest_stream.sources.lanes import Lane
 from jest_stream.sources.tar import TarSource
-from jest_stream.types import Cursor
+from jest_stream.types import Cursor, Example, Source
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -185,3 +187,61 @@ def test_values_that_are_ready_stay_the_same_objects() -> None:
     (example,) = read([{"image": image, "text": "t", **make_example(3)}])
     assert example["image"] is image
     assert example["__key__"] == "000003"
+
+
+class Bare:
+    """A source of one's own, of no class of ours, with the members that a source must have."""
+
+    num_shards = 2
+    fingerprint = "bare"
+
+    def shard_name(self, shard: int) -> str:
+        return f"shard {shard}"
+
+    def read(self, shard: int, *, offset: int = 0, index: int = 0) -> Iterator[tuple[Example, int]]:
+        for number in range(index, 3):
+            yield {"__key__": f"{shard}/{number}"}, number + 1
+
+
+class Complete(Bare):
+    """The same with the members that a source may have."""
+
+    num_examples = [3, 3]
+
+    def __init__(self) -> None:
+        self.is_closed = False
+
+    def shard_content(self, shard: int) -> tuple[int, str]:
+        return 10 + shard, "etag"
+
+    def take_counts(self) -> dict[str, int]:
+        return {"requests": 7}
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_an_object_with_the_members_of_a_source_is_one() -> None:
+    opened = pickle.loads(pickle.dumps(open_source(Bare())))
+    assert isinstance(opened, Source) and open_source(opened) is opened
+    assert (opened.num_shards, opened.fingerprint, opened.shard_name(1)) == (2, "bare", "shard 1")
+    assert [step[0]["__key__"] for step in opened.read(1, index=1)] == ["1/1", "1/2"]
+    assert opened.num_examples is None and opened.shard_content(0) is None
+    assert opened.take_counts() == {}
+    opened.close()
+
+
+def test_members_that_a_source_may_have_are_used_where_an_object_has_them() -> None:
+    complete = Complete()
+    opened = open_source(complete)
+    assert opened.num_examples == [3, 3] and opened.shard_content(1) == (11, "etag")
+    assert opened.take_counts() == {"requests": 7}
+    opened.close()
+    assert complete.is_closed
+
+
+def test_a_source_of_the_user_is_closed_by_the_user() -> None:
+    complete = Complete()
+    with tiny_dataset(complete):
+        pass
+    assert not complete.is_closed

@@ -23,11 +23,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 NUM_EXAMPLES = 5
 
-
-@pytest.fixture
-def shards(tmp_path: Path) -> list[str]:
-    """Two shards of five examples each."""
-    return write_shards(tmp_path, num_shards=2, examples_per_shard=NUM_EXAMPLES)
+SHARDS = {"num_shards": 2, "examples_per_shard": NUM_EXAMPLES}
 
 
 def manifest(tmp_path: Path, content: Any, name: str = "sizes.json") -> str:
@@ -65,57 +61,57 @@ def forms(num_bytes: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", forms(0))
 def test_every_form_names_the_shards_and_what_they_hold(
-    tmp_path: Path, shards: list[str], name: str
+    tmp_path: Path, own_shards: list[str], name: str
 ) -> None:
-    path = manifest(tmp_path, forms(Path(shards[0]).stat().st_size)[name])
+    path = manifest(tmp_path, forms(Path(own_shards[0]).stat().st_size)[name])
     source = TarSource(path)
     assert source.num_examples == [NUM_EXAMPLES, NUM_EXAMPLES]
-    assert [source.shard_name(shard) for shard in (0, 1)] == shards
-    assert examples_of(source) == examples_of(TarSource(shards))
-    assert source.fingerprint == TarSource(shards).fingerprint
+    assert [source.shard_name(shard) for shard in (0, 1)] == own_shards
+    assert examples_of(source) == examples_of(TarSource(own_shards))
+    assert source.fingerprint == TarSource(own_shards).fingerprint
     resumed = [behind for _, behind in source.read(0)][1]
     assert len(list(source.read(0, offset=resumed, index=2))) == NUM_EXAMPLES - 2
 
 
 def test_counts_may_be_left_out_and_shards_mixed_with_manifests(
-    tmp_path: Path, shards: list[str]
+    tmp_path: Path, own_shards: list[str]
 ) -> None:
     path = manifest(tmp_path, {"shards": [{"url": "00000.tar"}]})
     assert TarSource(path).num_examples is None
-    assert TarSource(shards).num_examples is None
+    assert TarSource(own_shards).num_examples is None
     counted = manifest(tmp_path, {"00000.tar": 5}, "counted.JSON")
-    both = TarSource([counted, shards[1]])
+    both = TarSource([counted, own_shards[1]])
     assert both.num_shards == 2 and both.num_examples is None
 
 
-def test_a_wids_base_moves_the_shards(tmp_path: Path, shards: list[str]) -> None:
+def test_a_wids_base_moves_the_shards(tmp_path: Path, own_shards: list[str]) -> None:
     (tmp_path / "meta").mkdir()
     entries = [{"url": "00001.tar", "nsamples": 5}]
     path = manifest(tmp_path / "meta", {"base": "..", "shardlist": entries}, "index.json")
     source = TarSource(path)
-    assert Path(source.shard_name(0)).resolve() == Path(shards[1]).resolve()
+    assert Path(source.shard_name(0)).resolve() == Path(own_shards[1]).resolve()
     assert len(examples_of(source)) == 5
 
 
 @pytest.mark.parametrize(("promised", "found"), [(6, "holds 5 examples"), (4, "more than 4")])
 def test_another_number_of_examples_is_an_error_that_says_both(
-    tmp_path: Path, shards: list[str], promised: int, found: str
+    tmp_path: Path, own_shards: list[str], promised: int, found: str
 ) -> None:
     source = TarSource(manifest(tmp_path, {"00000.tar": promised}))
     for start in (0, 3):  # at the beginning, and resumed
-        offset = [0, *(behind for _, behind in TarSource(shards).read(0))][start]
+        offset = [0, *(behind for _, behind in TarSource(own_shards).read(0))][start]
         given = []
         with pytest.raises(ShardError, match=rf"00000.*{found}.*promises {promised}") as raised:
             for example, _ in source.read(0, offset=offset, index=start):
                 given.append(example)
         assert start + len(given) == min(promised, NUM_EXAMPLES)
-        assert raised.value.shard == shards[0]
+        assert raised.value.shard == own_shards[0]
     with pytest.raises(ShardError, match=rf"holds 5 examples.*promises {promised}"):
         source.count(0)
 
 
-def test_another_length_is_an_error_that_says_both(tmp_path: Path, shards: list[str]) -> None:
-    num_bytes = Path(shards[0]).stat().st_size
+def test_another_length_is_an_error_that_says_both(tmp_path: Path, own_shards: list[str]) -> None:
+    num_bytes = Path(own_shards[0]).stat().st_size
     entry = {"url": "00000.tar", "num_bytes": num_bytes + 512}
     source = TarSource(manifest(tmp_path, {"shards": [entry]}))
     with pytest.raises(ShardError, match=f"{num_bytes:,} bytes.*promises {num_bytes + 512:,}"):
@@ -123,11 +119,11 @@ def test_another_length_is_an_error_that_says_both(tmp_path: Path, shards: list[
 
 
 def test_what_is_written_is_read_again_from_wherever_it_is_moved(
-    tmp_path: Path, shards: list[str]
+    tmp_path: Path, own_shards: list[str]
 ) -> None:
-    write_manifest(TarSource(shards), tmp_path / "sizes.json")
+    write_manifest(TarSource(own_shards), tmp_path / "sizes.json")
     content = json.loads((tmp_path / "sizes.json").read_text())
-    num_bytes = Path(shards[0]).stat().st_size
+    num_bytes = Path(own_shards[0]).stat().st_size
     assert content["shards"][0] == {"url": "00000.tar", "num_examples": 5, "num_bytes": num_bytes}
     moved = tmp_path.rename(tmp_path.with_name("moved"))
     assert TarSource(moved / "sizes.json").num_examples == [5, 5]
@@ -145,19 +141,19 @@ def test_counting_counts_what_reading_gives(tmp_path: Path) -> None:
     assert source.count(0).num_examples == len(list(source.read(0))) == 4
 
 
-def test_a_broken_shard_is_not_counted(tmp_path: Path, shards: list[str]) -> None:
-    Path(shards[1]).write_bytes(Path(shards[1]).read_bytes()[:2048])
+def test_a_broken_shard_is_not_counted(tmp_path: Path, own_shards: list[str]) -> None:
+    Path(own_shards[1]).write_bytes(Path(own_shards[1]).read_bytes()[:2048])
     with pytest.raises(ShardError, match=r"00001\.tar"):
-        write_manifest(TarSource(shards), tmp_path / "sizes.json")
+        write_manifest(TarSource(own_shards), tmp_path / "sizes.json")
     assert not list(tmp_path.glob("*.json*"))
 
 
 @pytest.mark.parametrize(
     "path", ["sizes.txt", "s3://bucket/sizes.json", "https://host/sizes.json", "file:///sizes.json"]
 )
-def test_a_manifest_is_written_to_a_local_json_file(shards: list[str], path: str) -> None:
+def test_a_manifest_is_written_to_a_local_json_file(own_shards: list[str], path: str) -> None:
     with pytest.raises(ConfigError, match="local .json file"):
-        write_manifest(TarSource(shards), path)
+        write_manifest(TarSource(own_shards), path)
 
 
 @pytest.mark.parametrize(

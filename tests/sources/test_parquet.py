@@ -136,7 +136,7 @@ def test_image_and_text_are_found(
     tmp_path: Path, columns: dict[str, Any], image: str, text: str
 ) -> None:
     rows = source(write(tmp_path / "a.parquet", **columns))
-    assert (rows.columns.image, rows.columns.text) == (image, text)
+    assert (rows.fields.image, rows.fields.text) == (image, text)
     read = [example for example, _ in rows.read(0)]
     assert all(isinstance(example["image"], bytes) for example in read)
     assert [example["text"] for example in read] == list("abcd")
@@ -149,8 +149,8 @@ def test_declared_images_win_over_other_bytes(tmp_path: Path) -> None:
     path.write_bytes(parquet_of([make_example(0)]))
     table = parquet.read_table(path).append_column("image2", pyarrow.array([{"bytes": b"x"}]))
     parquet.write_table(table, path)
-    assert source(path).columns.image == "image"
-    assert source(path, image_key="image2").columns.image == "image2"
+    assert source(path).fields.image == "image"
+    assert source(path, image_key="image2").fields.image == "image2"
 
 
 @pytest.mark.parametrize(

@@ -156,8 +156,8 @@ def test_64_open_files_share_the_budget() -> None:
                 most_used = max(most_used, storage._resources().read_ahead.used_bytes)
             most_resident = max(most_resident, psutil.Process().memory_info().rss - before)
         assert most_used <= limit
-        # Beside the budget, an eighth of the shards: 64 buffers of 256 KiB, the bytes that 32 connections
-        # have received, and slack of the allocator.
+        # Beside the budget, an eighth of the shards: 64 buffers of 256 KiB, the bytes received by
+        # 32 connections, and slack of the allocator.
         assert most_resident < 2 * limit, f"{most_resident / MIB:.0f} MiB"
         storage.close()
     finally:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from jest_stream.sources import open_source
 from jest_stream.sources.reader import BlockReader
-from jest_stream.types import Cursor, Example, Source
+from jest_stream.types import Cursor, Example
 
 
 def key_of(example: Example) -> str:
@@ -13,7 +14,7 @@ def key_of(example: Example) -> str:
     return str(example["__key__"])
 
 
-def open_reader(source: Source, *, num_lanes: int, **changes: Any) -> BlockReader:
+def open_reader(source: Any, *, num_lanes: int, **changes: Any) -> BlockReader:
     """Reads keys in blocks of 3, one pass over all lanes, in this process; unless told otherwise.
 
     The lanes that are read are those of `cursors`.
@@ -30,4 +31,6 @@ def open_reader(source: Source, *, num_lanes: int, **changes: Any) -> BlockReade
         "timeout_s": 60.0,
         **changes,
     }
-    return BlockReader(source, lanes=list(settings["cursors"]), num_lanes=num_lanes, **settings)
+    return BlockReader(
+        open_source(source), lanes=list(settings["cursors"]), num_lanes=num_lanes, **settings
+    )

@@ -13,7 +13,7 @@ NUM_SHARDS, PER_SHARD = 5, 12
 
 
 def build(source: Any, path: Any, *, seed: int = 2, **options: Any) -> ReferenceCache:
-    """Builds a cache of what `TinyTwoTower(seed)` gives."""
+    """Builds a cache of the embeddings of `TinyTwoTower(seed)`."""
     views = {"transform": to_tensor, "tokenizer": tokenize}
     return ReferenceCache.build(source, TinyTwoTower(seed), path, **{**views, **options})
 

@@ -48,7 +48,7 @@ WRITERS: dict[str, Callable[[Payload, io.BytesIO], Any]] = {
 
 
 def pickled(canary: Path, kind: str) -> bytes:
-    """Returns what a file of this kind holds."""
+    """Returns the bytes of a file of this kind."""
     stream = io.BytesIO()
     WRITERS[kind](Payload(canary), stream)
     return stream.getvalue()

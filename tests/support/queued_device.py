@@ -100,8 +100,6 @@ class QueuedStream:
 class QueuedDevice:
     """The backend: streams, events, memory. `streams` reaches it by `backend_of`."""
 
-    overlaps = True
-
     def __init__(self, *, without: Collection[str] = (), keeps: bool = False) -> None:
         """Starts idle.
 

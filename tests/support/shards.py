@@ -1,7 +1,7 @@
 """Real shards for tests: small drawn pictures with captions that say what is on them.
 
-`write_shards(folder)` writes tar files in the webdataset convention, `write_tar` any members at
-all. Everything is seeded: the same arguments give the same bytes.
+`write_shards(folder)` has webdataset write tar files, `write_tar` writes any members at all.
+Everything is seeded: the same arguments give the same bytes.
 """
 
 from __future__ import annotations
@@ -104,13 +104,15 @@ def write_shards(
     Examples hold an image, `txt` (caption) and `json` (`index`, `caption`, `size`). Brace pattern
     of the result: `f"{folder}/{{00000..00003}}.tar"`.
     """
+    from webdataset import TarWriter
+
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for shard in range(num_shards):
-        first = shard * examples_per_shard
-        examples = [
-            make_example(index, size=size, image_format=image_format)
-            for index in range(first, first + examples_per_shard)
-        ]
-        paths.append(write_tar(folder / f"{shard:05d}.tar", members(examples)))
+        path, first = folder / f"{shard:05d}.tar", shard * examples_per_shard
+        # A fixed time: the same arguments give the same bytes.
+        with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as archive:
+            for index in range(first, first + examples_per_shard):
+                archive.write(make_example(index, size=size, image_format=image_format))
+        paths.append(str(path))
     return paths

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jest_stream import JESTDataset, ReferenceCache, ScoringConfig, SelectionConfig, at_score_size
-from jest_stream.metrics.compute import cost_ratio, forward_flops, training_flops
+from jest_stream.metrics.flops import cost_ratio, forward_flops, training_flops
 
 Batch = tuple[Any, Any]
 

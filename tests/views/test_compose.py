@@ -1,4 +1,4 @@
-"""Known transforms are taken apart and put together again: bit for bit what they were.
+"""Known transforms are split in two and give the same image together, bit for bit.
 
 pytest tests/views/test_compose.py
 """
@@ -21,7 +21,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from jest_stream.randomness import isolated_rng
-from jest_stream.views.compose import Recognised, Resize, recognise
+from jest_stream.views.compose import Resize, SplitCompose, split_compose
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -91,9 +91,9 @@ KNOWN: dict[str, Callable[[], Any]] = {
 }
 
 
-def both(transform: Any, image: Image.Image) -> tuple[Any, Any, Recognised]:
-    """Returns what the transform makes, what its parts make, and these."""
-    parts = recognise(transform)
+def both(transform: Any, image: Image.Image) -> tuple[Any, Any, SplitCompose]:
+    """Returns the image of the transform, that of its two parts together, and the parts."""
+    parts = split_compose(transform)
     assert parts is not None
     with isolated_rng("same"):
         whole = transform(image)
@@ -109,7 +109,7 @@ def test_the_parts_give_what_the_whole_gives_bit_for_bit(name: str) -> None:
     made = [both(transform, image) for image in images]
     pixels = torch.stack([pixels for _, pixels, _ in made])
     assert pixels.dtype == torch.uint8 and type(pixels) is torch.Tensor
-    finish = made[0][2].finish()
+    finish = made[0][2].pixel_table()
     assert finish is not None
     finished = finish(pixels)
     expected = torch.stack([torch.as_tensor(whole) for whole, _, _ in made])
@@ -118,7 +118,7 @@ def test_the_parts_give_what_the_whole_gives_bit_for_bit(name: str) -> None:
 
 
 def test_every_value_of_every_channel_is_looked_up_alike() -> None:
-    finish = recognise(image_transform(64, is_train=False)).finish()  # type: ignore[union-attr]
+    finish = split_compose(image_transform(64, is_train=False)).pixel_table()  # type: ignore[union-attr]
     assert finish is not None
     values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
     normalize = v1.Normalize(*_statistics())
@@ -151,7 +151,7 @@ class Compose(v1.Compose):
     ids=["function", "none", "single", "subclass", "impossible"],
 )
 def test_anything_else_stays_as_it_is(transform: Any) -> None:
-    assert recognise(transform) is None
+    assert split_compose(transform) is None
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_what_cannot_be_split_gives_what_it_always_gave(steps: list[Any]) -> Non
     with isolated_rng("same"):
         whole = transform(picture())
     with isolated_rng("same"):
-        made = (recognise(transform) or transform)(picture())
+        made = (split_compose(transform) or transform)(picture())
     assert made.dtype == torch.float32
     assert torch.equal(made, whole)
 
@@ -180,14 +180,14 @@ def test_a_dtype_by_kind_of_tensor_is_left_to_the_transform() -> None:
         to_float = v2.ToDtype({kind: torch.float32, "others": None})
         transform = v2.Compose([v2.ToImage(), v2.Resize((32, 32)), to_float])
         whole, made, parts = both(transform, picture())
-        assert whole.dtype == dtype and parts.finish() is None
+        assert whole.dtype == dtype and parts.pixel_table() is None
         assert torch.equal(made, whole)
 
 
 def test_a_transform_that_gives_pixels_needs_no_end() -> None:
     transform = v1.Compose([v1.Resize(32), v1.CenterCrop(32), v1.PILToTensor()])
     whole, pixels, parts = both(transform, picture())
-    assert parts.finish() is None
+    assert parts.pixel_table() is None
     assert torch.equal(pixels, whole)
 
 
@@ -213,6 +213,6 @@ def test_targets_are_those_of_torchvision(size: tuple[int, int], wanted: tuple[i
     ],
 )
 def test_a_resize_is_known_where_images_may_be_reduced_before_it(step: Any, is_known: bool) -> None:
-    parts = recognise(v1.Compose([step, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]))
+    parts = split_compose(v1.Compose([step, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]))
     assert parts is not None
     assert (parts.resize is not None) == is_known

@@ -30,9 +30,9 @@ from jest_stream.errors import (
     WorkerDiedError,
 )
 from jest_stream.pipeline.batches import Batches
-from jest_stream.pipeline.device.choice import Choice
+from jest_stream.pipeline.device.pending import PendingSelection
 from jest_stream.pipeline.device.streams import Ring
-from jest_stream.pipeline.super_batches import Position, SuperBatch
+from jest_stream.pipeline.super_batches import Position, ScoredSuperBatch, SuperBatch
 from jest_stream.types import Selection
 from jest_stream.views.late import LateViews
 from jest_stream.views.train import TrainView
@@ -171,7 +171,7 @@ def one_shape_a_process(image: Any) -> Tensor:
 
 
 def test_shapes_that_differ_between_workers_are_the_train_transforms() -> None:
-    """What each of them makes is consistent."""
+    """Each of them makes consistent views."""
     views = late(one_shape_a_process, num_workers=4)
     views.start(chosen(), step=0)
     with pytest.raises(ConfigError, match=SHAPES):
@@ -254,12 +254,6 @@ def test_dropping_it_stops_its_workers() -> None:
     assert children() == []
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("shards")
-    return write_shards(folder, num_shards=4, examples_per_shard=16)
-
-
 jest = partial(tiny_dataset, train_transform=flipped)
 
 
@@ -323,7 +317,7 @@ def test_scoring_ahead_is_one_call_more_where_choices_reach_the_host_late(
     assert [Batches(None, {}).lookahead(device) for device in (cpu, cuda)] == [1, 1]
     dataset = jest(shards)
     next(iter(dataset))
-    assert dataset.state_dict()["layout"]["lookahead"] == 1
+    assert dataset.state_dict()["settings"]["lookahead"] == 1
     chose_two = jest(shards, lookahead=2)
     expected = [batch["image"] for batch in islice(chose_two, 3)]
     again = jest(shards, lookahead=2)
@@ -333,7 +327,7 @@ def test_scoring_ahead_is_one_call_more_where_choices_reach_the_host_late(
     resumed.load_state_dict(again.state_dict())
     found = [batch["image"] for batch in islice(resumed, 2)]
     assert all(torch.equal(a, b) for a, b in zip(found, expected[1:], strict=True))
-    assert resumed.state_dict()["layout"]["lookahead"] == 2
+    assert resumed.state_dict()["settings"]["lookahead"] == 2
 
 
 def test_what_was_not_finite_is_not_made(shards: list[str]) -> None:
@@ -344,7 +338,7 @@ def test_what_was_not_finite_is_not_made(shards: list[str]) -> None:
         on_host=columns,
         slot=Ring(torch.device("cpu")).slot(),
         size=6,
-        start=Position({}, 0),
+        position=Position({}, 0),
         skipped={},
     )
     indices = torch.tensor([9, 9])  # beyond the candidates
@@ -353,7 +347,10 @@ def test_what_was_not_finite_is_not_made(shards: list[str]) -> None:
         **{name: nothing for name in Selection.__dataclass_fields__}
         | {"indices": indices, "is_finite": torch.tensor(False)}
     )
-    Batches(views, {}).start(candidates, Choice(selection), step=0)
+    scored = ScoredSuperBatch(
+        super_batch=candidates, selection=PendingSelection(selection), weights_step=None
+    )
+    Batches(views, {}).start(scored, step=0)
     assert not views.has(0)
 
 

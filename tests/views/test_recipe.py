@@ -1,4 +1,4 @@
-"""What views are made of: decided once, by the transforms alone, and shown.
+"""The origin of views is decided once, by the transforms alone, and shown.
 
 pytest tests/views/test_recipe.py
 """
@@ -24,7 +24,7 @@ from torchvision import transforms as v1
 from jest_stream import JESTDataset, SelectionConfig
 from jest_stream.config import Limits
 from jest_stream.errors import BadExampleError, ConfigError, UnsafeExampleError
-from jest_stream.views.compose import Recognised
+from jest_stream.views.compose import SplitCompose
 from jest_stream.views.decode import Reduced, decode
 from jest_stream.views.recipe import Recipe, make_recipe
 from jest_stream.views.score import ScoreView
@@ -126,7 +126,7 @@ def test_a_reduced_view_has_the_geometry_of_the_full_one_and_nearly_its_pixels(
 ) -> None:
     transform = image_transform(96, is_train=False, resize_mode=mode)
     made = recipe(transform, train(224))
-    assert made.reduction is not None and isinstance(made.transform, Recognised)
+    assert made.reduction is not None and isinstance(made.transform, SplitCompose)
     example = {"jpg": drawn(*size)}
     image = decode(example, "jpg", shrink=made.reduction)
     assert isinstance(image, Reduced) and image.full_size == size
@@ -181,10 +181,7 @@ def test_other_formats_and_functions_of_the_user_see_the_whole_image() -> None:
     assert not isinstance(image, Reduced) and image.size == (300, 300)
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("shards")
-    return write_shards(folder, num_shards=4, examples_per_shard=16, size=48)
+SHARDS = {"num_shards": 4, "examples_per_shard": 16, "size": 48}
 
 
 def jest(shards: list[str], **options: Any) -> JESTDataset:
@@ -239,12 +236,12 @@ def test_super_batches_of_known_transforms_hold_uint8(shards: list[str]) -> None
     dataset = jest(shards, train_transform=train(24), lookahead=1)
     next(iter(dataset))
     assert dataset._pipeline is not None
-    columns = dataset._pipeline.at.in_flight[0].super_batch.columns
+    columns = dataset._pipeline.run.in_flight[0].super_batch.columns
     assert columns["image"].dtype == torch.uint8 and "raw_image" in columns
     dataset = jest(shards, train_transform=train(8), lookahead=1)
     next(iter(dataset))
     assert dataset._pipeline is not None
-    assert "raw_image" not in dataset._pipeline.at.in_flight[0].super_batch.columns
+    assert "raw_image" not in dataset._pipeline.run.in_flight[0].super_batch.columns
 
 
 def test_the_score_views_pixels_are_what_the_train_transform_is_given(shards: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Messages of worker processes arrive whole, or are errors that leave nothing open.
+"""What worker processes send arrives whole, or is an error that leaves nothing open.
 
 pytest tests/workers/test_transport.py
 """
@@ -57,7 +57,7 @@ def test_tensors_and_arrays_arrive_wherever_they_are(num_rows: int) -> None:
     assert torch.equal(arrived["nested"][0][0], sent["nested"][0][0])  # type: ignore[arg-type]
     assert arrived["nested"][0][1] == "text"
     np.testing.assert_array_equal(arrived["array"], sent["array"])
-    arrived["array"][0] = 1  # writable, as the one sent
+    arrived["array"][0] = 1  # writable, as what was sent
     assert arrived["empty"][0].shape == (0, 4) and arrived["empty"][1].shape == (0, 2)
     for name in ("bits", "half"):
         assert torch.equal(arrived[name], sent[name])

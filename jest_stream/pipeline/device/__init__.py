@@ -1,10 +1,10 @@
-"""Scoring beside training on one device: slots, streams, events, and choices still on their way."""
+"""Scoring beside training on one device: slots, streams, events, and selections on their way."""
 
-from jest_stream.pipeline.device.choice import Choice
+from jest_stream.pipeline.device.pending import PendingSelection
 from jest_stream.pipeline.device.streams import Ring, Slot, moved
 
 __all__ = [
-    "Choice",
+    "PendingSelection",
     "Ring",
     "Slot",
     "moved",

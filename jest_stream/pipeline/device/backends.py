@@ -1,12 +1,12 @@
-"""What scoring beside training needs of a device, and the device that needs none of it.
+"""The few calls that scoring beside training makes of a device that queues its work.
 
-`streams` works by these few calls alone, so that a test can put a device in their place that looks
-for missing waits.
+`streams` works by these calls alone: a test puts a model of a device in their place, which reports
+every access that no wait orders.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,7 @@ class Event(Protocol):
         """Returns whether the device has got there."""
 
     def synchronize(self) -> None:
-        """Has the host wait until it has."""
+        """Has the host wait until the device has got there."""
 
     def elapsed_time(self, end_event: Any) -> float:
         """Returns the milliseconds up to a later event; both made by `Backend.mark`."""
@@ -33,84 +33,26 @@ class Stream(Protocol):
         """Has all that is queued from now on wait for the event."""
 
     def record_event(self) -> Any:
-        """Returns an `Event` behind all that is queued now."""
+        """Returns an `Event` that comes when all that is queued now is done."""
 
 
 class Backend(Protocol):
-    """What the protocol needs of a kind of device; tests have one that looks for missing waits."""
-
-    overlaps: bool
-    """Whether work is queued: if not, slots hold no memory."""
+    """The calls that `streams` makes of a device."""
 
     def stream(self) -> Stream:
         """Returns a new stream of the device."""
 
     def current_stream(self, device: torch.device | None = None) -> Stream:
-        """Returns the caller's stream on `device`, if there are streams there, else on ours."""
+        """Returns the caller's stream on `device`, if that has streams, else on this device."""
 
     def use(self, stream: Stream) -> AbstractContextManager[Any]:
-        """Queues what the block does on the stream."""
+        """Queues the block's work on the stream."""
 
     def mark(self, stream: Stream) -> Event:
         """Returns an event of now that times can be taken between."""
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Returns memory of the host that the device can copy to and from."""
+        """Returns host memory that the device can copy to and from."""
 
     def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Returns memory of the device, allocated on the current stream."""
-
-
-class _Idle:
-    """A stream without work, and an event in it that has come."""
-
-    def wait_event(self, event: Any) -> None:
-        """Does nothing."""
-
-    def record_event(self) -> _Idle:
-        """Returns an event that has come."""
-        return self
-
-    def query(self) -> bool:
-        """Returns True."""
-        return True
-
-    def synchronize(self) -> None:
-        """Does nothing."""
-
-    def elapsed_time(self, end_event: Any) -> float:
-        """Returns 0."""
-        return 0.0
-
-
-class DirectBackend:
-    """A device that computes when it is called, or that has one queue for all: no overlap."""
-
-    overlaps = False
-
-    def __init__(self) -> None:
-        self._idle = _Idle()
-
-    def stream(self) -> Stream:
-        """Returns a stream without work."""
-        return self._idle
-
-    def current_stream(self, device: torch.device | None = None) -> Stream:
-        """Returns a stream without work."""
-        return self._idle
-
-    def use(self, stream: Stream) -> AbstractContextManager[Any]:
-        """Does nothing."""
-        return nullcontext()
-
-    def mark(self, stream: Stream) -> Event:
-        """Returns an event that has come."""
-        return self._idle
-
-    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Returns ordinary memory."""
-        return torch.empty(shape, dtype=dtype)
-
-    def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Returns ordinary memory."""
-        return torch.empty(shape, dtype=dtype)

@@ -1,21 +1,21 @@
 """Scoring beside training on CUDA: streams, events and the buffers that they guard. All of it.
 
-A `Ring` holds slots, each with room for one super-batch that is never given back. What is queued on
-a slot, and on which stream:
+A `Ring` holds slots, each with room for one super-batch that is never given back. Work is queued on
+a slot, stream by stream:
 
     host   gathers columns into the slot's pinned buffers, once their last copy is complete
     copy   waits until the slot is free; pinned buffers to device buffers    -> filled
-    score  waits for filled and for the weights; embeds, chooses             -> selected, reported
+    score  waits for filled and for the weights; embeds, selects             -> selected, reported
     train  the consumer's current stream: waits for selected; gathers rows   -> the slot is free
     train  between two steps: waits until the weights to be written are read -> ready
 
-The batch is allocated on the consumer's stream, so that the allocator knows who uses it; all that
+The batch is allocated on the consumer's stream, because the allocator must know its user; all that
 other streams touch is persistent, or made and used on one stream. Everything is queued by the
-training thread. The host never waits for the device, but for one thing: the choice behind the batch
-at hand, when all kernels of later super-batches are queued.
+training thread. The host waits for the device in one case only: for the selection of the batch at
+hand, after all kernels of later super-batches are queued.
 
-On other devices the same calls are made in the same order, and a slot holds nothing: columns are
-made afresh and moved at once.
+Other devices compute when they are called, or have one queue for all: there is nothing to guard,
+and a slot holds nothing. Columns are made afresh and moved at once.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jest_stream.pipeline.device.backends import Backend, DirectBackend, Event, Stream
-from jest_stream.pipeline.device.choice import Choice, Marks, Packing
+from jest_stream.pipeline.device.backends import Backend, Event, Stream
+from jest_stream.pipeline.device.pending import Marks, Packing, PendingSelection
 from jest_stream.types import Selection
+from jest_stream.views import Columns
 
-# Copy engines are first in, first out: a large copy would hold up the training loop's own.
+# A copy engine is first in, first out: one large copy would hold up the training loop's own.
 _COPY_BYTES = 32 << 20
+_CPU = torch.device("cpu")
 
 
 class CudaBackend:
     """The protocol on a CUDA device."""
 
-    overlaps = True
-
     def __init__(self, device: torch.device) -> None:
-        # Without a number it is whichever is current: that may change, a stream's device not.
+        # Without a number the device is the current one: that may change, a stream's may not.
         index = torch.cuda.current_device() if device.index is None else device.index
         self._device = torch.device("cuda", index)
 
@@ -58,7 +58,7 @@ class CudaBackend:
         return torch.cuda.current_stream(device if is_cuda else self._device)
 
     def use(self, stream: Stream) -> AbstractContextManager[Any]:
-        """Makes the stream, and its device, the current one."""
+        """Makes the stream and its device the current ones."""
         assert isinstance(stream, torch.cuda.Stream)
         return torch.cuda.stream(stream)
 
@@ -78,9 +78,9 @@ class CudaBackend:
         return torch.empty(shape, dtype=dtype, device=self._device)
 
 
-def backend_of(device: torch.device) -> Backend:
-    """Returns how to work on a device."""
-    return CudaBackend(device) if device.type == "cuda" else DirectBackend()
+def backend_of(device: torch.device) -> Backend | None:
+    """Returns the backend of a device that queues its work; None for one that does not."""
+    return CudaBackend(device) if device.type == "cuda" else None
 
 
 def moved(column: Any, device: torch.device) -> Any:
@@ -100,27 +100,31 @@ class Slot:
         self._rooms: dict[str, tuple[Tensor, Tensor]] = {}  # name -> pinned, on the device
         self._filled: Event | None = None
         self._selected: Event | None = None
-        self._users: list[Event] = []  # behind all that was queued on it since it was filled
+        self._users: list[Event] = []  # after all that was queued on it since it was filled
         self._marks: Marks = []
 
     def column(self, name: str, like: Tensor, size: int) -> Tensor:
-        """Returns `[size, ...]` memory of the host to gather a column in, rows being as `like`'s.
+        """Returns `[size, ...]` host memory to gather a column in, with rows like those of `like`.
 
-        On CUDA it is pinned, and nothing copies from it any more.
+        On CUDA it is pinned, and no copy reads from it any more.
         """
         shape = (size, *like.shape[1:])
-        if not self._backend.overlaps:
+        if self._backend is None:
             return like.new_empty(shape)
         return self._room(name, shape, like.dtype)[0]
 
-    def fill(self, columns: dict[str, Any]) -> dict[str, Any]:
+    def fill(self, columns: Columns) -> Columns:
         """Returns the columns with their tensors on the scoring device.
 
         Args:
           columns: tensors that were gathered in `column`, and lists.
         """
-        if not self._backend.overlaps:
+        # There are two cases:
+        # 1. A device without a queue has no buffers to guard: tensors are moved at once.
+        if self._backend is None:
             return {name: moved(column, self._ring.device) for name, column in columns.items()}
+        # 2. On CUDA the copies wait for all former users of the slot: scoring and the gathering of
+        #    its last batch may still read the device buffers that are overwritten here.
         copying = self._ring.copying
         for event in self._users:
             copying.wait_event(event)
@@ -128,51 +132,57 @@ class Slot:
         try:
             with self._backend.use(copying):
                 for name, column in columns.items():
-                    if isinstance(column, Tensor):
+                    if isinstance(column, Tensor):  # lists (keys, encoded images) stay on the host
                         filled[name] = self._rooms[name][1][: len(column)]
                         _copy_in_parts(filled[name], column)
-        finally:
+        finally:  # if it failed, some copies are queued: the slot's next user waits for them
             self._filled = copying.record_event()
             self._users = [self._filled]
         return filled
 
     @contextmanager
     def scoring(self, weights: object = None) -> Iterator[None]:
-        """Queues what the block does on the scoring stream, behind the columns and the weights.
+        """Queues the block's work on the scoring stream, after the columns and the weights.
 
         Args:
           weights: names the weights that are read, see `Ring.writing`.
         """
-        ring, stream = self._ring, self._ring.scoring
-        if self._filled is not None:
+        ring = self._ring
+        # Under the caller's autocast, selection would sum in half precision: it needs float32.
+        in_float32 = torch.autocast(ring.device.type, enabled=False)
+        if self._backend is None:
+            with in_float32:
+                yield
+            return
+        stream = ring.scoring
+        if self._filled is not None:  # the columns come by the copying stream
             stream.wait_event(self._filled)
-        if ring.ready is not None:
+        if ring.ready is not None:  # the weights are written by the training stream
             stream.wait_event(ring.ready)
         self._marks = []
         try:
-            # Whatever the caller's autocast is: selection sums in float32.
-            with torch.autocast(ring.device.type, enabled=False), self._backend.use(stream):
+            with in_float32, self._backend.use(stream):
                 yield
-        finally:  # if it failed, a part of it is queued
+        finally:  # if it failed, a part of it is queued and still reads slot and weights
             done = stream.record_event()
             self._users.append(done)
             ring.readers[weights] = done
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Takes the time that the device needs for what the block queues within `scoring`."""
-        if not self._backend.overlaps:
+        """Takes the time that the device needs for the block's work within `scoring`."""
+        if self._backend is None:
             yield
             return
         begin = self._backend.mark(self._ring.scoring)
         yield
         self._marks.append((stage, begin, self._backend.mark(self._ring.scoring)))
 
-    def keep(self, selection: Selection) -> Choice:
-        """Returns what was chosen within `scoring`, copied to where it outlasts its use."""
-        if not self._backend.overlaps:
-            return Choice(selection)
-        packing = Packing.of(selection)
+    def keep(self, selection: Selection) -> PendingSelection:
+        """Returns a selection made within `scoring`, copied to memory that outlasts its use."""
+        if self._backend is None:
+            return PendingSelection(selection)
+        packing = Packing(selection)
         pinned, packed = self._room("", (packing.num_bytes,), torch.uint8)
         packing.pack(selection, out=packed)
         self._selected = self._ring.scoring.record_event()
@@ -180,10 +190,11 @@ class Slot:
         reported: Event = self._ring.scoring.record_event()
 
         def _read_back() -> Selection:
+            # The one wait of the host in a step: the copy to pinned memory is asynchronous.
             reported.synchronize()
             return packing.unpack(pinned.clone())
 
-        return Choice(
+        return PendingSelection(
             packing.unpack(packed),
             read_back=_read_back,
             has_come=reported.query,
@@ -191,38 +202,42 @@ class Slot:
         )
 
     def keep_rows(self, name: str, rows: Tensor) -> Tensor:
-        """Returns what was computed within `scoring`, copied to where it outlasts its use.
+        """Returns rows computed within `scoring`, copied to memory that outlasts their use.
 
-        To be called before `keep`, behind which the consumer waits.
+        To be called before `keep`, whose event the consumer waits for.
         """
-        if not self._backend.overlaps:
+        if self._backend is None:
             return rows
         kept = self._room(name, tuple(rows.shape), rows.dtype)[1]
         kept.copy_(rows)
         return kept
 
-    def restore(self, selection: Selection) -> Choice:
-        """Returns a choice of a former run, whose tensors lie on the CPU, as `keep` does."""
-        if not self._backend.overlaps:
+    def restore(self, selection: Selection) -> PendingSelection:
+        """Returns a selection of a former run, with its tensors on the CPU, as `keep` does."""
+        if self._backend is None:
             tensors = {field.name: getattr(selection, field.name) for field in fields(Selection)}
-            return Choice(Selection(**{k: moved(v, self._ring.device) for k, v in tensors.items()}))
-        packing = Packing.of(selection)
+            there = {name: moved(tensor, self._ring.device) for name, tensor in tensors.items()}
+            return PendingSelection(Selection(**there))
+        packing = Packing(selection)
         pinned, packed = self._room("", (packing.num_bytes,), torch.uint8)
-        self.settle()  # a choice that was abandoned may still be on its way there
+        self.settle()  # an abandoned selection may still be on its way to the pinned memory
         packing.pack(selection, out=pinned)
         with self.scoring():
             packed.copy_(pinned, non_blocking=True)
             self._selected = self._ring.scoring.record_event()
-        return Choice(packing.unpack(packed), read_back=lambda: selection)
+        return PendingSelection(packing.unpack(packed), read_back=lambda: selection)
 
     @contextmanager
     def handing_out(self) -> Iterator[None]:
-        """Has the consumer's current stream wait for the choice, and the slot for the block.
+        """Has the consumer's current stream wait for the selection, and the slot for the block.
 
-        What the block allocates belongs to the consumer.
+        Memory that the block allocates belongs to the consumer.
         """
+        if self._backend is None:
+            yield
+            return
         consumer = self._backend.current_stream()
-        if self._selected is not None:
+        if self._selected is not None:  # indices and weights are made on the scoring stream
             consumer.wait_event(self._selected)
         try:
             yield
@@ -231,6 +246,8 @@ class Slot:
 
     def reopen(self) -> None:
         """Waits until the host may write to the pinned buffers; usually it may."""
+        # The copies of the slot's last filling read them. They were queued at least a whole step
+        # ago, except where super-batches were dropped.
         if self._filled is not None and not self._filled.query():
             self._filled.synchronize()
 
@@ -250,8 +267,10 @@ class Slot:
             pinned, on_device = self._rooms[name]
             if pinned.dtype == dtype and pinned.shape[1:] == shape[1:] and len(pinned) >= size:
                 return pinned[:size], on_device[:size]
-        # What is replaced may still be in use: by those for whom the copying stream, whose memory
-        # it is, will wait, and by copies from the pinned part, which its allocator watches.
+        assert self._backend is not None
+        # The memory replaced may still be in use, which is safe in both its parts. The device part
+        # is the copying stream's, which waits for all users before it writes; the pinned part is
+        # watched by its allocator until the copies from it are done.
         with self._backend.use(self._ring.copying):
             rooms = self._backend.pinned(shape, dtype), self._backend.buffer(shape, dtype)
         self._rooms[name] = rooms
@@ -262,25 +281,34 @@ class Ring:
     """The streams that score beside training, and the slots of the super-batches in flight.
 
     Args:
-      device: where scoring runs.
-      backend: how to work on it. None: as the device needs.
+      device: where scoring runs. Until `place` says so, the CPU: models may still be moved.
     """
 
-    def __init__(self, device: torch.device, backend: Backend | None = None) -> None:
-        self.device = device
-        self.backend = backend_of(device) if backend is None else backend
-        self.copying, self.scoring = self.backend.stream(), self.backend.stream()
-        self.ready: Event | None = None
-        """Behind the last write to a model that scores."""
-        self.readers: dict[object, Event] = {}
-        """By the weights that are read: the event behind their last reader."""
-        self._slots: list[Slot] = []
+    def __init__(self, device: torch.device = _CPU) -> None:
         self._is_finalizing = sys.is_finalizing  # modules may be gone by then
+        self._begin(device)
+
+    def _begin(self, device: torch.device) -> None:
+        self.device = device
+        self.backend = backend_of(device)
+        if self.backend is not None:
+            self.copying, self.scoring = self.backend.stream(), self.backend.stream()
+        self.ready: Event | None = None
+        """After the last write to a model that scores."""
+        self.readers: dict[object, Event] = {}
+        """By the weights that are read: the event after their last reader."""
+        self._slots: list[Slot] = []
+
+    def place(self, device: torch.device) -> None:
+        """Scores on this device from now on; super-batches in flight stay where they are."""
+        if device != self.device:
+            self.drain()
+            self._begin(device)
 
     def slot(self, in_use: Collection[Slot] = ()) -> Slot:
         """Returns a slot that is not in use; a new one if all are.
 
-        The device may still be at work on what was there before: it is waited for there.
+        The device may still be at work on the slot's former super-batch: `fill` waits for that.
         """
         for slot in self._slots:
             if not any(slot is other for other in in_use):
@@ -296,11 +324,14 @@ class Ring:
         """Lets the block write to a model that scores, on the caller's current stream.
 
         Args:
-          weights: names what is written, as in `Slot.scoring`: its readers are waited for.
+          weights: names the weights written, as in `Slot.scoring`: their readers are waited for.
           home: the device that the values come from: copies run on its current stream.
         """
+        if self.backend is None:
+            yield
+            return
         writer = self.backend.current_stream(home)
-        if weights in self.readers:
+        if weights in self.readers:  # scoring may still read them
             writer.wait_event(self.readers.pop(weights))
         if self.ready is not None:  # of another stream, if the caller's has changed
             writer.wait_event(self.ready)
@@ -310,8 +341,8 @@ class Ring:
             self.ready = writer.record_event()
 
     def drain(self) -> None:
-        """Waits until the device does nothing for us: then models may be let go of."""
-        if not self.backend.overlaps or self._is_finalizing():  # the driver may be gone
+        """Waits until the device has done all that was queued: models may be let go of then."""
+        if self.backend is None or self._is_finalizing():  # the driver may be gone
             return
         for slot in self._slots:
             slot.settle()

@@ -1,8 +1,9 @@
-"""The image towers that can score at another size, and what changes in each when they do.
+"""The image towers that can score at another size, and how each library's is changed to do so.
 
-`known_towers` knows the vision transformers of open_clip and timm, and CLIP's and SigLIP's of
-transformers, by their classes; none of these libraries is imported here. A tower is changed in
-place: give it a copy. New weights are left empty, `score_size` fills them.
+A model goes in, its towers come out (`known_towers`): the vision transformers of open_clip and
+timm, and CLIP's and SigLIP's of transformers, known by the names of their classes; none of these
+libraries is imported here. A tower is changed in place: give it a copy. New weights are left empty,
+`score_size` fills them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _TRANSFORMERS = (
 
 @dataclass(frozen=True)
 class Tower(ABC):
-    """A vision transformer inside a model. Children say where its library keeps things."""
+    """A vision transformer inside a model. Subclasses know where its library keeps things."""
 
     path: str
     """Name within the model."""
@@ -41,7 +42,7 @@ class Tower(ABC):
     num_prefix: int = 1
     """Rows of the position embedding before the grid's."""
     needs: tuple[str, ...] = ()
-    """What the library calls to resize it, that an older version may lack."""
+    """Methods of the library that resize it, which an older version may lack."""
 
     @property
     def image_size(self) -> Size:
@@ -78,7 +79,7 @@ class Tower(ABC):
         return ""
 
     def get(self, name: str) -> Any:
-        """Returns what lies at a dotted name within the tower, None if there is nothing."""
+        """Returns the attribute of a dotted name within the tower, None without one."""
         found = self.module
         for part in name.split("."):
             found = getattr(found, part, None)
@@ -112,6 +113,7 @@ class OpenClipTower(Tower):
 
     def keep_tokens(self, fraction: float) -> None:
         """Makes the tower drop tokens before its first block."""
+        # Takes the place of the layer that drops random tokens in training.
         self.module.patch_dropout = KeepTokens(kept_tokens(self.grid, fraction), self.num_prefix)
 
 
@@ -141,7 +143,10 @@ class TimmTower(Tower):
 
 
 class TransformersTower(Tower):
-    """What makes the tokens in CLIP and SigLIP of transformers; the blocks behind take any."""
+    """The module that makes the tokens in CLIP and SigLIP of transformers.
+
+    The blocks after it take any number of tokens, and are left alone.
+    """
 
     def resize(self, image_size: Size, patch_size: Size) -> None:
         """Makes the tower one for images and patches of these sizes."""

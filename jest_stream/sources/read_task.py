@@ -1,8 +1,8 @@
-"""What a worker process that reads does: blocks of some lanes in turn, ahead of time.
+"""The task of a reading worker: blocks of some lanes in turn, ahead of time.
 
-In: the settings, some lanes, and where each goes on. Out, over the socket: blocks. It reads ahead
-as far as a number of blocks and of bytes allows; one block may always be on its way, so that no
-limit can stop it for good.
+In: the settings, some lanes, and the place where each goes on. Out, over the socket: blocks. The
+worker reads ahead within a number of blocks and of bytes; one block may always be on its way, so
+no limit can stop it for good. A second thread of the worker writes to the socket.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from jest_stream.types import Cursor
 from jest_stream.workers import Activity, Message, ParentConnection, WorkerStatus, failure_message
 
 # A worker reads one turn over its lanes ahead: with blocks of one super-batch or less per turn,
-# about as much as is being scored meanwhile. The bounds are for few lanes, and for descriptors,
-# of which every block that waits holds one.
+# about as much as is being scored meanwhile. The lower bound is for few lanes, the upper one for
+# descriptors, of which every block that waits holds one.
 _MIN_AHEAD, _MAX_AHEAD = 2, 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadTask:
-    """What a reading worker is started with. Travels to it."""
+    """The work of one reading worker. Travels to it."""
 
     blocks: BlockSettings
     cursors: Mapping[int, Cursor]
-    """The lanes that it reads, and where each goes on."""
+    """The lanes that it reads, and the place where each goes on."""
     max_ahead_bytes: int
     """Most bytes of blocks that wait to be taken; one block may be larger."""
 
@@ -58,14 +58,14 @@ class ReadTask:
             outbox.wait()
 
     def describe(self, activity: Activity | None) -> str:
-        """Returns the lanes that it reads, and the example that it read last."""
+        """Returns the worker's lanes and the example that it read last, for an error's text."""
         lanes = list(self.cursors)
         shown = ", ".join(map(str, lanes[:8])) + (", ..." if len(lanes) > 8 else "")
-        what = f"reads lanes {shown}"
+        text = f"reads lanes {shown}"
         if activity is not None:
             shard = self.blocks.source.shard_name(activity.number)
-            what += f", last example {activity.position} of shard {shard!r}"
-        return what
+            text += f", last example {activity.position} of shard {shard!r}"
+        return text
 
 
 class _Outbox:
@@ -78,7 +78,7 @@ class _Outbox:
         self._parent = parent
         self._max_messages = min(max(_MIN_AHEAD, num_lanes), _MAX_AHEAD)
         self._max_bytes = max_bytes
-        self._waiting: deque[int] = deque()  # sizes of what the training process has not taken
+        self._waiting: deque[int] = deque()  # sizes of the messages that were not taken yet
         self._queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
         threading.Thread(target=self._send, daemon=True).start()
 

@@ -1,6 +1,6 @@
 """`at_score_size`: the model being trained, at the size that its copy scores at.
 
-For training at two sizes with one set of weights. Nothing is copied: the model that is returned
+For training at two sizes with one set of weights. Nothing is copied: the returned model, a shell,
 holds the learner's own modules, parameters and buffers; only the few modules around its patch and
 position embeddings are others, and resample these from the learner's at every use.
 """
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from jest_stream.config import ScoringConfig
 from jest_stream.errors import ConfigError
-from jest_stream.scoring.encoders import unwrap
 from jest_stream.scoring.resampling import Resampling
 from jest_stream.scoring.score_size import fit, plain
+from jest_stream.scoring.two_tower import unwrap
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -28,17 +28,17 @@ def at_score_size(model: _Model, scoring: ScoringConfig) -> _Model:
 
     It has the methods of `model` and is called likewise, with images of the score size. Gradients
     reach the parameters of `model`, which are its own parameters: pass `model.parameters()` to the
-    optimizer, once. What happens to `model` later (a step, `load_state_dict`, `to`, `train`) holds
-    for both. A model that takes smaller images by itself is returned as it is.
+    optimizer, once. Later changes of `model` (a step, `load_state_dict`, `to`, `train`) hold for
+    both. A model that takes smaller images by itself is returned as it is.
 
     With `DistributedDataParallel`, call the wrapped learner with the large images and go back once,
     through the sum of both losses. The model returned here knows no ranks: a backward pass through
-    its loss alone leaves each rank with gradients of its own, and no error says so.
+    its loss alone leaves each rank with other gradients, and no error says so.
 
     Args:
       model: the learner. Not modified. Layers that were compiled one by one are refused; compile
         the whole afterwards.
-      scoring: what the dataset was given.
+      scoring: the same as the dataset's.
 
     Raises:
       ConfigError: if the model cannot score like this.
@@ -70,7 +70,7 @@ def _with_parents(changed: set[str], shell: nn.Module, model: nn.Module) -> set[
     for name, module in shell.named_modules():
         if name not in theirs or type(module) is not type(theirs[name]):
             names.add(name)  # the layer that drops tokens
-    for name in list(names):
+    for name in list(names):  # "visual.conv1" adds "", the model itself, and "visual"
         parts = name.split(".")
         names.update(".".join(parts[:depth]) for depth in range(len(parts)))
     compiled = [name for name in names if hasattr(theirs.get(name), "_orig_mod")]
@@ -90,7 +90,11 @@ def _share(
     own: Mapping[str, Tensor],
     changed: set[str],
 ) -> None:
-    """Makes everything below `shell` the model's own, but for the changed modules."""
+    """Makes everything below `shell` the model's own, but for the changed modules.
+
+    There are three cases for a child: changed in both, it is entered; else the model's takes its
+    place; one that only the shell has (the layer that drops tokens) stays.
+    """
     for name, child in list(shell._modules.items()):
         full = f"{path}.{name}".strip(".")
         theirs = model._modules.get(name)
@@ -107,9 +111,10 @@ def _share(
             made[name] = maps[full]
         elif full in own:
             made[name] = _Own(own[full])
-    # The dicts themselves: .to() and load_state_dict(assign=True) replace what lies in them.
+    # The dicts themselves: .to() and load_state_dict(assign=True) replace the tensors in them.
     shell._parameters, shell._buffers = model._parameters, model._buffers
     shell.__dict__["_full_size"], shell.__dict__["_made"] = model, made
+    # A subclass with properties: `self.weight` in a forward pass finds these before the dicts.
     shell.__class__ = _live_class(type(shell), tuple(made))
 
 

@@ -1,11 +1,11 @@
-"""What selection cost a run, and what it must save to pay: numbers, and the same in plain lines."""
+"""`RunCost`: the cost of a run and the savings that pay for it, as numbers and in plain lines."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from jest_stream.metrics.compute import Flops
+from jest_stream.metrics.flops import Flops
 
 _UNITS = (
     ("EFLOP", 1e18),
@@ -19,16 +19,16 @@ _UNITS = (
 
 @dataclass(frozen=True, kw_only=True)
 class RunCost:
-    """What a run paid so far, on this rank. `str()` of it is a summary of a few lines."""
+    """The cost of a run so far, on this rank. `str()` of it is a summary of a few lines."""
 
     samples_read: int
     """Candidates of the batches handed out."""
     samples_scored: int
-    """Candidates that a model was asked about, those in flight included."""
+    """Candidates that a model embedded, those in flight included."""
     samples_trained: int
     """Examples handed out."""
     flops: Flops
-    """By what they were spent on; NaN where they are not known."""
+    """By purpose; NaN where they are not known."""
     is_training_estimated: bool
     """Whether a training step was taken to cost three forward passes of the learner."""
     data_s: float
@@ -55,13 +55,18 @@ class RunCost:
         return 1 - 1 / self.flops.ratio
 
     def __str__(self) -> str:
-        return "\n".join([self._examples(), *self._flops(), self._seconds()])
+        examples = (
+            f"examples: {self.samples_read:,} read, {self.samples_scored:,} scored, "
+            f"{self.samples_trained:,} trained"
+        )
+        seconds = (
+            f"seconds: {self.data_s:.1f} waiting for data, {self.scoring_s:.1f} scoring, "
+            f"{self.selecting_s:.1f} selecting, {self.yielding_s:.1f} yielding, "
+            f"{self.training_s:.1f} training"
+        )
+        return "\n".join([examples, self._shares(), self._verdict(), seconds])
 
-    def _examples(self) -> str:
-        read, scored, trained = self.samples_read, self.samples_scored, self.samples_trained
-        return f"examples: {read:,} read, {scored:,} scored, {trained:,} trained"
-
-    def _flops(self) -> list[str]:
+    def _shares(self) -> str:
         flops = self.flops
         parts = {
             "training": flops.training,
@@ -70,13 +75,14 @@ class RunCost:
             "selection": flops.selection,
         }
         largest = max((part for part in parts.values() if not math.isnan(part)), default=0.0)
+        # All parts in the unit of the largest: they are to be compared.
         unit, size = next((unit for unit in _UNITS if largest >= unit[1]), ("FLOP", 1.0))
         listed = ", ".join(
             f"{'unknown' if math.isnan(part) else f'{part / size:.3g}'} {name}"
             for name, part in parts.items()
         )
         note = " (training estimated as three forward passes)" * self.is_training_estimated
-        return [f"{unit}: {listed}{note}", self._verdict()]
+        return f"{unit}: {listed}{note}"
 
     def _verdict(self) -> str:
         ratio, with_reuse = self.flops.ratio, self.flops.ratio_with_reuse
@@ -91,11 +97,4 @@ class RunCost:
             return f"{found}: it pays at as many steps"
         return (
             f"{found}: selection pays if it saves more than {self.savings_to_pay:.0%} of the steps"
-        )
-
-    def _seconds(self) -> str:
-        return (
-            f"seconds: {self.data_s:.1f} waiting for data, {self.scoring_s:.1f} scoring, "
-            f"{self.selecting_s:.1f} selecting, {self.yielding_s:.1f} yielding, "
-            f"{self.training_s:.1f} training"
         )

@@ -1,9 +1,9 @@
 """Two-tower models of any library, seen in one way: images and texts in, `Embeddings` out.
 
-`two_tower(module)` looks through wrappers and finds the methods; `embed_in_micro_batches` is what
-scores a super-batch. Nothing here imports open_clip or transformers: a model is known by its
-methods. Everything runs in the thread that calls it and is enqueued on its current stream; no
-value is read back from the device.
+`two_tower(module)` looks through wrappers and finds the methods; `embed_in_micro_batches` scores a
+super-batch. Nothing here imports open_clip or transformers: a model is known by its methods.
+Everything runs in the thread that calls it and is enqueued on its current stream; no value is read
+back from the device.
 
 Shapes: B: rows given, D: embedding dimension.
 """
@@ -23,23 +23,23 @@ from jest_stream.types import Embeddings
 
 @dataclass(frozen=True)
 class Pixels:
-    """Images as they were kept, and what makes of some of them what a tower takes."""
+    """Stored images, and a function that turns some of them into the tower's input."""
 
     rows: Tensor
     finish: Callable[[Tensor], Tensor]
     """Called with a few rows, on the device of the tower."""
     image_size: tuple[int, ...]
-    """Height and width of what it makes."""
+    """Height and width of the finished images."""
 
     @property
     def shaped(self) -> Tensor:
-        """What it makes of all rows, without values."""
+        """All finished images, without values."""
         return torch.empty((*self.rows.shape[:2], *self.image_size), device="meta")
 
 
 Input = Tensor | Mapping[str, Tensor] | Pixels
-"""What is embedded: one tensor, or named tensors that the tower takes as keywords, or pixels. All
-have B rows."""
+"""Images or texts to embed: a tensor, or named tensors that the tower takes as keywords, or pixels.
+All have B rows."""
 
 # Preferred first: some models on the hub have transformers' methods for tensors beside an
 # `encode_image` that takes files or PIL images.
@@ -60,11 +60,10 @@ class TwoTower:
     module: nn.Module
     """The module itself, without wrappers."""
     image_method: str
-    """Name of the method that embeds images."""
+    """Name of the method that embeds images; the next one's embeds texts."""
     text_method: str
-    """Name of the method that embeds texts."""
     role: str
-    """What the module is called in messages: learner or reference."""
+    """The module's name in messages: learner or reference."""
 
     @property
     def has_bias(self) -> bool:
@@ -73,16 +72,17 @@ class TwoTower:
 
     @property
     def device(self) -> torch.device:
-        """Where the module is, told by its logit scale."""
+        """The device of the module, told by its logit scale."""
         return _scalar(self.module, "logit_scale", self.role).device
 
     @property
     def scale_and_bias(self) -> tuple[Tensor, Tensor | float]:
-        """The multiplier of the logits, exponentiated, and their offset: tensors of their own."""
+        """The multiplier of the logits, exponentiated, and their offset: new tensors."""
         scale = _scalar(self.module, "logit_scale", self.role).float().exp().reshape(())
         bias: Tensor | float = 0.0
         if self.has_bias:
-            # Cloned: the learner copy is refreshed in place while embeddings are still in use.
+            # Cloned (exp makes a new tensor anyway): the learner copy is refreshed in place while
+            # embeddings are still in use.
             bias = _scalar(self.module, "logit_bias", self.role).float().clone().reshape(())
         return scale, bias
 
@@ -91,7 +91,7 @@ class TwoTower:
 
         Runs the module as it stands: its mode, the caller's gradients and autocast apply.
         Floating inputs are cast to the precision of the module's weights unless autocast does
-        so. Scale and bias are 0-d tensors of their own, which do not change with the module.
+        so. Scale and bias are new 0-d tensors, which do not change with the module.
 
         Args:
           image: `[B, ...]`, or named tensors that the image tower takes as keywords.
@@ -135,7 +135,7 @@ def two_tower(module: nn.Module, *, role: str = "learner") -> TwoTower:
     Args:
       module: an open_clip or transformers model, or any module with `encode_image`,
         `encode_text` and `logit_scale` (the log, as in both libraries). Not modified.
-      role: what to call it in messages.
+      role: its name in messages.
 
     Raises:
       ConfigError: if a method or the logit scale is missing.
@@ -147,7 +147,7 @@ def two_tower(module: nn.Module, *, role: str = "learner") -> TwoTower:
         if _has(inner, image_method) and _has(inner, text_method):
             break
     else:
-        # Names the style that the module has half of; the plain one if it has neither.
+        # The message names the style that the module has half of; the plain one if neither.
         style = next((pair for pair in _METHODS if any(_has(inner, m) for m in pair)), _METHODS[1])
         missing = " and ".join(method for method in style if not _has(inner, method))
         raise ConfigError(
@@ -155,6 +155,7 @@ def two_tower(module: nn.Module, *, role: str = "learner") -> TwoTower:
             f"scored. {_ACCEPTED}."
         )
     tower = TwoTower(inner, image_method, text_method, role)
+    # Raised here rather than in the first scoring pass.
     _scalar(inner, "logit_scale", role)
     if tower.has_bias:
         _scalar(inner, "logit_bias", role)
@@ -162,17 +163,17 @@ def two_tower(module: nn.Module, *, role: str = "learner") -> TwoTower:
 
 
 def has_bias(module: nn.Module) -> bool:
-    """Returns whether `module` was made for the sigmoid loss; `loss="auto"` asks."""
+    """Returns whether `module` was made for the sigmoid loss, for `loss="auto"`."""
     return two_tower(module).has_bias
 
 
 def unwrap(module: nn.Module) -> nn.Module:
     """Returns the module inside `DistributedDataParallel`, `torch.compile` and the like.
 
-    A module whose own class has the tower methods is never looked through: what it does around
-    an inner `module` is part of the model.
+    A module whose own class has the tower methods is never looked through: its work around an
+    inner `module` is part of the model.
     """
-    while True:
+    while True:  # wrappers nest: compiled inside data parallel, and the reverse
         inner = getattr(module, "_orig_mod", None)  # torch.compile
         if inner is None and not any(hasattr(type(module), pair[0]) for pair in _METHODS):
             inner = getattr(module, "module", None)  # data parallel, averaged models
@@ -193,7 +194,7 @@ def embed_in_micro_batches(
     """Returns the embeddings of B pairs, computed a few rows at a time and without gradients.
 
     The caller's gradient mode and autocast are as before afterwards. The results are ordinary
-    tensors (`no_grad`, not `inference_mode`), so that they may take part in autograd.
+    tensors (`no_grad`, not `inference_mode`), which may take part in autograd.
 
     Args:
       tower: the model; its mode (train or eval) is left as it is.
@@ -214,7 +215,7 @@ def embed_in_micro_batches(
     device = device or tower.device
     size = micro_batch_size or num_rows
     # inference_mode(False): a dataset iterated under inference_mode must not make tensors that
-    # later steps cannot use.
+    # later steps cannot use. autocast with enabled=False ends an autocast of the caller.
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -247,7 +248,7 @@ def _scalar(module: nn.Module, name: str, role: str) -> Tensor:
         found = "no" if value is None else f"{type(value)} as its"
         raise ConfigError(
             f"the {role}, a {type(module).__name__}, has {found} {name}; it must be a parameter or "
-            f"buffer of one element, so that it moves and is copied with the module: use "
+            f"buffer of one element, to move and be copied with the module: use "
             f"torch.nn.Parameter or register_buffer. {_ACCEPTED}."
         )
     if value.numel() != 1:
@@ -264,12 +265,14 @@ def _weight_dtype(module: nn.Module) -> torch.dtype | None:
     position embeddings and the logit scale in float32.
     """
     for layer in module.modules():
+        # Quantised layers hold integers, which say nothing of the inputs' precision.
         if isinstance(layer, nn.Conv2d | nn.Linear) and layer.weight.is_floating_point():
             return layer.weight.dtype
     return None
 
 
 def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    # Integers are tokens: the embedding layer wants them as they are.
     is_autocast = torch.is_autocast_enabled(value.device.type)
     if dtype is None or is_autocast or not value.is_floating_point():
         return value
@@ -300,7 +303,7 @@ def _slice(value: Input, start: int, stop: int, device: torch.device) -> Input:
         rows = _slice(value.rows, start, stop, device)
         assert isinstance(rows, Tensor)
         return value.finish(rows)
-    is_asynchronous = device.type != "cpu"  # towards the CPU it would be read before it is there
+    is_asynchronous = device.type != "cpu"  # towards the CPU it would be read before it arrives
     if isinstance(value, Mapping):
         return {
             name: tensor[start:stop].to(device, non_blocking=is_asynchronous)

@@ -1,35 +1,37 @@
-"""Which columns of a table are an example's image and text, and an example made of a row.
+"""Chooses the columns of a table that make an example, and makes examples of its rows.
 
-In: an Arrow schema, with the features that Hugging Face's libraries write into it, and what the
-user named. Out: `Columns`; then, row by row, examples with `image` (encoded bytes) and `text`
-beside the columns that carry metadata. Imports no Arrow: the schema brings its own types. No state.
+In: an Arrow schema, with the features that Hugging Face's libraries write into it, and the columns
+that the user named. Out: `Fields`; then, row by row, examples with `image` (encoded bytes) and
+`text` beside the columns of metadata. Pure functions; imports no Arrow, since the schema brings its
+types.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jest_stream.config import DEFAULT_LIMITS
 from jest_stream.errors import BadExampleError, ConfigError, UnsafeExampleError
+from jest_stream.sources.images import load_image
 from jest_stream.types import REFERENCE_ROW, Example
 
-# What columns are called where several could be meant, best first.
+# Usual names of columns, best first. They decide where several columns could be meant.
 _IMAGE_NAMES = "image jpg jpeg png webp gif img picture photo".split()
 _TEXT_NAMES = "text caption txt captions alt_text alt title description prompt".split()
 
-# Names that `JESTDataset` looks for by default: columns of these names that were not chosen would
-# be taken for what was.
+# Names that `JESTDataset` looks for by default. A column of such a name that was not chosen is left
+# out: it would be taken for the chosen one.
 _ROLE_NAMES = frozenset("image jpg jpeg png webp gif text txt".split())
 # Entries of an example that are ours.
 _OWN_NAMES = frozenset(("__key__", "__shard__", REFERENCE_ROW))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Columns:
-    """What is read of a table."""
+class Fields:
+    """The columns of a table that are read."""
 
     image: str
     """Column of the images; within a struct as in `"sample.image"`."""
@@ -50,7 +52,7 @@ class Columns:
         return f"{self.image}.bytes" if self.is_struct else self.image
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def columns(self) -> tuple[str, ...]:
         """Top-level columns that are needed."""
         return tuple(dict.fromkeys((self.image_column, *self.metadata)))
 
@@ -60,18 +62,18 @@ class Columns:
         return tuple(dict.fromkeys((*self.others, self.text_column)))
 
 
-def columns_of(schema: Any, image_key: str | None, text_key: str | None, title: str) -> Columns:
+def fields_of(schema: Any, image_key: str | None, text_key: str | None, title: str) -> Fields:
     """Returns the columns of an Arrow schema that make an example.
 
     Args:
       schema: a `pyarrow.Schema`.
-      image_key: what the user named; None to find it.
-      text_key: likewise.
-      title: what the schema belongs to, for messages.
+      image_key: the user's column of images; None to find it.
+      text_key: the user's column of texts, likewise.
+      title: name of the table in messages.
 
     Raises:
-      ConfigError: if a column is missing or of a type that cannot be meant, and if there is none
-        or no single one to find; with the columns that there are.
+      ConfigError: if a column is missing or of a type that cannot be meant, and if none or several
+        can be found; with all columns of the table.
     """
     fields = {field.name: field.type for field in schema}
     images = {name for name, type_ in fields.items() if _is_image_struct(type_)}
@@ -82,6 +84,8 @@ def columns_of(schema: Any, image_key: str | None, text_key: str | None, title: 
         ", ".join(f"{name} ({type_})" for name, type_ in fields.items())[:1000] or "(none)"
     )
     named_binary = [name for name in binary if name in _IMAGE_NAMES]
+    # The column of images is, in this order: 1. the user's; 2. one declared as images, or a struct
+    # of bytes and path; 3. one of bytes with a usual name; 4. one of bytes.
     image = image_key or _choose(sorted(images) or named_binary or binary, "image", shown)
     image_type = _type_of(fields, image, "image_key", shown)
     if not _is_image_struct(image_type) and not _is_binary(image_type):
@@ -96,7 +100,7 @@ def columns_of(schema: Any, image_key: str | None, text_key: str | None, title: 
             f"text_key={text!r} is a column of {text_type}, but a text is a string. {shown}. Make "
             "a column of strings, with datasets: dataset.map(...)."
         )
-    return Columns(
+    return Fields(
         image=image,
         text=text,
         image_column=_top_of(fields, image),
@@ -108,13 +112,13 @@ def columns_of(schema: Any, image_key: str | None, text_key: str | None, title: 
     )
 
 
-def columns_of_row(
+def fields_of_row(
     row: Mapping[str, Any], image_key: str | None, text_key: str | None, title: str
-) -> Columns:
+) -> Fields:
     """Returns the columns that make an example, by a first row, where no schema is known.
 
     Raises:
-      ConfigError: as `columns_of`.
+      ConfigError: as `fields_of`.
     """
     kinds = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
     shown = f"{title} has the columns {kinds[:1000]}"
@@ -126,7 +130,7 @@ def columns_of_row(
     image = image_key or _choose(images, "image", shown)
     text = text_key or _choose([name for name in texts if name != image], "text", shown)
     others = _others((name for name in row if name not in images), image, text)
-    return Columns(
+    return Fields(
         image=image,
         text=text,
         image_column=_top_of(row, image),
@@ -137,65 +141,63 @@ def columns_of_row(
 
 
 def example_of(
-    row: Mapping[str, Any],
-    columns: Columns,
+    row: Mapping[str, Any] | UnicodeDecodeError,
+    fields: Fields,
     *,
     key: str,
     shard: str,
-    load: Callable[[str], bytes] | None = None,
+    opens_paths: bool = False,
 ) -> Example | BadExampleError:
-    """Returns the example that a row is; values that are null are left out.
+    """Returns the example of a row; values that are null are left out.
 
     Args:
-      row: values by column.
-      columns: which of them are what.
+      row: values by column, or the error of a row whose text is not UTF-8.
+      fields: the columns to take.
       key: the example's key, unless the row has a `__key__`, a string or a number.
-      shard: what to call where it was read.
-      load: reads an image of which only the path is stored. None: that is a bad example.
+      shard: name of the shard in messages.
+      opens_paths: whether an image of which only the path is stored is read from this disk; else
+        it is a bad example. Only for tables of this machine: a stranger's may name any file.
     """
+    if isinstance(row, UnicodeDecodeError):
+        return BadExampleError(
+            f"example {key!r} of {shard!r} holds a string that is not UTF-8 ({row.reason}). Write "
+            "it again, or skip bad examples.",
+            key=key,
+            shard=shard,
+            reason="unreadable_text",
+        )
     own_key = row.get("__key__")
     if isinstance(own_key, str | int) and own_key != "":
         key = str(own_key)
     example: Example = {"__key__": key, "__shard__": shard}
-    for name in columns.others:
+    for name in fields.others:
         if name not in _OWN_NAMES and row.get(name) is not None:
             example[name] = row[name]
-    text = _value(row, columns.text)
+    text = _value(row, fields.text)
     if text is not None:
         if isinstance(text, str) and len(text) > DEFAULT_LIMITS.max_text_bytes:
             return UnsafeExampleError(
-                f"text {columns.text!r} of example {key!r} of {shard!r} has {len(text):,} "
+                f"text {fields.text!r} of example {key!r} of {shard!r} has {len(text):,} "
                 f"characters, the limit is {DEFAULT_LIMITS.max_text_bytes:,}. Is it a caption?",
                 key=key,
                 shard=shard,
                 reason="unsafe_text",
             )
         example["text"] = text
-    image = _value(row, columns.image)
+    image = _value(row, fields.image)
     if isinstance(image, Mapping):
         data, path = image.get("bytes"), image.get("path")
         if data is None and path:
-            if load is None:
+            if not opens_paths:
                 return _path_only(key, shard, path)
             try:
-                data = load(str(path))
+                data = load_image(str(path))
             except BadExampleError as error:
                 return error
         image = data
     if image is not None:
         example["image"] = bytes(image) if isinstance(image, bytearray | memoryview) else image
     return example
-
-
-def unreadable_text(key: str, shard: str, error: UnicodeDecodeError) -> BadExampleError:
-    """Returns the error for a row with a string that is not UTF-8."""
-    return BadExampleError(
-        f"example {key!r} of {shard!r} holds a string that is not UTF-8 ({error.reason}). Write it "
-        "again, or skip bad examples.",
-        key=key,
-        shard=shard,
-        reason="unreadable_text",
-    )
 
 
 def _path_only(key: str, shard: str, path: str) -> BadExampleError:
@@ -216,9 +218,9 @@ def _choose(names: list[str], role: str, shown: str) -> str:
         names = [name for name in known if name in names][:1] or names
     if len(names) == 1:
         return names[0]
-    what = f"{len(names)} columns that could be the {role}" if names else f"no column of {role}s"
+    found = f"{len(names)} columns that could be the {role}" if names else f"no column of {role}s"
     raise ConfigError(
-        f"{shown}: {what}. Name it: HuggingFaceSource(..., {role}_key=...), or pass "
+        f"{shown}: {found}. Name it: HuggingFaceSource(..., {role}_key=...), or pass "
         "IterableSource(dataset) to get its examples as they are."
     )
 
@@ -242,7 +244,7 @@ def _declared_images(schema: Any) -> list[str]:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
         return [name for name, feature in features.items() if feature.get("_type") == "Image"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return []  # a stranger's file: what it declares is a hint
+        return []  # a stranger's file: its declaration is a hint
 
 
 def _type_of(fields: Mapping[str, Any], key: str, argument: str, shown: str) -> Any:

@@ -1,6 +1,6 @@
 """References by name are open_clip's own models, with the views that belong to them.
 
-pytest tests/scoring/test_named.py
+pytest tests/scoring/test_named_reference.py
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from support.shards import draw, write_shards
 
 from jest_stream import JESTDataset
 from jest_stream.errors import ConfigError, UnsafeDataError
-from jest_stream.scoring.named import is_named, load_reference
+from jest_stream.scoring.named_reference import is_named, load_reference
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

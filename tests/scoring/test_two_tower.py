@@ -1,7 +1,7 @@
 """Adapters give the embeddings and logits that each library's own model gives.
 
 Real open_clip and transformers models, tiny and with random weights.
-Run: pytest tests/scoring/test_encoders.py
+Run: pytest tests/scoring/test_two_tower.py
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from support.models import Plain
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jest_stream.scoring.encoders import embed_in_micro_batches, has_bias, two_tower, unwrap
+from jest_stream.scoring.two_tower import embed_in_micro_batches, has_bias, two_tower, unwrap
 from jest_stream.types import Embeddings
 
 VISION = {"layers": 2, "width": 32, "head_width": 16, "image_size": 16, "patch_size": 8}

@@ -29,7 +29,7 @@ _FORMS = (
 
 @dataclass(frozen=True, kw_only=True)
 class NamedReference:
-    """A model, and how it wants to see images and texts."""
+    """A model, with the transform and tokenizer that it was trained with."""
 
     module: nn.Module
     transform: Any
@@ -37,7 +37,7 @@ class NamedReference:
 
 
 def is_named(reference: object) -> bool:
-    """Whether an address names a model: `open_clip:...`, a folder of a model, or a checkpoint."""
+    """Returns whether an address is a model's: `open_clip:...`, its folder, or a checkpoint."""
     if not isinstance(reference, str | os.PathLike):
         return False
     name = os.fspath(reference)
@@ -49,12 +49,15 @@ def load_reference(name: str | os.PathLike[str]) -> NamedReference:
     """Returns the model of a name, on the CPU and in eval mode, with its own views.
 
     Args:
-      name: see the module.
+      name: one of the forms above, in the module's docstring.
 
     Raises:
       ConfigError: for a name that means no model, or no weights.
       UnsafeDataError: for weights that are not safetensors.
     """
+    # A name without prefix is a folder, or a mistake; after the prefix, the weights are
+    # 1. a tag of open_clip's, which may be left out where it is the only one,
+    # 2. a file of the user's, seen as the known weights of that model are.
     name = os.fspath(name)
     if not name.startswith(_PREFIX):
         folder = Path(name)
@@ -75,9 +78,9 @@ def load_reference(name: str | os.PathLike[str]) -> NamedReference:
         weights = known[0]
     if not weights:
         raise ConfigError(
-            f"reference={name!r} names no weights, and an untrained model says nothing of what can "
-            f"be learned. {_FORMS} Known tags: {', '.join(known) or 'none'}. If untrained is what "
-            f"you want, pass open_clip.create_model({model!r})."
+            f"reference={name!r} names no weights, and an untrained model cannot tell learnable "
+            f"pairs from noise. {_FORMS} Known tags: {', '.join(known) or 'none'}. To use an "
+            f"untrained one all the same, pass open_clip.create_model({model!r})."
         )
     if weights in known:
         return _created(open_clip, name, model, weights)

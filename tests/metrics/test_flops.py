@@ -1,6 +1,6 @@
 """Counted FLOPs agree with a count by hand, and the cost formula with its published table.
 
-Run: pytest tests/metrics/test_compute.py
+Run: pytest tests/metrics/test_flops.py
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jest_stream.errors import ConfigError
-from jest_stream.metrics.compute import Flops, cost_ratio, forward_flops, training_flops
+from jest_stream.metrics.flops import Flops, cost_ratio, forward_flops, training_flops
 from jest_stream.selection.cost import num_conditioned_on, selection_flops
 from jest_stream.selection.joint import joint_selection
 from jest_stream.types import Embeddings
