@@ -1,8 +1,8 @@
-"""Every error that a user can meet, named.
+"""Errors that a user can meet, by name.
 
-A message says what was wrong, what was found, why it matters and what to do. `ConfigError` is for
-what the user passed; the others are about the data, the models or a checkpoint. All survive
-pickling with their attributes, since many are raised in worker processes.
+A message names the fault, the value found, its consequence and the remedy. `ConfigError` is about
+arguments; the others are about the data, the models or a checkpoint. All survive pickling with
+their attributes, since many are raised in worker processes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import Any
 
 class JESTError(Exception):
     """Base of all errors of this package."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)
 
 
 class ConfigError(JESTError, ValueError):
@@ -31,9 +34,6 @@ class ShardError(JESTError):
         self.shard = shard
         self.offset = offset
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.args, self.__dict__)
-
 
 class ShardTruncatedError(ShardError):
     """A shard that ends before its end-of-archive marker: a shorter shard is never accepted."""
@@ -52,7 +52,7 @@ class ShardUnavailableError(ShardError):
 
 
 class ShardChangedError(ShardError):
-    """A shard that is no longer what it was when the source was made: another ETag or length."""
+    """A shard whose content is not that of when the source was made: another ETag or length."""
 
 
 class UnsafeDataError(JESTError):
@@ -73,9 +73,6 @@ class BadExampleError(JESTError):
         self.key = key
         self.shard = shard
         self.reason = reason
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.args, self.__dict__)
 
 
 class UnsafeExampleError(BadExampleError, UnsafeDataError):
@@ -111,16 +108,13 @@ class IncompleteCacheError(ReferenceMismatchError):
         self.num_done = num_done
         self.num_shards = num_shards
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.args, self.__dict__)
-
 
 class CacheDamagedError(ShardError, ReferenceMismatchError):
-    """A file of a reference cache that was cut, or is not what was written."""
+    """A file of a reference cache that was cut, or holds other bytes than were written."""
 
 
 class CachedShardChangedError(ShardChangedError, ReferenceMismatchError):
-    """A shard that is no longer what it was when its embeddings were cached."""
+    """A shard whose content is not that of when its embeddings were cached."""
 
 
 class NotCachedError(BadExampleError, ReferenceMismatchError):
@@ -152,7 +146,7 @@ class StalledError(JESTError):
 
 
 def _rebuild(kind: type[JESTError], args: tuple[Any, ...], attributes: dict[str, Any]) -> JESTError:
-    """Unpickles an error whose constructor takes keywords."""
+    """Unpickles an error whose constructor takes keywords, which `Exception` cannot do."""
     error = kind.__new__(kind, *args)
     error.__dict__.update(attributes)
     return error

@@ -1,8 +1,7 @@
-"""Randomness that is named rather than drawn: seeds from what they are for.
+"""Derives seeds from names: the same name gives the same draws in every process.
 
-`derive_seed("shards", seed, lane, epoch)` gives the same number in every process and on every
-machine. Nothing here reads or moves the user's global random state, except inside `isolated_rng`,
-which puts it back.
+`derive_seed("shards", seed, lane, epoch)` gives the same number on every machine. The user's global
+random state is neither read nor moved, except inside `isolated_rng`, which puts it back.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ def isolated_rng(*parts: str | int) -> Iterator[None]:
     """Runs user code on random state seeded by `parts`, then restores the caller's.
 
     User transforms draw from the global generators of torch, numpy and random. Seeding them by
-    what they are for makes a resumed run repeat the draws; restoring keeps the training loop's
-    own sequence as it would be without us. CPU generators only: no CUDA context is made.
+    name makes a resumed run repeat the draws; restoring keeps the training loop's sequence as it
+    would be without this package. CPU generators only: no CUDA context is made.
     """
     saved = (torch.get_rng_state(), random.getstate(), np.random.get_state())
     seed_globally(*parts)

@@ -26,7 +26,7 @@ from jest_stream.errors import ConfigError
 from jest_stream.reference_cache import ReferenceCache
 from jest_stream.scoring import has_bias, is_named, load_reference, two_tower
 from jest_stream.selection import needs
-from jest_stream.storage import check, scheme_of
+from jest_stream.storage import check_address, scheme_of
 
 
 class Reference(NamedTuple):
@@ -85,7 +85,7 @@ def open_reference(
 
 
 def _open_cache(path: str, storage: StorageConfig | None) -> ReferenceCache:
-    address = check(path)
+    address = check_address(path)
     # A missing local path may be a model's name mistyped: say so instead of "no such folder".
     if not scheme_of(address) and not os.path.exists(address):
         raise ConfigError(

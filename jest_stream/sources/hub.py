@@ -25,7 +25,7 @@ from urllib.parse import quote
 
 from jest_stream.config import StorageConfig
 from jest_stream.errors import ConfigError, ShardUnavailableError, UnsafeDataError
-from jest_stream.storage import MAX_SHARDS, Patience, failure_of, redacted
+from jest_stream.storage import MAX_SHARDS, RetryBudget, failure_of, redacted
 from jest_stream.types import ObjectInfo
 
 _ADDRESS = re.compile(r"(?:(?i:hf)://datasets/)?([^/@\s]+/[^/@\s]+?)(?:@([^\s]+?))?/?")
@@ -191,12 +191,12 @@ class _Api:
     def _get(self, path: str, revision: str | None) -> Any:
         """Returns an answer that is no error, trying again where that can help."""
         shard = f"hf://datasets/{self._repository}"
-        patience = Patience(shard, self._storage, random.Random())
+        budget = RetryBudget(shard, self._storage, random.Random())
         utils = self._utils
         # requests or httpx, by the version of huggingface_hub; their errors are its bases.
         expected = (OSError, *utils.HfHubHTTPError.__bases__)
         while True:
-            patience.attempts += 1
+            budget.attempts += 1
             try:
                 answer = utils.get_session().get(
                     self._endpoint + path,
@@ -209,7 +209,7 @@ class _Api:
                 failure = failure_of(error)
                 if failure.status in (401, 403, 404):
                     raise self._refused(error, failure.status, revision) from error
-                pause_s = patience.pause_after(failure)
+                pause_s = budget.pause_after(failure)
             time.sleep(pause_s)
 
     def _refused(self, error: Exception, status: int, revision: str | None) -> ConfigError:

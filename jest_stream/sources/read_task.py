@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from jest_stream.sources.blocks import BlockSettings, LaneBlocks
 from jest_stream.types import Cursor
-from jest_stream.workers import Message, Note, Notes, ParentConnection, failure_message
+from jest_stream.workers import Activity, Message, ParentConnection, WorkerStatus, failure_message
 
 # A worker reads one turn over its lanes ahead: with blocks of one super-batch or less per turn,
 # about as much as is being scored meanwhile. The lower bound is for few lanes, the upper one for
@@ -34,11 +34,11 @@ class ReadTask:
     max_ahead_bytes: int
     """Most bytes of blocks that wait to be taken; one block may be larger."""
 
-    def run(self, parent: ParentConnection, notes: Notes) -> None:
+    def run(self, parent: ParentConnection, status: WorkerStatus) -> None:
         """Sends blocks of the lanes in turn, and an error as the last word."""
         outbox = _Outbox(parent, len(self.cursors), self.max_ahead_bytes)
         lanes = {
-            lane: LaneBlocks(self.blocks, lane, cursor, note=notes.put)
+            lane: LaneBlocks(self.blocks, lane, cursor, note=status.put)
             for lane, cursor in self.cursors.items()
         }
         turns = deque(lanes)
@@ -57,14 +57,14 @@ class ReadTask:
         while parent.wants_more:
             outbox.wait()
 
-    def describe(self, last: Note | None) -> str:
+    def describe(self, activity: Activity | None) -> str:
         """Returns the worker's lanes and the example that it read last, for an error's text."""
         lanes = list(self.cursors)
         shown = ", ".join(map(str, lanes[:8])) + (", ..." if len(lanes) > 8 else "")
         text = f"reads lanes {shown}"
-        if last is not None:
-            shard = self.blocks.source.shard_name(last.group)
-            text += f", last example {last.position} of shard {shard!r}"
+        if activity is not None:
+            shard = self.blocks.source.shard_name(activity.number)
+            text += f", last example {activity.position} of shard {shard!r}"
         return text
 
 

@@ -196,7 +196,7 @@ class BlockReader:
 
     def _receive(self, lane: int) -> Block:
         message = self._workers[lane].receive(self._timeout_s)
-        self._workers[lane].answer()  # it may read one more block ahead
+        self._workers[lane].acknowledge()  # it may read one more block ahead
         if isinstance(message, Failure):
             try:
                 raise message.error from WorkerTraceback(message.traceback)

@@ -1,21 +1,21 @@
-"""Where shards lie: local disk, object stores, web servers, the Hugging Face Hub.
+"""Files on local disk, in object stores, on web servers and on the Hugging Face Hub.
 
-`Storage` is the only door to files: which addresses are read, how they are opened, what is retried.
+`Storage` is the only door to files: it expands and checks addresses, opens, retries and caches.
 """
 
-from jest_stream.storage.addresses import MAX_SHARDS, check, scheme_of
+from jest_stream.storage.addresses import MAX_SHARDS, check_address, scheme_of
 from jest_stream.storage.failures import failure_of
 from jest_stream.storage.redaction import redacted
-from jest_stream.storage.retry import Patience
+from jest_stream.storage.retry import RetryBudget
 from jest_stream.storage.storage import Storage
 from jest_stream.storage.writing import NewFile, folder_address
 
 __all__ = [
     "MAX_SHARDS",
     "NewFile",
-    "Patience",
+    "RetryBudget",
     "Storage",
-    "check",
+    "check_address",
     "failure_of",
     "folder_address",
     "redacted",

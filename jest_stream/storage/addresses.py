@@ -1,8 +1,8 @@
-"""Which addresses are read: what the user wrote, expanded in order, or refused by name.
+"""Expands the addresses that the user wrote, in order, and refuses the unsafe ones by name.
 
 In: brace patterns, globs, lists, `~`, `file://`, remote addresses. Out: local paths and remote
-addresses, one for each shard. A scheme is either local, remote or refused; nothing here ever starts
-a program or connects to anything: whoever calls brings the function that lists a remote glob.
+addresses, one for each shard. A scheme is either local, remote or refused. This module starts no
+program and connects to nothing: the caller brings the function that lists a remote glob.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def expand(
 
     Args:
       urls: a path, a `file://` or remote address, a brace pattern (`{000..123}`, `{a,b}`), a glob,
-        or a list of these. `~` is the home folder. What a glob matches is sorted.
-      list_remote: returns what a remote address stands for: itself, pinned where that makes
-        sense, or what it matches, sorted.
+        or a list of these. `~` is the home folder. The matches of a glob are sorted.
+      list_remote: returns the shards of a remote address: itself, pinned to a version where its
+        store can do so, or its matches, sorted.
 
     Raises:
       ConfigError: if nothing matches, and for a pattern that cannot be expanded.
@@ -56,6 +56,9 @@ def expand(
     patterns = [os.fspath(url) for url in listed]
     if not patterns:
         raise ConfigError("source names no shards: got an empty list; pass at least one path.")
+    # Counted first: `braceexpand` makes every number of a range before it yields the first string.
+    # It is called as it is, not through `webdataset.shardlists.expand_urls`: that also splits at
+    # "::" and puts environment variables in, which the count and the checks would not see.
     count = 0
     for pattern in patterns:
         count += _num_expansions(pattern)
@@ -65,7 +68,9 @@ def expand(
                 f"{MAX_SHARDS:,}. Correct the pattern, or use larger shards."
             )
     # All are checked before the first is listed.
-    checked = [(check(url), pattern) for pattern in patterns for url in braceexpand(pattern)]
+    checked = [
+        (check_address(url), pattern) for pattern in patterns for url in braceexpand(pattern)
+    ]
     paths: list[str] = []
     for url, pattern in checked:
         if scheme_of(url):
@@ -76,7 +81,7 @@ def expand(
 
 
 def scheme_of(url: str) -> str:
-    """Returns the remote scheme of an address that `check` returned; "" for a local path."""
+    """Returns the remote scheme of a checked address; "" for a local path."""
     scheme, separator, _ = url.partition("://")
     return scheme if separator and scheme in SCHEMES else ""
 
@@ -88,29 +93,32 @@ def store_of(url: str) -> str:
 
 
 def without_signature(url: str) -> str:
-    """Returns what a remote address names: without its query, if that signs it.
+    """Returns a remote address without its query, if that is a signature.
 
     Stores that sign addresses name an object by its path. Any other query may tell objects apart.
     """
     return url.partition("?")[0] if _SIGNATURE.search(url) else url
 
 
-def check(url: str) -> str:
-    """Returns a local path, or a remote address with its scheme in lower case; or refuses it.
+def check_address(url: str) -> str:
+    """Returns a local path, or a remote address with its scheme in lower case.
 
     Raises:
       ConfigError: for a remote address without a host, bucket or repository.
-      UnsafeDataError: for everything that is not on the list of schemes.
+      UnsafeDataError: for every scheme that is not on the list, chains and control characters.
     """
+    # There are four cases: 1. A chain of addresses.
     if "::" in url:
         raise UnsafeDataError(
             f"source {_short(url)} chains addresses with '::', which can reach anything; "
             "pass shards as a list of plain paths."
         )
+    # 2. A local path. A scheme has two letters or more: "c:x.tar" is a path.
     found = _SCHEME.match(url)
     if not found:
         return os.path.expanduser(url)
     scheme, rest = found.group(1).lower(), url[found.end() :]
+    # 3. A local path in the form of an address: its %20 are spaces.
     if scheme == "file":
         if rest.startswith("//"):
             host, slash, rest = rest[2:].partition("/")
@@ -121,6 +129,7 @@ def check(url: str) -> str:
                 )
             rest = slash + rest
         return unquote(rest)
+    # 4. A remote address.
     if scheme in SCHEMES:
         if not rest.startswith("//") or not rest[2:].partition("/")[0]:
             raise ConfigError(
@@ -142,7 +151,7 @@ def check(url: str) -> str:
 
 
 def is_remote_glob(url: str) -> bool:
-    """Whether a remote address is a pattern; the query of an http address is none."""
+    """Returns whether a remote address is a pattern; the "?" of an http query makes none."""
     scheme, path = scheme_of(url), url
     if scheme in ("http", "https"):
         return bool(re.search(r"[*\[]", url.partition("?")[0].partition("//")[2].partition("/")[2]))
@@ -152,17 +161,18 @@ def is_remote_glob(url: str) -> bool:
 
 
 def is_folder(url: str) -> bool:
-    """Whether a remote address can only be a bucket, a repository or a folder in a store."""
+    """Returns whether a remote address can only be a bucket, a repository or a folder."""
     scheme, path = scheme_of(url), url.partition("://")[2]
     if scheme in ("http", "https"):
         return False  # there, anything may be a file
+    # The slashes of a name that ends before any file: "bucket", "org/name", "datasets/org/name".
     is_typed = path.startswith(("datasets/", "spaces/", "models/"))
     num_slashes = 0 if scheme != "hf" else 2 if is_typed else 1
     return path.endswith("/") or path.count("/") == num_slashes
 
 
 def _match(path: str, pattern: str) -> list[str]:
-    """Returns the files that a path or glob stands for; a path that exists is never a glob."""
+    """Returns the files of a path or glob, sorted; a path that exists is never a glob."""
     if not path:
         raise ConfigError("source is an empty path; pass the path of a tar shard.")
     if not _GLOB.search(path) or os.path.exists(path):
@@ -177,7 +187,7 @@ def _match(path: str, pattern: str) -> list[str]:
 
 
 def _num_expansions(pattern: str) -> int:
-    """Returns how many strings a brace pattern stands for, without making them."""
+    """Returns the number of strings that a brace pattern expands to, without making them."""
     try:
         return _count(pattern)
     except (ValueError, RecursionError) as error:
@@ -188,7 +198,10 @@ def _num_expansions(pattern: str) -> int:
 
 
 def _count(pattern: str) -> int:
-    """Counts as `braceexpand` expands: a product over groups, a sum over alternatives."""
+    """Counts as `braceexpand` expands: a product over groups, a sum over alternatives.
+
+    `{a,b{0..9}}/{0..4}.tar`: (1 + 10) * 5 = 55.
+    """
     total, depth, start = 1, 0, 0
     commas: list[int] = []
     position = 0
@@ -215,7 +228,7 @@ def _count(pattern: str) -> int:
 
 
 def _count_group(pattern: str, start: int, commas: list[int], end: int) -> int:
-    """Returns how many strings the braces from `start` to `end` stand for."""
+    """Returns the number of strings for the braces at `start` and `end` and their `commas`."""
     edges = [start, *commas, end]
     parts = [pattern[a + 1 : b] for a, b in zip(edges, edges[1:], strict=False)]
     found = _RANGE.fullmatch(parts[0]) if len(parts) == 1 else None

@@ -1,9 +1,10 @@
-"""The connections of one process: made at the first use, closed before a fork, ended on `close`.
+"""Keeps the connections of one process: made at the first use, closed before a fork and on `close`.
 
-Requests run on fsspec's loop: one daemon thread, shared by everything in the process that uses
-fsspec, with a few helper threads for name lookups. It is started at the first remote read and
-stays; nothing else outlives `close`. All retries are ours and counted, but for one: below s3fs,
-aiohttp repeats a request once whose connection broke before there was an answer.
+In: an address. Out: a connected driver, and coroutines run on fsspec's loop. That is one daemon
+thread, shared by everything in the process that uses fsspec, with a few helper threads for name
+lookups. It is started at the first remote read and stays; nothing else outlives `close`. All
+retries are ours and counted, but for one: below s3fs, aiohttp repeats a request once whose
+connection broke before a response came.
 
 A forked child starts without the loop and without our sockets: they are closed in the parent just
 before the fork, and made anew when they are needed again.
@@ -37,17 +38,17 @@ _LOGGER = logging.getLogger("jest_stream")
 
 
 class Connections:
-    """Drivers of this process, by scheme, and the tasks that use them.
+    """Drivers of this process, by kind of store, and the tasks that use them.
 
     Args:
       config: time limits and options.
-      before_fork: called in the parent before it forks; stops what is being read.
+      before_fork: called in the parent before it forks; stops the reads on their way.
     """
 
     def __init__(self, config: StorageConfig, before_fork: Callable[[], None]) -> None:
         self.before_fork = before_fork
         self._config = config
-        self._lock = threading.Lock()  # guards _drivers
+        self._lock = threading.Lock()  # guards _drivers, also while one connects
         self._drivers: dict[str, Driver] = {}
         self._tasks: set[asyncio.Task[Any]] = set()  # touched on the loop only
         _LIVE.add(self)
@@ -100,7 +101,7 @@ class Connections:
             future.cancel()
 
     def close(self) -> None:
-        """Cancels what runs and closes every socket; the next request connects again."""
+        """Cancels every request and closes every socket; the next request connects again."""
         from fsspec.asyn import get_loop
 
         drivers = list(self._drivers.values())
@@ -134,8 +135,8 @@ class Connections:
 
 _LIVE: weakref.WeakSet[Connections] = weakref.WeakSet()
 
-# What a child inherited in spite of all: were it collected there, it would take the parent's
-# sockets off the epoll instance that both share.
+# Sockets that a child inherited in spite of all. Collected there, they would take the parent's
+# off the epoll instance that both share.
 _INHERITED: list[object] = []
 
 
@@ -159,7 +160,7 @@ os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
 
 
 def make_driver(store: str, config: StorageConfig) -> Driver:
-    """Returns the driver of a kind of store (see `store_of`), not yet connected.
+    """Returns a driver for a kind of store (see `store_of`), not yet connected.
 
     Raises:
       ConfigError: if its package is not installed, or does not take the options.

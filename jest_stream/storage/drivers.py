@@ -1,8 +1,9 @@
-"""One driver for each kind of store: sends range requests with fsspec's connections, and lists.
+"""Drivers, one for each kind of store: send range requests over fsspec's connections, and list.
 
-fsspec's file objects are not used: they hide the head of the answer, which is what tells a changed
-object, a lying server and a pause asked for. Everything `async` runs on fsspec's loop, everything
-else may block and runs in the caller's thread. Retries of fsspec, botocore and aiohttp are off.
+In: an address and a range. Out: a `RangeResponse`. fsspec's file objects are not used: they hide
+the head of the response, which gives away a changed object, a lying server and a pause asked for.
+Every `async` function runs on fsspec's loop, the others may block and run in the caller's thread.
+Retries of fsspec, botocore and aiohttp are off.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 from jest_stream.config import StorageConfig
 from jest_stream.errors import ConfigError
 from jest_stream.storage.redaction import redacted
-from jest_stream.storage.responses import Answer
+from jest_stream.storage.responses import RangeResponse
 from jest_stream.types import ObjectInfo
 
 _CHUNK_BYTES = 256 * 1024
@@ -28,14 +29,14 @@ class Driver(Protocol):
     async def connect(self) -> None:
         """Makes the client, if there is none."""
 
-    async def request(self, url: str, start: int, end: int, version: str) -> Answer:
+    async def request(self, url: str, start: int, end: int, version: str) -> RangeResponse:
         """Asks for the bytes from `start` to `end` (exclusive), if the object has that version."""
 
-    def version_of(self, url: str, answer: Answer) -> str:
-        """Returns the object's version by its answer; "" if it says nothing."""
+    def version_of(self, url: str, response: RangeResponse) -> str:
+        """Returns the object's version by a response; "" if it names none."""
 
     async def matches(self, pattern: str) -> list[tuple[str, ObjectInfo | None]]:
-        """Returns the files that match a pattern, with what the listing says of them."""
+        """Returns the files that match a pattern, with length and version if listed."""
 
     def pinned(self, url: str) -> str:
         """Returns the address of this very content, where a store can name it. Blocks."""
@@ -47,8 +48,8 @@ class Driver(Protocol):
         """Closes every connection."""
 
 
-class WebAnswer:
-    """An answer read with aiohttp."""
+class WebRangeResponse:
+    """A response read with aiohttp."""
 
     def __init__(self, response: Any) -> None:
         self._response = response
@@ -59,7 +60,7 @@ class WebAnswer:
         }
 
     async def read(self) -> bytes:
-        """Returns what has arrived; b"" at the end."""
+        """Returns the next bytes; b"" at the end."""
         data: bytes = await self._response.content.readany()
         return data
 
@@ -79,21 +80,21 @@ class WebDriver:
         """Makes the session, if there is none."""
         async with self._connecting:
             session = await self._files.set_session()
-            # It would repeat requests by itself, uncounted. Not public, but there for this.
+            # aiohttp would repeat requests by itself, uncounted. No public setting turns that off.
             session._retry_connection = False
 
-    async def request(self, url: str, start: int, end: int, version: str) -> Answer:
+    async def request(self, url: str, start: int, end: int, version: str) -> RangeResponse:
         """Asks for a range; `If-Match` only for a strong ETag, since a weak one never matches."""
         condition = {"If-Match": version} if version.startswith('"') else {}
         return await self._get(url, byte_range(start, end) | condition)
 
-    def version_of(self, url: str, answer: Answer) -> str:
+    def version_of(self, url: str, response: RangeResponse) -> str:
         """Returns the ETag."""
         del url
-        return answer.headers.get("etag", "")
+        return response.headers.get("etag", "")
 
     async def matches(self, pattern: str) -> list[tuple[str, ObjectInfo | None]]:
-        """Returns the links on the page of the folder that match; there is no other listing."""
+        """Returns the matching links on the page of the folder: the web has no other listing."""
         found = await self._files._glob(pattern, detail=True)
         return [(name, None) for name, info in found.items() if info["type"] == "file"]
 
@@ -112,7 +113,7 @@ class WebDriver:
                 await self._files._session.close()
                 self._files._session = None
 
-    async def _get(self, url: str, headers: Mapping[str, str]) -> WebAnswer:
+    async def _get(self, url: str, headers: Mapping[str, str]) -> WebRangeResponse:
         await self.connect()
         session = self._files._session
         options = dict(self._files.kwargs)
@@ -122,14 +123,14 @@ class WebDriver:
             headers={**own, "Accept-Encoding": "identity", **headers},
             **options,
         )
-        return WebAnswer(response)
+        return WebRangeResponse(response)
 
 
 class GoogleDriver(WebDriver):
     """`gs://`: addresses and credentials by gcsfs, the objects by their media addresses."""
 
     def __init__(self, config: StorageConfig) -> None:
-        # The plain one: gcsfs's default asks about buckets by gRPC, on threads that stay.
+        # The class of gcsfs.core: the default one asks about buckets by gRPC, on threads that stay.
         gcsfs: Any = importlib.import_module("gcsfs.core")
         options = {
             "requests_timeout": config.stall_timeout_s,
@@ -140,7 +141,7 @@ class GoogleDriver(WebDriver):
         self._files = web_files(config, {"client_kwargs": {"trust_env": True}})
         self._connecting = asyncio.Lock()
 
-    async def request(self, url: str, start: int, end: int, version: str) -> Answer:
+    async def request(self, url: str, start: int, end: int, version: str) -> RangeResponse:
         """Asks for a range of that generation."""
         condition = {"ifGenerationMatch": version} if version else {}
         address = self._buckets.url(url)
@@ -150,10 +151,10 @@ class GoogleDriver(WebDriver):
         headers = await loop.run_in_executor(None, self._buckets._get_headers, {})
         return await self._get(address, headers | byte_range(start, end))
 
-    def version_of(self, url: str, answer: Answer) -> str:
+    def version_of(self, url: str, response: RangeResponse) -> str:
         """Returns the generation."""
         del url
-        return answer.headers.get("x-goog-generation", "")
+        return response.headers.get("x-goog-generation", "")
 
     async def matches(self, pattern: str) -> list[tuple[str, ObjectInfo | None]]:
         """Returns the objects that match."""
@@ -176,8 +177,8 @@ class GoogleDriver(WebDriver):
             await session.close()
 
 
-class S3Answer:
-    """An answer read with aiobotocore."""
+class S3RangeResponse:
+    """A response read with aiobotocore."""
 
     def __init__(self, response: Mapping[str, Any]) -> None:
         meta = response["ResponseMetadata"]
@@ -186,7 +187,7 @@ class S3Answer:
         self.headers: Mapping[str, str] = meta["HTTPHeaders"]
 
     async def read(self) -> bytes:
-        """Returns what has arrived; b"" at the end."""
+        """Returns the next bytes; b"" at the end."""
         data: bytes = await self._body.read(_CHUNK_BYTES)
         return data
 
@@ -226,7 +227,7 @@ class S3Driver:
         async with self._connecting:
             await self._files.set_session()
 
-    async def request(self, url: str, start: int, end: int, version: str) -> Answer:
+    async def request(self, url: str, start: int, end: int, version: str) -> RangeResponse:
         """Asks for a range of the object with that ETag."""
         await self.connect()
         address, _, version_id = url.partition("?versionId=")
@@ -239,12 +240,12 @@ class S3Driver:
             Range=byte_range(start, end)["Range"],
             **{name: value for name, value in optional.items() if value},
         )
-        return S3Answer(response)
+        return S3RangeResponse(response)
 
-    def version_of(self, url: str, answer: Answer) -> str:
+    def version_of(self, url: str, response: RangeResponse) -> str:
         """Returns the ETag."""
         del url
-        return answer.headers.get("etag", "")
+        return response.headers.get("etag", "")
 
     async def matches(self, pattern: str) -> list[tuple[str, ObjectInfo | None]]:
         """Returns the objects that match."""

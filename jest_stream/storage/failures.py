@@ -1,6 +1,6 @@
-"""What went wrong with one attempt, and whether another can help.
+"""Classifies the failure of one attempt: another may help, none can, or the object has changed.
 
-Every library has its own exceptions; here they become an `AttemptFailed` of one of three kinds,
+In: an exception of any library, or an HTTP status. Out: an `AttemptFailed` of one of three kinds,
 with a reason that holds no secret. Pure functions, but for the clock that dates are compared with.
 """
 
@@ -17,7 +17,7 @@ Kind = Literal["again", "never", "changed"]
 
 _LONGEST_REASON = 300
 
-# By name, so that nothing has to be imported to recognise them.
+# By name: none of these packages is imported to recognise its errors.
 _TRANSIENT = {
     "aiohttp.client_exceptions.ClientError",
     "botocore.exceptions.ConnectionError",
@@ -57,10 +57,11 @@ class AttemptFailed(Exception):
 
 
 def failure_of(error: BaseException) -> AttemptFailed:
-    """Returns what an exception of any library means."""
+    """Returns an exception of any library as a failure of one of the three kinds."""
     if isinstance(error, AttemptFailed):
         return error
-    status, headers, code = _answer_in(error)
+    # The HTTP status decides, where there is one; then the type of the exception, by its name.
+    status, headers, code = _http_response_in(error)
     if code == "RequestTimeout":  # S3 says 400 to a connection that was too slow
         return AttemptFailed("again", _reason(error), status=status)
     if status:
@@ -80,16 +81,18 @@ def failure_of(error: BaseException) -> AttemptFailed:
 
 
 def failure_of_status(status: int, headers: Mapping[str, str], text: str = "") -> AttemptFailed:
-    """Returns what an HTTP status other than success means.
+    """Returns an HTTP status other than success as a failure.
 
     Args:
       status: the HTTP status.
-      headers: the answer's, names in lower case.
-      text: what else is known, without secrets.
+      headers: of the response, names in lower case.
+      text: more about it, without secrets.
     """
     reason = f"HTTP status {status}" + (f" ({text})" if text else "")
+    # 412: the ETag of If-Match is not that of the object; 416: it ends before the range begins.
     if status in (412, 416):
         return AttemptFailed("changed", reason, status=status)
+    # Too slow, too early, too many; and servers in trouble, but for those that lack a feature.
     if status in (408, 425, 429) or (status >= 500 and status not in (501, 505)):
         wait_s = retry_after_s(headers.get("retry-after", ""))
         return AttemptFailed("again", reason, status=status, retry_after_s=wait_s)
@@ -97,7 +100,7 @@ def failure_of_status(status: int, headers: Mapping[str, str], text: str = "") -
 
 
 def retry_after_s(value: str) -> float | None:
-    """Returns the seconds that a Retry-After header asks for: a number or a date; None if none."""
+    """Returns the seconds that a Retry-After header (a number or a date) asks for, or None."""
     value = value.strip()
     if value.isascii() and value.isdigit():
         return float(value)
@@ -107,10 +110,10 @@ def retry_after_s(value: str) -> float | None:
         return None
 
 
-def _answer_in(error: BaseException) -> tuple[int, Mapping[str, str], str]:
-    """Returns status, headers and error code of the HTTP answer that an exception is about."""
+def _http_response_in(error: BaseException) -> tuple[int, Mapping[str, str], str]:
+    """Returns status, headers and error code of the HTTP response that an exception is about."""
     seen: BaseException | None = error
-    for _ in range(4):  # s3fs and huggingface_hub hide the answer in the cause
+    for _ in range(4):  # s3fs and huggingface_hub hide the response in the cause
         if seen is None:
             break
         response: Any = getattr(seen, "response", None)

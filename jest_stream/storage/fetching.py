@@ -1,7 +1,8 @@
-"""Requests that are repeated where that helps: the bytes of a block, what is known of an object.
+"""Sends requests until they succeed or their time is up: blocks, lengths, listings, uploads.
 
-A block that fails half-way is asked for again from the byte where it broke off, under the condition
-that the object is still the same. Coroutines run on fsspec's loop, the rest in the caller's thread.
+In: a driver and the object. Out: bytes in a `Block`, an `ObjectInfo`, a listing. A block that fails
+half-way is asked for again from the byte where it broke off, under the condition that the object is
+still the same. Coroutines run on fsspec's loop, `retried` in the caller's thread.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from jest_stream.storage.drivers import Driver
 from jest_stream.storage.failures import AttemptFailed, failure_of
 from jest_stream.storage.read_ahead import Block, ReadAhead
 from jest_stream.storage.responses import info_of, num_bytes_to_read
-from jest_stream.storage.retry import Patience
+from jest_stream.storage.retry import RetryBudget
 from jest_stream.types import ObjectInfo
 
 _Result = TypeVar("_Result")
 
-# Objects that are asked about at once.
+# Lengths that are asked for at once.
 _MAX_CONCURRENT_INFOS = 32
 
 
@@ -42,7 +43,7 @@ class Fetcher:
         self._config = config
         self._connections = connections
         self._generator = random.Random()  # jitter only; never the user's random state
-        self._lock = threading.Lock()  # guards _counts
+        self._lock = threading.Lock()  # guards _counts: the loop and callers' threads add to them
         self._counts: Counter[str] = Counter()
 
     def take_counts(self) -> dict[str, int]:
@@ -54,15 +55,15 @@ class Fetcher:
     async def block(
         self, read_ahead: ReadAhead, block: Block, expected: ObjectInfo, driver: Driver
     ) -> None:
-        """Reads a block to its end, or notes in it why that is impossible."""
-        patience = self._patience(block.window.url)
+        """Reads a block to its end, or finishes it with the error that makes that impossible."""
+        budget = self._budget(block.window.url)
         try:
             while block.start + block.filled < block.end and not block.is_dropped:
                 offset = block.start + block.filled
                 await self._attempt(
-                    patience,
+                    budget,
                     offset,
-                    lambda: self._part(read_ahead, block, expected, driver, patience),
+                    lambda: self._read_response(read_ahead, block, expected, driver, budget),
                 )
         except Exception as error:
             read_ahead.finish(block, error)
@@ -70,14 +71,14 @@ class Fetcher:
             read_ahead.finish(block, None)
 
     async def infos(self, driver: Driver, urls: list[str]) -> list[ObjectInfo]:
-        """Returns what is known of each object, in order."""
+        """Returns length and version of each object, in order."""
         turns = asyncio.Semaphore(_MAX_CONCURRENT_INFOS)
 
         async def _one(url: str) -> ObjectInfo:
             async with turns:
-                patience = self._patience(url)
+                budget = self._budget(url)
                 while True:
-                    found = await self._attempt(patience, 0, lambda: self._info(driver, url))
+                    found = await self._attempt(budget, 0, lambda: self._info(driver, url))
                     if found is not None:
                         return found
 
@@ -92,7 +93,7 @@ class Fetcher:
     async def matches(
         self, driver: Driver, pattern: str, limit_s: float
     ) -> list[tuple[str, ObjectInfo | None]]:
-        """Returns what a store lists, in one attempt: a listing cannot be resumed."""
+        """Returns the objects that match, in one attempt: a listing cannot be resumed."""
         try:
             return await asyncio.wait_for(driver.matches(pattern), limit_s)
         except TimeoutError as error:
@@ -102,33 +103,33 @@ class Fetcher:
 
     async def put(self, driver: Driver, url: str, path: str) -> None:
         """Writes a local file as an object; done again whole where that helps."""
-        patience = Patience(url, self._config, self._generator, is_writing=True)
+        budget = RetryBudget(url, self._config, self._generator, is_writing=True)
 
         async def _put() -> bool:
             await driver.put(url, path)
             return True
 
-        while not await self._attempt(patience, 0, _put):
+        while not await self._attempt(budget, 0, _put):
             pass
 
-    def patiently(self, url: str, call: Callable[[], _Result]) -> _Result:
-        """Returns what a blocking call returns, repeated while that helps."""
-        patience = self._patience(url)
+    def retried(self, url: str, call: Callable[[], _Result]) -> _Result:
+        """Returns the result of a blocking call, repeated while that helps."""
+        budget = self._budget(url)
         while True:
-            patience.attempts += 1
+            budget.attempts += 1
             try:
                 return call()
             except (JESTError, MemoryError):
                 raise
             except Exception as error:
                 failure = failure_of(error)
-            time.sleep(self._pause(patience, failure, 0))
+            time.sleep(self._pause(budget, failure, 0))
 
     async def _attempt(
-        self, patience: Patience, offset: int, call: Callable[[], Awaitable[_Result]]
+        self, budget: RetryBudget, offset: int, call: Callable[[], Awaitable[_Result]]
     ) -> _Result | None:
-        """Returns what one attempt returns; None after it failed and its pause is over."""
-        patience.attempts += 1
+        """Returns the result of one attempt; None after it failed and its pause is over."""
+        budget.attempts += 1
         self._count("storage_requests", 1)
         try:
             return await call()
@@ -138,71 +139,77 @@ class Fetcher:
             failure = AttemptFailed("again", self._stalled(error))
         except Exception as error:
             failure = failure_of(error)
-        # Outside of the handler: what the user sees has no cause whose text could hold a secret.
-        await asyncio.sleep(self._pause(patience, failure, offset))
+        # Outside of the handler: the user's error has no cause whose text could hold a secret.
+        await asyncio.sleep(self._pause(budget, failure, offset))
         return None
 
-    async def _part(
+    async def _read_response(
         self,
         read_ahead: ReadAhead,
         block: Block,
         expected: ObjectInfo,
         driver: Driver,
-        patience: Patience,
+        budget: RetryBudget,
     ) -> None:
-        """Reads a block on from where it is, as far as one answer goes."""
+        """Reads a block on from where it is, as far as one response goes.
+
+        There are four ends: 1. All bytes arrived. 2. The connection broke: the next attempt goes
+        on from here. 3. Nobody wants the block any more. 4. Bytes trickle so slowly that the time
+        is up: that is a failure, although each one comes before `stall_timeout_s`.
+        """
         url, start = block.window.url, block.start + block.filled
         limit_s = self._config.connect_timeout_s + self._config.stall_timeout_s
-        answer = await asyncio.wait_for(
+        response = await asyncio.wait_for(
             driver.request(url, start, block.end, expected.version), limit_s
         )
         try:
             wanted = num_bytes_to_read(
-                answer, start, block.end, expected, driver.version_of(url, answer)
+                response, start, block.end, expected, driver.version_of(url, response)
             )
             left = wanted
             while left:
-                data = await answer.read()
+                data = await response.read()
                 if not data:
                     raise AttemptFailed(
-                        "again", f"the answer ended after {wanted - left:,} of {wanted:,} bytes"
+                        "again", f"the response ended after {wanted - left:,} of {wanted:,} bytes"
                     )
                 data = data[:left]
                 left -= len(data)
-                patience.progressed(len(data))
+                budget.progressed(len(data))
                 self._count("storage_bytes", len(data))
                 if not read_ahead.fill(block, data):
                     return
-                if left and patience.is_over:
+                if left and budget.is_over:
                     raise AttemptFailed("again", "it is too slow to end in time")
         finally:
-            await answer.close()
+            await response.close()
 
     async def _info(self, driver: Driver, url: str) -> ObjectInfo:
         limit_s = self._config.connect_timeout_s + self._config.stall_timeout_s
         try:
-            answer = await asyncio.wait_for(driver.request(url, 0, 1, ""), limit_s)
-        except OSError as error:  # s3fs raises where others answer
+            response = await asyncio.wait_for(driver.request(url, 0, 1, ""), limit_s)
+        except OSError as error:  # s3fs raises where others return the response
             if failure_of(error).status == 416:  # no first byte: the object is empty
                 return ObjectInfo(0)
             raise
         try:
-            found = info_of(answer, driver.version_of(url, answer))
-            if answer.status == 206:
-                await answer.read()  # the one byte, so that the connection can be used again
+            found = info_of(response, driver.version_of(url, response))
+            if response.status == 206:
+                await response.read()  # the one byte, so that the connection can be used again
             return found
         finally:
-            await answer.close()
+            await response.close()
 
-    def _patience(self, url: str) -> Patience:
-        return Patience(url, self._config, self._generator)
+    def _budget(self, url: str) -> RetryBudget:
+        return RetryBudget(url, self._config, self._generator)
 
-    def _pause(self, patience: Patience, failure: AttemptFailed, offset: int) -> float:
-        pause_s = patience.pause_after(failure, offset)
+    def _pause(self, budget: RetryBudget, failure: AttemptFailed, offset: int) -> float:
+        pause_s = budget.pause_after(failure, offset)
         self._count("storage_retries", 1)
         return pause_s
 
     def _stalled(self, error: BaseException) -> str:
+        # aiohttp and botocore have several timeouts for a connection, all with "onnect" in them.
         if "onnect" in f"{type(error).__name__}{error}":
             return f"no connection within {self._config.connect_timeout_s:g} s"
         return f"stalled: no byte within {self._config.stall_timeout_s:g} s"

@@ -17,10 +17,10 @@ from urllib.parse import quote, unquote
 
 from jest_stream.config import StorageConfig
 from jest_stream.errors import ConfigError
-from jest_stream.storage.drivers import WebAnswer, WebDriver, byte_range, web_files
+from jest_stream.storage.drivers import WebDriver, WebRangeResponse, byte_range, web_files
 from jest_stream.storage.failures import AttemptFailed, failure_of_status
 from jest_stream.storage.redaction import redacted
-from jest_stream.storage.responses import Answer
+from jest_stream.storage.responses import RangeResponse
 from jest_stream.types import ObjectInfo
 
 _TYPES = {"datasets": "dataset", "spaces": "space", "models": "model"}
@@ -95,7 +95,7 @@ class HubDriver(WebDriver):
         self._signed: dict[str, str] = {}
         self._refused: set[str] = set()
 
-    async def request(self, url: str, start: int, end: int, version: str) -> Answer:
+    async def request(self, url: str, start: int, end: int, version: str) -> RangeResponse:
         """Asks for a range of the file at that commit, which needs no condition."""
         del version
         answer = await self._ask(url, byte_range(start, end))
@@ -108,7 +108,7 @@ class HubDriver(WebDriver):
             raise AttemptFailed("again", "the signed address of the file has expired")
         return answer
 
-    def version_of(self, url: str, answer: Answer) -> str:
+    def version_of(self, url: str, answer: RangeResponse) -> str:
         """Returns the commit, since the address names it."""
         del answer
         revision = parse(url).revision
@@ -176,7 +176,7 @@ class HubDriver(WebDriver):
             raise AttemptFailed("never", "the listing goes on at another server, without the token")
         return json.loads(data), following.group(1) if following else None
 
-    async def _ask(self, url: str, asked: Mapping[str, str]) -> WebAnswer:
+    async def _ask(self, url: str, asked: Mapping[str, str]) -> WebRangeResponse:
         """Returns the answer of the Hub, or that of the signed address it gave before."""
         signed = self._signed.get(url)
         if signed is not None:

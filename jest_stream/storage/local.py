@@ -1,4 +1,4 @@
-"""Shards on a local disk: nothing between the file and its reader but a buffer."""
+"""Opens shards on a local disk: nothing lies between a file and its reader but a buffer."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def open_local(path: str, expected: ObjectInfo | None) -> BinaryIO:
 
 
 def _unavailable(path: str, error: OSError) -> ShardUnavailableError:
-    """Returns the error that names a shard which cannot be opened, and why."""
+    """Returns the error for a shard that cannot be opened, with the reason."""
     return ShardUnavailableError(
         f"cannot open shard {path!r}: {error.strerror or error}. Training would go on without its "
         "examples; restore it or take it out of the source.",

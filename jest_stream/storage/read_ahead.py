@@ -1,11 +1,12 @@
-"""Which bytes of the open remote files are held or on their way, within one budget.
+"""Plans the bytes of all open remote files that are held or on their way, within one budget.
 
-Every file has a window: blocks that are read by range requests, from where its reader is onwards.
-Windows grow while a file is read in order, and share the budget evenly: with 64 files open on
-256 MiB, each has 4 MiB in blocks of 2. Nothing here knows a network: `fetch` starts a request.
+In: positions of readers. Out: bytes, and blocks to request. Every file has a window: blocks that
+are read by range requests, from its reader's position onwards. Windows grow while a file is read in
+order, and share the budget evenly: with 64 files open on 256 MiB, each has 4 MiB in blocks of 2.
+This module knows no network: `fetch` starts a request.
 
-Readers call from any thread, answers arrive on fsspec's loop; both hold the one lock for as long as
-it takes to copy what has arrived.
+Readers call from any thread, bytes arrive on fsspec's loop; both hold the one lock for as long as
+it takes to copy them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 
 MAX_WINDOW_BYTES = 32 << 20
 MAX_BLOCK_BYTES = 8 << 20
-_FIRST_WINDOW_BYTES = 4 << 20
+_FIRST_WINDOW_BYTES = 4 << 20  # of a file that has not been read in order yet
 _FIRST_BLOCK_BYTES = 1 << 20
 _LEAST_BLOCK_BYTES = 64 << 10
 
@@ -27,7 +28,7 @@ _MAX_RUNNING = 32
 
 
 class Block:
-    """Bytes of a file that are asked for by one request, or more where requests fail."""
+    """Bytes of a file that one request asks for, and further ones where it fails."""
 
     def __init__(self, window: Window, start: int, num_bytes: int) -> None:
         self.window = window
@@ -41,7 +42,7 @@ class Block:
 
     @property
     def num_bytes(self) -> int:
-        """What it counts for in the budget, from the moment it is planned."""
+        """Its share of the budget, from the moment it is planned."""
         return self.end - self.start
 
     def num_ready(self, position: int) -> int:
@@ -57,12 +58,12 @@ class Window:
         self.num_bytes = num_bytes
         self.blocks: list[Block] = []
         self.target_bytes = _FIRST_WINDOW_BYTES
-        self.current: Block | None = None  # where the reader is
-        self.awaited: Block | None = None  # what a reader waits for
+        self.current: Block | None = None  # that the reader is in
+        self.awaited: Block | None = None  # that a reader waits for
 
     @property
     def used_bytes(self) -> int:
-        """What its blocks count for in the budget."""
+        """The share of the budget that its blocks take."""
         return sum(block.num_bytes for block in self.blocks)
 
     def at(self, position: int) -> Block | None:
@@ -73,7 +74,7 @@ class Window:
         return None
 
     def free_until(self, position: int) -> int:
-        """Returns where the next block behind `position` starts, or the end of the file."""
+        """Returns the start of the next block after `position`, or the end of the file."""
         starts = [block.start for block in self.blocks if block.start > position]
         return min(starts, default=self.num_bytes)
 
@@ -89,20 +90,22 @@ class ReadAhead:
     """Shares a budget of bytes among the windows of all open files.
 
     Args:
-      limit_bytes: the budget. Only what readers wait for may exceed it, by 64 KiB for each file.
+      limit_bytes: the budget. Only blocks that readers wait for may exceed it, by 64 KiB for each
+        file.
       fetch: starts the requests for a block; they call `fill` and `finish`.
     """
 
     def __init__(self, limit_bytes: int, fetch: Callable[[Block], Future[None]]) -> None:
         self._limit_bytes = limit_bytes
         self._fetch = fetch
-        self._lock = threading.Lock()  # guards everything below, and the windows
+        # Guards everything below but `_closing`, and the windows with their blocks.
+        self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
         self._windows: set[Window] = set()
         self._used_bytes = 0
         self._running: set[Block] = set()
         self._queue: deque[Block] = deque()
-        self._owner = 0  # which thread holds the lock
+        self._holder = 0  # the thread that holds the lock
         self._closing: deque[Window] = deque()  # appended to without the lock
 
     @property
@@ -116,13 +119,13 @@ class ReadAhead:
             self._windows.add(window)
 
     def close(self, window: Window) -> None:
-        """Cancels what a file has on its way and frees what it holds.
+        """Cancels the requests of a file and frees its bytes.
 
         May be called by the garbage collector at any moment, in a thread that holds the lock: then
         it is done when the lock is given back.
         """
         self._closing.append(window)
-        if self._owner != threading.get_ident():
+        if self._holder != threading.get_ident():
             with self._locked():
                 pass
 
@@ -140,19 +143,24 @@ class ReadAhead:
             while True:
                 if window not in self._windows:
                     raise ValueError("I/O operation on closed file")
+                # There are four cases:
+                # 1. No block holds the position, or a reader's earlier one: ask, and plan ahead.
                 block = window.current
                 if block is None or not block.start <= position < block.end or block.is_dropped:
                     block = self._demand(window, position)
+                # 2. Some bytes have arrived.
                 if num_ready := min(block.num_ready(position), len(out)):
                     first = position - block.start
                     out[:num_ready] = memoryview(block.data)[first : first + num_ready]
                     return num_ready
+                # 3. Its requests have failed: the next call asks anew.
                 if block.error is not None:
                     self._drop(block)
                     try:
                         raise block.error
                     finally:
                         block.error = None  # its traceback holds this frame, which holds the block
+                # 4. Nothing yet.
                 if not self._wait_for(block, wait_s):
                     return 0
 
@@ -168,14 +176,14 @@ class ReadAhead:
             return True
 
     def finish(self, block: Block, error: BaseException | None) -> None:
-        """Notes that nothing more will arrive for a block; with `error`, that it failed."""
+        """Notes the end of the requests for a block; with `error`, that they failed."""
         with self._locked():
             if block.is_dropped:
                 return
             self._running.discard(block)
             block.error = error
             if error is not None and block.window.awaited is not block:
-                self._drop(block)  # nobody waits: it is asked for again when somebody does
+                self._drop(block)  # nobody waits: it is asked for again when a reader comes to it
             self._arrived.notify_all()
             self._start_queued()
 
@@ -189,22 +197,22 @@ class ReadAhead:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         with self._lock:
-            self._owner = threading.get_ident()
+            self._holder = threading.get_ident()
             try:
                 yield
             finally:
                 while self._closing:
                     self._close_now(self._closing.popleft())
-                self._owner = 0
+                self._holder = 0
 
     def _wait_for(self, block: Block, wait_s: float) -> bool:
         """Gives the lock back until something has arrived; returns whether it has."""
         block.window.awaited = block
-        self._owner = 0
+        self._holder = 0
         try:
             return self._arrived.wait(wait_s)
         finally:
-            self._owner = threading.get_ident()
+            self._holder = threading.get_ident()
             block.window.awaited = None
 
     def _close_now(self, window: Window) -> None:
@@ -216,9 +224,13 @@ class ReadAhead:
         self._start_queued()
 
     def _demand(self, window: Window, position: int) -> Block:
-        """Returns the block that a reader needs now, asked for; plans what comes behind it."""
+        """Returns the block that a reader needs now, asked for; plans the blocks after it."""
         block = window.at(position)
         before = window.current
+        # There are three cases:
+        # 1. The reader goes on in order: its window doubles, from 4 MiB up to 32.
+        # 2. It has jumped to bytes that nobody asked for: the window begins small again.
+        # 3. It has jumped within its window, or has just begun: nothing changes.
         if before is not None and position == before.end:
             window.target_bytes = min(2 * window.target_bytes, MAX_WINDOW_BYTES)
         elif before is not None and block is None:
@@ -227,7 +239,7 @@ class ReadAhead:
             room = window.free_until(position) - position
             size = min(self._block_bytes(), room)
             if window.target_bytes == _FIRST_WINDOW_BYTES:
-                size = min(size, _FIRST_BLOCK_BYTES)
+                size = min(size, _FIRST_BLOCK_BYTES)  # its first byte is waited for
             size = self._make_room(window, position, size)
             block = window.add(position, size)
             self._used_bytes += size
@@ -238,7 +250,13 @@ class ReadAhead:
         return block
 
     def _plan(self, window: Window, position: int) -> None:
-        """Asks for blocks ahead of the reader, as far as its share goes."""
+        """Asks for blocks ahead of the reader, as far as its share goes.
+
+        The block that the reader is in counts whole: with a share of 4 MiB and blocks of 2 MiB, a
+        reader in block 0-2 has 2-4 asked for, and then the share is used up. A rest below a quarter
+        of a block is left for later, except at the end of the file: each request costs a round
+        trip.
+        """
         share, size = self._share(), self._block_bytes()
         target = min(share, window.target_bytes)
         cursor = window.current.end if window.current else position
@@ -250,6 +268,7 @@ class ReadAhead:
             wanted = min(size, window.free_until(cursor) - cursor, target - ahead)
             if wanted < size // 4 and cursor + wanted < window.num_bytes:
                 break
+            # Bytes that were read make room first, the earliest before the others.
             for block in [each for each in window.blocks if each.end <= position]:
                 if window.used_bytes + wanted <= share and self._fits(wanted):
                     break
@@ -263,7 +282,12 @@ class ReadAhead:
         self._start_queued()
 
     def _make_room(self, window: Window, position: int, wanted: int) -> int:
-        """Returns how many of the bytes wanted fit, after freeing what is needed least."""
+        """Returns how many of the bytes wanted fit, after dropping the blocks needed least.
+
+        In this order: 1. Blocks that this reader has passed. 2. The last block of the file that
+        holds most, while that is more than its share. 3. The last block of this file. A reader
+        that waits always gets 64 KiB, even beyond the budget: else it would wait for ever.
+        """
         for block in [each for each in window.blocks if each.end <= position]:
             if self._fits(wanted):
                 return wanted
@@ -300,7 +324,7 @@ class ReadAhead:
         block.future = self._fetch(block)
 
     def _drop(self, block: Block) -> None:
-        """Frees a block and cancels its requests; whoever waits for it asks again."""
+        """Frees a block and cancels its requests; a reader that waits for it asks again."""
         if block.is_dropped:
             return
         block.is_dropped = True

@@ -1,7 +1,7 @@
-"""Secrets taken out of what is shown: addresses, messages of other libraries, log lines.
+"""Removes secrets from texts that are shown: addresses, messages of other libraries, log lines.
 
-Rather too much than too little: a query string is never shown, since presigned addresses keep their
-signature there.
+Rather too much is hidden than too little: a query string is never shown, since presigned addresses
+keep their signature there. Pure functions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _KNOWN = re.compile(
 
 
 def redacted(url_or_text: str) -> str:
-    """Returns an address, or a text with addresses in it, without what may be a secret.
+    """Returns an address, or a text with addresses in it, without possible secrets.
 
     Hidden are query strings and fragments of addresses, user names and passwords in front of a
     host, authorization headers, values that are called token, secret, password, signature, key or

@@ -1,4 +1,7 @@
-"""A remote shard as a file: seekable, read ahead in the background."""
+"""Remote shards as files: seekable, read ahead on fsspec's loop.
+
+In: a window of `ReadAhead`. Out: a raw file. Runs in the thread that reads; holds no lock.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ class RemoteFile(io.RawIOBase):
     """Reads one object by range requests; `io.BufferedReader` goes on top.
 
     Args:
-      window: the object's.
-      read_ahead: of this process.
-      connect: makes the connection; called before the first byte is read.
+      window: the blocks of the object.
+      read_ahead: the planner of this process.
+      connect: makes the connection, if there is none; called before each read.
       wait_s: longest wait for a byte, longer than all attempts together.
       on_close: called once.
     """
@@ -71,7 +74,7 @@ class RemoteFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any, /) -> int:
-        """Reads what there is, at least one byte before the end; returns how many."""
+        """Reads the bytes that have arrived, at least one before the end; returns how many."""
         self._check_usable()
         out = memoryview(buffer).cast("B")
         if self._position >= self._window.num_bytes or not out:
@@ -88,11 +91,11 @@ class RemoteFile(io.RawIOBase):
         return num_bytes
 
     def close(self) -> None:
-        """Cancels what is on its way and frees what is held. Twice does no harm."""
+        """Cancels the requests on their way and frees the bytes held. Twice does no harm."""
         if self.closed:
             return
         super().close()
-        if self._pid == os.getpid():  # else the parent's, which is none of our business
+        if self._pid == os.getpid():  # in a fork, the window and its lock are the parent's
             self._read_ahead.close(self._window)
             self._on_close(self)
 

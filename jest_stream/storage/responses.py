@@ -1,7 +1,8 @@
-"""What a server answered to a range request, and whether it is what was asked for.
+"""Validates HTTP responses to range requests: status, range, length, version.
 
-A range is only believed if status, Content-Range, length and version all say so: a server that
-sends something else under status 200 must never end up in the middle of a shard. Pure functions.
+In: the head of a response, and the range and object that were asked for. Out: the number of bytes
+of its body that belong to the object, or an `AttemptFailed`. All four must agree: a server that
+sends another page under status 200 must never end up in the middle of a shard. Pure functions.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from jest_stream.types import ObjectInfo
 _CONTENT_RANGE = re.compile(r"bytes\s+(?:(\d+)-(\d+)|\*)/(\d+|\*)")
 
 
-class Answer(Protocol):
-    """An answer of which the head has arrived."""
+class RangeResponse(Protocol):
+    """A response of which the head has arrived."""
 
     @property
     def status(self) -> int:
@@ -28,32 +29,36 @@ class Answer(Protocol):
         """Its headers, names in lower case."""
 
     async def read(self) -> bytes:
-        """Returns what has arrived of the body, waiting for at least a byte; b"" at its end."""
+        """Returns the next bytes of the body, waiting for at least one; b"" at its end."""
 
     async def close(self) -> None:
         """Gives the connection back, or closes it if there is more to come."""
 
 
 def num_bytes_to_read(
-    answer: Answer, start: int, end: int, expected: ObjectInfo, version: str
+    response: RangeResponse, start: int, end: int, expected: ObjectInfo, version: str
 ) -> int:
     """Returns how many bytes of the body are the object's from `start` on.
 
     Args:
-      answer: to a request for the bytes from `start` to `end` (exclusive).
+      response: the response to a request for the bytes from `start` to `end` (exclusive).
       start: first byte asked for.
-      end: behind the last.
-      expected: what the object is.
-      version: what the answer says of the object's version; "" if nothing.
+      end: one past the last.
+      expected: length and version of the object when the source was made.
+      version: the object's version by the response; "" if it names none.
 
     Raises:
-      AttemptFailed: if the answer is not what was asked for.
+      AttemptFailed: if the response does not fit the request.
     """
-    _check_status_and_encoding(answer)
-    found = _content_range(answer)
-    length = _content_length(answer)
+    _check_status_and_encoding(response)
+    # There are two cases:
+    # 1. No Content-Range: the body is the whole object, or no part of it at all.
+    found = _content_range(response)
+    length = _content_length(response)
     if found is None:
-        return _check_whole(answer, start, end, expected, version, length)
+        return _check_whole(response, start, end, expected, version, length)
+    # 2. Content-Range "bytes FIRST-LAST/TOTAL", LAST inclusive. Asked for 100-199 of 150 bytes, a
+    #    server answers "bytes 100-149/150": fewer bytes are fine, the rest is asked for next.
     first, last, total = found
     _check_version(expected, version)
     if total is not None and total != expected.num_bytes:
@@ -69,46 +74,52 @@ def num_bytes_to_read(
     return min(last + 1, end) - start
 
 
-def info_of(answer: Answer, version: str) -> ObjectInfo:
-    """Returns what the answer to a request for the first byte says of the object.
+def info_of(response: RangeResponse, version: str) -> ObjectInfo:
+    """Returns length and version of an object, by the response to a request for its first byte.
 
     Raises:
       AttemptFailed: if it is an error, or does not say how long the object is.
     """
-    if answer.status == 416:  # no first byte: the object is empty
+    if response.status == 416:  # no first byte: the object is empty
         return ObjectInfo(0, version)
-    _check_status_and_encoding(answer)
-    found = _content_range(answer)
-    total = found[2] if found else _content_length(answer) if answer.status == 200 else None
+    _check_status_and_encoding(response)
+    found = _content_range(response)
+    total = found[2] if found else _content_length(response) if response.status == 200 else None
     if total is None:
         raise AttemptFailed(
             "never",
             "the server does not say how long the object is (no Content-Range, no Content-Length)",
-            status=answer.status,
+            status=response.status,
         )
     return ObjectInfo(total, version)
 
 
-def _check_status_and_encoding(answer: Answer) -> None:
-    if answer.status not in (200, 206):
-        raise failure_of_status(answer.status, answer.headers)
-    if (encoding := answer.headers.get("content-encoding", "identity")) not in ("", "identity"):
+def _check_status_and_encoding(response: RangeResponse) -> None:
+    if response.status not in (200, 206):
+        raise failure_of_status(response.status, response.headers)
+    if (encoding := response.headers.get("content-encoding", "identity")) not in ("", "identity"):
         raise AttemptFailed(
             "never",
             f"the server compresses the transfer (Content-Encoding: {encoding}), so that offsets "
             "mean nothing; have it serve the file as it is",
-            status=answer.status,
+            status=response.status,
         )
 
 
 def _check_whole(
-    answer: Answer, start: int, end: int, expected: ObjectInfo, version: str, length: int | None
+    response: RangeResponse,
+    start: int,
+    end: int,
+    expected: ObjectInfo,
+    version: str,
+    length: int | None,
 ) -> int:
-    """Judges an answer that is not a range, though one was asked for."""
-    kind = answer.headers.get("content-type", "unknown type")
-    if answer.status == 206:
-        raise AttemptFailed("again", f"the server sent a part without saying which ({kind})")
+    """Validates a response without a Content-Range: only the whole object, if all was asked for."""
+    kind = response.headers.get("content-type", "unknown type")
+    if response.status == 206:
+        raise AttemptFailed("again", f"the server sent a part without a Content-Range ({kind})")
     if length is not None and length != expected.num_bytes:
+        # Often the page of a proxy or of a login; a later attempt may reach the store.
         raise AttemptFailed(
             "again",
             f"the server answered bytes {start}-{end - 1} with status 200 and {length:,} bytes of "
@@ -133,15 +144,15 @@ def _check_version(expected: ObjectInfo, version: str) -> None:
         )
 
 
-def _content_range(answer: Answer) -> tuple[int, int, int | None] | None:
-    """Returns first byte, last byte and total of a Content-Range; None if there is none."""
-    found = _CONTENT_RANGE.fullmatch(answer.headers.get("content-range", "").strip())
+def _content_range(response: RangeResponse) -> tuple[int, int, int | None] | None:
+    """Returns first byte, last byte and total of a Content-Range; None without one."""
+    found = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", "").strip())
     if not found or found.group(1) is None:
         return None
     total = found.group(3)
     return int(found.group(1)), int(found.group(2)), None if total == "*" else int(total)
 
 
-def _content_length(answer: Answer) -> int | None:
-    value = answer.headers.get("content-length", "")
+def _content_length(response: RangeResponse) -> int | None:
+    value = response.headers.get("content-length", "")
     return int(value) if value.isascii() and value.isdigit() else None

@@ -1,4 +1,8 @@
-"""How long one read is tried: attempts, pauses between them, and the error at the end."""
+"""Limits how long one read is tried: attempts, pauses between them, and the error at the end.
+
+In: the failures of attempts, and the bytes that arrived. Out: seconds to wait, or the error that
+the user sees. Sleeps nowhere; used by one thread or task at a time.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from jest_stream.storage.redaction import redacted
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 20.0
 
-# What arrives at least this fast may take longer than the time limit: 8 MiB, another 8 minutes.
+# At this speed or above, reading may exceed the time limit: for 8 MiB, by another 8 minutes.
 SLOWEST_BYTES_PER_S = 16 * 1024
 
 _LOGGER = logging.getLogger("jest_stream")
@@ -33,17 +37,16 @@ _HINTS = {
 }
 
 
-class Patience:
-    """Counts the attempts of one read and says how long to wait before the next.
+class RetryBudget:
+    """Counts the attempts of one read and tells how long to wait before the next.
 
-    The limit is on the time since the first attempt, longer only while bytes keep arriving. Used by
-    one thread or task at a time.
+    The time limit counts from the first attempt; it grows only while bytes keep arriving.
 
     Args:
       url: the shard, as the user wrote it.
       config: holds the time limit.
-      generator: draws the jitter, so that lanes that failed together do not come back together.
-      is_writing: whether it is a write that is tried.
+      generator: draws the jitter: lanes that failed together do not come back together.
+      is_writing: whether a write is tried.
     """
 
     def __init__(
@@ -82,13 +85,15 @@ class Patience:
         """
         if failure.kind != "again":
             raise self._error(failure, offset, "")
+        # 0.2, 0.4, 0.8, ... 20 s. The exponent is bounded since 2.0 ** 1024 overflows.
         pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(self._failures, 16))
         self._failures += 1
         if failure.retry_after_s is not None:
+            # Never earlier than the server asks; up to a tenth later.
             pause_s = max(pause_s, failure.retry_after_s) * self._generator.uniform(1.0, 1.1)
         else:
             pause_s *= self._generator.uniform(0.5, 1.0)
-        if pause_s > self._left_s():
+        if pause_s > self._left_s():  # now, rather than after a pause that ends in the same error
             asked = failure.retry_after_s
             why = f"; the server asks to wait {asked:.0f} s" if asked else ""
             raise self._error(failure, offset, why)
@@ -107,45 +112,45 @@ class Patience:
         return self._start + limit_s - time.monotonic()
 
     def _error(self, failure: AttemptFailed, offset: int, why: str) -> ShardError:
-        """Returns the error that the user sees."""
+        """Returns the error that the user sees. There are four cases."""
         shard = redacted(self._url)
         times = "1 attempt" if self.attempts == 1 else f"{self.attempts} attempts"
+        is_about_access = failure.kind == "never" and failure.status in (0, 401, 403, 404)
+        hint = _HINTS[store_of(self._url)] if is_about_access else ""
+        # 1. A write that failed.
         if self._is_writing:
-            return self._not_written(shard, failure, f"{times}{why}")
-        if failure.kind == "changed":
-            return ShardChangedError(
-                f"shard {shard!r} changed while it was read: at byte {offset:,}, {failure}. What "
-                "was read before and what would be read now do not belong together. Make the "
-                "source anew, and never overwrite shards that are in use.",
-                shard=shard,
-                offset=offset,
-            )
-        if failure.kind == "never":
-            is_about_access = failure.status in (0, 401, 403, 404)
-            advice = f" {_HINTS[store_of(self._url)]}" if is_about_access else ""
             return ShardUnavailableError(
-                f"cannot read shard {shard!r} at byte {offset:,}: {failure} ({times}; trying again "
-                f"would not help). Training would go on without its examples.{advice}",
+                f"cannot write {shard!r}: {failure} ({times}{why}, "
+                f"retry_timeout_s={self._limit_s:g}). Files written before are whole; go on by "
+                f"starting again. {hint or 'Check server and network.'}",
                 shard=shard,
-                offset=offset,
                 attempts=self.attempts,
             )
+        # 2. An object that was replaced.
+        if failure.kind == "changed":
+            return ShardChangedError(
+                f"shard {shard!r} changed while it was read: at byte {offset:,}, {failure}. The "
+                "bytes read before and those that would be read now do not belong together. Make "
+                "the source anew, and never overwrite shards that are in use.",
+                shard=shard,
+                offset=offset,
+            )
+        # 3. A failure that no other attempt can mend.
+        if failure.kind == "never":
+            message = (
+                f"{failure} ({times}; trying again would not help). Training would go on without "
+                f"its examples. {hint}"
+            )
+        # 4. Time is up.
+        else:
+            message = (
+                f"gave up after {times} in {time.monotonic() - self._start:.1f} s{why} "
+                f"(retry_timeout_s={self._limit_s:g}); the last: {failure}. Check the server and "
+                "the network, or raise retry_timeout_s."
+            )
         return ShardUnavailableError(
-            f"cannot read shard {shard!r} at byte {offset:,}: gave up after {times} in "
-            f"{time.monotonic() - self._start:.1f} s{why} (retry_timeout_s={self._limit_s:g}); the "
-            f"last: {failure}. Check the server and the network, or raise retry_timeout_s.",
+            f"cannot read shard {shard!r} at byte {offset:,}: {message.rstrip()}",
             shard=shard,
             offset=offset,
-            attempts=self.attempts,
-        )
-
-    def _not_written(self, shard: str, failure: AttemptFailed, tried: str) -> ShardError:
-        is_about_access = failure.kind == "never" and failure.status in (0, 401, 403, 404)
-        advice = _HINTS[store_of(self._url)] if is_about_access else "Check server and network."
-        return ShardUnavailableError(
-            f"cannot write {shard!r}: {failure} ({tried}, "
-            f"retry_timeout_s={self._limit_s:g}). What was written before is whole; go on by "
-            f"starting again. {advice}",
-            shard=shard,
             attempts=self.attempts,
         )

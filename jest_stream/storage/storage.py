@@ -1,4 +1,8 @@
-"""`Storage`: the only door to shards, local or remote."""
+"""`Storage`, the only door to files: shards and caches, local or remote.
+
+In: addresses. Out: lists of shards, their lengths and versions, open files, new files. Reading runs
+in the thread that calls; remote bytes arrive on fsspec's loop.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +32,8 @@ from jest_stream.types import ObjectInfo
 _DOWNLOAD_BYTES = 1 << 20
 
 
-class _Here:
-    """What one process holds: its connections, its requests, its read-ahead."""
+class _ProcessResources:
+    """Connections, requests, read-ahead and open files of one process."""
 
     def __init__(self, config: StorageConfig) -> None:
         self.connections = Connections(config, before_fork=self._stop)
@@ -42,7 +46,7 @@ class _Here:
 
     def driver(self, url: str) -> Driver:
         """Returns the driver for an address; connects, which can fail as any request can."""
-        return self.fetcher.patiently(url, lambda: self.connections.driver(url))
+        return self.fetcher.retried(url, lambda: self.connections.driver(url))
 
     def close(self) -> None:
         """Closes files and connections."""
@@ -54,7 +58,7 @@ class _Here:
         self.read_ahead.stop()
 
     def _fetch(self, block: Block) -> Future[None]:
-        driver = self.connections.connected(block.window.url)  # the reader did, before it asked
+        driver = self.connections.connected(block.window.url)  # by the reader, before it asked
         expected = self.expected[block.window]
         return self.connections.start(self.fetcher.block, self.read_ahead, block, expected, driver)
 
@@ -63,7 +67,7 @@ class Storage:
     """Reads shards wherever they lie: local disk, S3, Google Cloud, the web, the Hub.
 
     Holds settings only until the first remote read: connections are made in the process that uses
-    them, so that a `Storage` can be pickled, forked and spawned. Safe to use from several threads.
+    them, and a `Storage` can be pickled, forked and spawned. Safe to use from several threads.
 
     Args:
       config: how remote shards are read.
@@ -71,11 +75,11 @@ class Storage:
 
     def __init__(self, config: StorageConfig | None = None) -> None:
         self.config = config or StorageConfig()
-        self._by_process: dict[int, _Here] = {}
+        self._by_process: dict[int, _ProcessResources] = {}
         _make_cache(self.config)  # a folder that cannot be used is an error now, not later
 
     def expand(self, urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
-        """Returns the shards that `urls` names, in the order written; what a glob matches, sorted.
+        """Returns the shards that `urls` names, in the order written; matches of a glob sorted.
 
         Args:
           urls: a path, a `file://`, `s3://`, `gs://`, `http(s)://` or `hf://` address, a brace
@@ -103,7 +107,7 @@ class Storage:
         return self.infos([url])[0]
 
     def infos(self, urls: Sequence[str]) -> list[ObjectInfo]:
-        """Returns what `info` returns for each; remote ones are asked about side by side."""
+        """Returns length and version of each shard; remote ones are asked for side by side."""
         found: dict[str, ObjectInfo] = {}
         remote: dict[str, list[str]] = {}
         for url in urls:
@@ -114,18 +118,20 @@ class Storage:
             elif url not in found:
                 remote.setdefault(addresses.store_of(url), []).append(url)
         for group in remote.values():
-            here = self._here()
-            driver = here.driver(group[0])
+            resources = self._resources()
+            driver = resources.driver(group[0])
             rounds = 1 + len(group) // 32
             limit_s = rounds * self._longest_wait_s()
-            infos = here.connections.run(here.fetcher.infos, driver, group, timeout_s=limit_s)
+            infos = resources.connections.run(
+                resources.fetcher.infos, driver, group, timeout_s=limit_s
+            )
             found.update(zip(group, infos, strict=True))
         return [found[url] for url in urls]
 
     def listed(self, url: str) -> ObjectInfo | None:
-        """Returns what the listing of a glob said of a shard, once; None without one."""
-        here = self._by_process.get(os.getpid())
-        return here.listed.pop(url, None) if here else None
+        """Returns length and version by the listing of a glob, once; None without a listing."""
+        resources = self._by_process.get(os.getpid())
+        return resources.listed.pop(url, None) if resources else None
 
     def check_fits(self, url: str, info: ObjectInfo) -> None:
         """Demands that a remote shard can be cached, if there is a cache.
@@ -133,18 +139,18 @@ class Storage:
         Raises:
           ConfigError: if it is larger than the cache.
         """
-        if addresses.scheme_of(url) and (cache := self._here().cache) is not None:
+        if addresses.scheme_of(url) and (cache := self._resources().cache) is not None:
             cache.check_fits(url, info.num_bytes)
 
     def open(self, url: str, expected: ObjectInfo | None = None) -> BinaryIO:
         """Returns the shard, opened for reading: buffered, seekable, read ahead if remote.
 
         Reads of a remote shard raise `ShardUnavailableError` once all attempts are used up, and
-        `ShardChangedError` if it is no longer what was expected; a later read tries again.
+        `ShardChangedError` if its content is no longer the expected; a later read tries again.
 
         Args:
           url: as `expand` returned it.
-          expected: what `info` said. None: it is asked for now.
+          expected: the result of `info`. None: it is asked for now.
 
         Raises:
           ShardUnavailableError: if it cannot be opened.
@@ -154,7 +160,7 @@ class Storage:
             return open_local(url, expected)
         if expected is None:
             expected = self.info(url)
-        cache = self._here().cache
+        cache = self._resources().cache
         if cache is not None:
             file = cache.open(
                 addresses.without_signature(url),
@@ -167,10 +173,10 @@ class Storage:
         return self._open_remote(url, expected)
 
     def mapped(self, url: str, expected: ObjectInfo | None = None) -> Any:
-        """Returns all bytes of a file: of one on this disk, or in the cache, without reading them.
+        """Returns all bytes of a file, `[n]` uint8 of numpy; mapped if on this disk or cached.
 
-        `[n]` uint8 of numpy; writable, so that tensors can be made of it, but nothing that is
-        written reaches the file. It holds no descriptor.
+        Tensors can be made of them, since they are writable; the file never changes. They hold no
+        descriptor.
         """
         import numpy as np
         import torch
@@ -194,7 +200,7 @@ class Storage:
           url: a local path, or an `s3://` or `gs://` address.
 
         Raises:
-          ConfigError: for what cannot be written to.
+          ConfigError: for addresses that are only read.
           ShardUnavailableError: by its `commit`, once all attempts to upload are used up.
         """
         require_writable(url)
@@ -202,10 +208,10 @@ class Storage:
             return NewFile(url, None)
 
         def _put(path: str) -> None:
-            here = self._here()
+            resources = self._resources()
             limit_s = 2 * self._longest_wait_s() + os.path.getsize(path) / SLOWEST_BYTES_PER_S
-            driver = here.driver(url)
-            here.connections.run(here.fetcher.put, driver, url, path, timeout_s=limit_s)
+            driver = resources.driver(url)
+            resources.connections.run(resources.fetcher.put, driver, url, path, timeout_s=limit_s)
 
         return NewFile(url, _put)
 
@@ -219,31 +225,31 @@ class Storage:
         require_writable(folder)
         if not addresses.scheme_of(folder):
             return list_local(folder)
-        here = self._here()
-        driver = here.driver(folder)
-        found = self._matches(here, driver, f"{folder}/*")
+        resources = self._resources()
+        driver = resources.driver(folder)
+        found = self._matches(resources, driver, f"{folder}/*")
         return sorted(name.rpartition("/")[2] for name, _ in found)
 
     def remove_unfinished(self, folder: str) -> None:
-        """Removes what killed processes have left of files they wrote; in a store there is none."""
+        """Removes unfinished files of killed processes in a local folder; a store has none."""
         if not addresses.scheme_of(folder):
             remove_unfinished(folder)
 
     def take_counts(self) -> dict[str, int]:
-        """Returns what was counted in this process since the last call.
+        """Returns the counts of this process since the last call.
 
         `storage_bytes` that arrived, `storage_requests` sent, and `storage_retries` among them;
         with a cache also `cache_hits`, `cache_misses`, `cache_evictions` and `cache_bypasses`.
         """
-        here = self._by_process.get(os.getpid())
-        if here is None:
+        resources = self._by_process.get(os.getpid())
+        if resources is None:
             return {}
-        cached = here.cache.take_counts() if here.cache else {}
-        return {**here.fetcher.take_counts(), **cached}
+        cached = resources.cache.take_counts() if resources.cache else {}
+        return {**resources.fetcher.take_counts(), **cached}
 
     def close(self) -> None:
         """Closes every remote file and connection of this process. It can be used again."""
-        _close_here(self._by_process)
+        _close_resources(self._by_process)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config}
@@ -253,35 +259,37 @@ class Storage:
         self._by_process = {}
 
     def __repr__(self) -> str:
-        here = self._by_process.get(os.getpid())
-        files, used = (len(here.files), here.read_ahead.used_bytes) if here else (0, 0)
+        resources = self._by_process.get(os.getpid())
+        files, used = (
+            (len(resources.files), resources.read_ahead.used_bytes) if resources else (0, 0)
+        )
         return f"<Storage {files} remote files open | {used / 2**20:.1f} MiB read ahead>"
 
-    def _here(self) -> _Here:
-        """Returns what this process holds; what a parent held is kept, but not touched."""
-        here = self._by_process.get(os.getpid())
-        if here is None:
-            here = self._by_process.setdefault(os.getpid(), _Here(self.config))
-            weakref.finalize(self, _close_here, self._by_process)
-        return here
+    def _resources(self) -> _ProcessResources:
+        """Returns the resources of this process; those of a parent are kept, but not touched."""
+        resources = self._by_process.get(os.getpid())
+        if resources is None:
+            resources = self._by_process.setdefault(os.getpid(), _ProcessResources(self.config))
+            weakref.finalize(self, _close_resources, self._by_process)
+        return resources
 
     def _open_remote(self, url: str, expected: ObjectInfo) -> BinaryIO:
-        here = self._here()
+        resources = self._resources()
         window = Window(url, expected.num_bytes)
-        here.expected[window] = expected
+        resources.expected[window] = expected
 
         def _forget(file: RemoteFile) -> None:
-            here.expected.pop(window, None)
-            here.files.discard(file)
+            resources.expected.pop(window, None)
+            resources.files.discard(file)
 
         file = RemoteFile(
             window,
-            here.read_ahead,
-            lambda: here.driver(url),
+            resources.read_ahead,
+            lambda: resources.driver(url),
             self._longest_wait_s(),
             _forget,
         )
-        here.files.add(file)
+        resources.files.add(file)
         return io.BufferedReader(file, BUFFER_BYTES)
 
     def _download(self, url: str, expected: ObjectInfo) -> Generator[bytes, None, None]:
@@ -290,7 +298,7 @@ class Storage:
                 yield chunk
 
     def _list(self, url: str) -> list[str]:
-        """Returns what a remote address stands for."""
+        """Returns the shards of a remote address: itself, pinned on the Hub, or its matches."""
         is_glob = addresses.is_remote_glob(url)
         if addresses.is_folder(url) and not is_glob:
             raise ConfigError(
@@ -300,32 +308,32 @@ class Storage:
             )
         if not is_glob and addresses.scheme_of(url) != "hf":
             return [url]
-        here = self._here()
-        driver = here.driver(url)
-        url = here.fetcher.patiently(url, lambda: driver.pinned(url))
+        resources = self._resources()
+        driver = resources.driver(url)
+        url = resources.fetcher.retried(url, lambda: driver.pinned(url))
         if not is_glob:
             return [url]
-        found = sorted(self._matches(here, driver, url))
+        found = sorted(self._matches(resources, driver, url))
         if not found:
             raise ConfigError(
                 f"source {redacted(url)!r} matches nothing. Check the pattern, and that you may "
                 "list the folder; without that, name the shards by braces: {00000..00123}."
             )
-        here.listed.update((name, info) for name, info in found if info is not None)
+        resources.listed.update((name, info) for name, info in found if info is not None)
         return [name for name, _ in found]
 
     def _matches(
-        self, here: _Here, driver: Driver, pattern: str
+        self, resources: _ProcessResources, driver: Driver, pattern: str
     ) -> list[tuple[str, ObjectInfo | None]]:
         """Returns the objects that match, asked for until that succeeds or is in vain."""
         limit_s = self._longest_wait_s()
 
         def _once() -> list[tuple[str, ObjectInfo | None]]:
-            return here.connections.run(
-                here.fetcher.matches, driver, pattern, limit_s, timeout_s=2 * limit_s
+            return resources.connections.run(
+                resources.fetcher.matches, driver, pattern, limit_s, timeout_s=2 * limit_s
             )
 
-        return here.fetcher.patiently(pattern, _once)
+        return resources.fetcher.retried(pattern, _once)
 
     def _longest_wait_s(self) -> float:
         """Returns a time that no read can take: all attempts, and one that ends as they do."""
@@ -342,7 +350,7 @@ def _make_cache(config: StorageConfig) -> DiskCache | None:
     return DiskCache(config.cache_folder, limit_bytes=config.cache_bytes, stall_s=stall_s)
 
 
-def _close_here(by_process: dict[int, _Here]) -> None:
-    here = by_process.pop(os.getpid(), None)
-    if here is not None:
-        here.close()
+def _close_resources(by_process: dict[int, _ProcessResources]) -> None:
+    resources = by_process.pop(os.getpid(), None)
+    if resources is not None:
+        resources.close()

@@ -1,8 +1,8 @@
-"""Files that are there whole or not at all: written beside their place, then put into it.
+"""Writes files that appear whole or not at all: beside their place first, then put into it.
 
-On a local disk that is a rename, after the bytes are safe; what an interrupted process leaves goes
-with its object, what a killed one leaves is told by its lock, which ends with the process, and
-removed by the next one. In an object store a put is all or nothing. No threads.
+In: bytes. Out: a local file, by a rename once the bytes are on disk, or an object, by a put, which
+is all or nothing. An unfinished file is removed with its `NewFile` object when a process is
+interrupted; after a kill, by the next process, which sees that nobody holds its lock. No threads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from jest_stream.errors import ConfigError
-from jest_stream.storage.addresses import check, scheme_of
+from jest_stream.storage.addresses import check_address, scheme_of
 from jest_stream.storage.redaction import redacted
 
 _UNFINISHED = ".unfinished"
@@ -24,13 +24,13 @@ _WRITABLE = ("", "s3", "gs")
 
 
 def folder_address(url: str | os.PathLike[str]) -> str:
-    """Returns the address of a folder as it is read and written: without a slash at its end.
+    """Returns the address of a folder in its one form: without a slash at its end.
 
     Raises:
       ConfigError: for an empty address, or one with a query.
       UnsafeDataError: for an address outside the allow-list.
     """
-    address = check(os.fspath(url))
+    address = check_address(os.fspath(url))
     if scheme_of(address) and "?" in address:
         raise ConfigError(
             f"{redacted(address)!r} is an address with a query, which names one file, not a "
@@ -54,6 +54,10 @@ def require_writable(folder: str) -> None:
 class NewFile:
     """A file that is being written: it appears whole with `commit`, or not at all.
 
+    `tempfile` makes files that only their owner may read (0600), which a cache on a shared disk is
+    not, and tells nobody that they are being written; and its finalizer would remove the file of
+    this process from a fork of it.
+
     Args:
       url: the local path or address that it is to have.
       put: uploads the local file of a path to that address; None for a local file.
@@ -71,15 +75,16 @@ class NewFile:
         self._path = os.path.join(self._folder, unfinished)
         with self._explained():
             os.makedirs(self._folder, exist_ok=True)
-            # Ctrl-C can come between any two lines, also where nobody knows of this object yet.
+            # Before the file: Ctrl-C can come between any two lines, and the caller's name for
+            # this object is not bound yet.
             weakref.finalize(self, _remove, self._path, os.getpid())
             self._file = open(self._path, "xb")
-            # Held until it is closed, or the process ends: tells others that it is being written.
+            # Held until the file is closed or the process ends: others see that it is written.
             fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     @property
     def num_bytes(self) -> int:
-        """How much was written."""
+        """Bytes written so far."""
         return self._file.tell()
 
     def write(self, data: bytes) -> int:
@@ -92,15 +97,16 @@ class NewFile:
         try:
             with self._explained():
                 self._file.flush()
+                # Before the rename: a power cut leaves the former file or this one, never zeros.
                 os.fsync(self._file.fileno())
                 if self._put is None:
-                    os.rename(self._path, self._url)
+                    os.replace(self._path, self._url)
             if self._put is not None:
                 self._put(self._path)
         finally:
             self.abort()
         if self._put is None:
-            with self._explained():
+            with self._explained():  # the new name is on disk, too, when this returns
                 _sync_folder(self._folder)
 
     def abort(self) -> None:
@@ -118,7 +124,7 @@ class NewFile:
             place = self._folder if self._put else self._url
             raise ConfigError(
                 f"cannot write {redacted(place)!r}: {error.strerror or error}. Make room, or "
-                "choose a folder that can be written. What was finished before is whole."
+                "choose a folder that can be written. Files finished before are whole."
             ) from error
 
 
@@ -129,7 +135,7 @@ def _remove(path: str, pid: int) -> None:
 
 
 def remove_unfinished(folder: str) -> None:
-    """Removes what killed processes have left in a local folder; not what is being written."""
+    """Removes the unfinished files of killed processes in a local folder, not those in work."""
     for name in list_local(folder, hidden=True):
         if not (name.startswith(".") and name.endswith(_UNFINISHED)):
             continue
@@ -143,7 +149,7 @@ def remove_unfinished(folder: str) -> None:
 
 
 def list_local(folder: str, *, hidden: bool = False) -> list[str]:
-    """Returns the names of what lies in a local folder; nothing if there is none."""
+    """Returns the names in a local folder, sorted; none if it does not exist."""
     try:
         return sorted(name for name in os.listdir(folder) if hidden or not name.startswith("."))
     except FileNotFoundError:

@@ -17,15 +17,15 @@ from torch import Tensor
 from jest_stream.views.columns import Columns, View, require_same_fields, view_of
 from jest_stream.views.train import ARGUMENT, TrainView
 from jest_stream.workers import (
+    Activity,
     Failure,
     Finalizer,
     Job,
     Message,
-    Note,
-    Notes,
     ParentConnection,
     Watchdog,
     Worker,
+    WorkerStatus,
     WorkerTraceback,
     failure_message,
     start_workers,
@@ -54,17 +54,17 @@ class MakeTask:
 
     view: TrainView
 
-    def run(self, parent: ParentConnection, notes: Notes) -> None:
+    def run(self, parent: ParentConnection, status: WorkerStatus) -> None:
         """Answers each request with the views, or with the error that prevented them."""
         while parent.wants_more:
             request: ViewRequest = parent.receive()
-            at = 0
+            place = 0
 
             def note(step: int, position: int) -> None:
                 """Tells the training process which view is made next."""
-                nonlocal at
-                at = position
-                notes.put(step, position)
+                nonlocal place
+                place = position
+                status.put(step, position)
 
             try:
                 views = self.view(
@@ -73,7 +73,7 @@ class MakeTask:
                 made = ViewRequest(step=request.step, positions=request.positions, items=views)
                 message = Message(made)
             except Exception as error:
-                message = failure_message(error, position=at)
+                message = failure_message(error, position=place)
             try:
                 message.send(parent.connection)
             except OSError:  # nobody waits for it any more
@@ -243,10 +243,10 @@ def _joined(parts: list[ViewRequest], chosen: Columns) -> View:
     return view_of(joined, "image")
 
 
-def _describe(chosen: dict[int, Columns], last: Note | None) -> str:
-    if last is None:
+def _describe(chosen: dict[int, Columns], activity: Activity | None) -> str:
+    if activity is None:
         return "makes train views"
-    step, position = last
+    step, position = activity
     of_step = chosen.get(step)
     if of_step is None:
         return f"makes train views, last that of step {step}"

@@ -14,16 +14,16 @@ from jest_stream.workers.transport import (
     WorkerTraceback,
     failure_message,
 )
-from jest_stream.workers.watch import Note, Notes, Watchdog
+from jest_stream.workers.watch import Activity, Watchdog, WorkerStatus
 
 __all__ = [
     "Failure",
     "Finalizer",
     "Job",
     "Message",
-    "Note",
-    "Notes",
+    "WorkerStatus",
     "ParentConnection",
+    "Activity",
     "Watchdog",
     "Worker",
     "WorkerTraceback",

@@ -25,7 +25,7 @@ import torch.multiprocessing
 
 from jest_stream.errors import ConfigError, StalledError, WorkerDiedError
 from jest_stream.workers.transport import Message, receive
-from jest_stream.workers.watch import Note, Notes, end_with_parent
+from jest_stream.workers.watch import Activity, WorkerStatus, end_with_parent
 
 _STOP_TIMEOUT_S = 3.0
 # Terminals and schedulers send these to every process of a job, to interrupt it or have it save a
@@ -36,7 +36,7 @@ _FOR_TRAINING = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 class Task(Protocol):
     """The work of one worker process. Travels to it."""
 
-    def run(self, parent: ParentConnection, notes: Notes) -> None:
+    def run(self, parent: ParentConnection, status: WorkerStatus) -> None:
         """Works until `parent.wants_more` is False; notes each example before it is begun."""
 
 
@@ -46,7 +46,7 @@ class Job(NamedTuple):
     name: str
     """The worker's name in messages, such as "worker 0 of 2"."""
     task: Task
-    describe: Callable[[Note | None], str]
+    describe: Callable[[Activity | None], str]
     """Says in messages how the worker is occupied, by its last note. Stays in this process."""
 
 
@@ -61,14 +61,14 @@ class Worker:
     def __init__(self, context: Any, job: Job) -> None:
         self._name = job.name
         self._describe = job.describe
-        self._notes = Notes()
+        self._status = WorkerStatus()
         self._connection, self._theirs = socket.socketpair()
         self._connection.setblocking(False)
         self._method = context.get_start_method()
         ours = self._connection if self._method == "fork" else None
         self._process = context.Process(
             target=work,
-            args=(self._theirs, ours, self._notes, job.task),
+            args=(self._theirs, ours, self._status, job.task),
             name=f"jest_stream {job.name}",
         )
         self._process.daemon = True
@@ -99,13 +99,13 @@ class Worker:
             raise StalledError(
                 f"{self._title()} gave nothing for timeout_s={timeout_s:g} seconds. A transform "
                 "that hangs, or storage that does? If it is only slow, raise timeout_s or use "
-                f"more workers. {self._notes.stacks(self._process.pid)}"
+                f"more workers. {self._status.stacks(self._process.pid)}"
             ) from None
         except (EOFError, ConnectionError) as error:
             self._check(error)
             raise
 
-    def answer(self) -> None:
+    def acknowledge(self) -> None:
         """Tells the worker that one of its messages was taken.
 
         Raises:
@@ -143,7 +143,7 @@ class Worker:
                 self._process.kill()
                 self._process.join(_STOP_TIMEOUT_S)  # one that waits for a disk ends later
         self._theirs.close()
-        self._notes.close()
+        self._status.close()
         self._connection.close()
         if not self._has_process or self._process.exitcode is not None:
             self._process.close()
@@ -156,7 +156,7 @@ class Worker:
             return False
 
     def _title(self) -> str:
-        occupation = self._describe(self._notes.last)
+        occupation = self._describe(self._status.activity)
         return f"{self._name} (process {self._process.pid}), which {occupation},"
 
     def _check(self, cause: BaseException) -> None:
@@ -174,13 +174,13 @@ class Worker:
         if status < 0:
             how = f"was killed by {signal.Signals(-status).name}"
             why = "Look for the reason in the system log."
-        elif not self._notes.has_begun and self._method != "fork":
+        elif not self._status.has_begun and self._method != "fork":
             how, why = f"{how} before it began", _GUARD
         if status == -signal.SIGKILL:
             why = "Often the system is out of memory: use fewer workers or a smaller super-batch."
         elif status == -signal.SIGSEGV:
             why = "A library crashed: look at that example, and at what decodes it."
-        text = f"{self._title()} {how}. {why} {self._notes.last_stacks}"
+        text = f"{self._title()} {how}. {why} {self._status.last_stacks}"
         raise WorkerDiedError(text.rstrip()) from cause
 
 
@@ -274,14 +274,14 @@ class ParentConnection:
 
 
 def work(
-    connection: socket.socket, inherited: socket.socket | None, notes: Notes, task: Task
+    connection: socket.socket, inherited: socket.socket | None, status: WorkerStatus, task: Task
 ) -> None:
     """Runs the task of a worker process, until it is stopped. The process begins here.
 
     Args:
       connection: to the training process.
       inherited: the other end of it, where the worker was forked.
-      notes: where the task notes its examples.
+      status: where the task notes its examples.
       task: the work.
     """
     is_stopped = False
@@ -301,10 +301,10 @@ def work(
     # Inherited objects are never collected here: their destructors may touch the GPU.
     gc.freeze()
     torch.set_num_threads(1)
-    notes.begin()
+    status.begin()
     # A thread looks, since the task itself may hang, in a transform for example.
     end_with_parent()
-    task.run(ParentConnection(connection, lambda: is_stopped), notes)
+    task.run(ParentConnection(connection, lambda: is_stopped), status)
 
 
 def _require_picklable(task: object) -> None:

@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -235,24 +236,35 @@ class _Pickler(pickle.Pickler):
 
         There are three cases:
         1. A tensor on another device, and a quantized one, travel as torch pickles them.
-        2. A sparse tensor travels dense. torch would keep each one that it unpickles in a list,
-           until the next `torch.load` (torch 2.14).
+        2. A sparse tensor is made of its dense parts, which come here again: made dense, one of
+           256 x 1,000,000 would take 1 GB. torch's own way would keep each one that it unpickles
+           in a list, until the next `torch.load` (torch 2.14).
         3. Any other arrives as a plain tensor over the bytes received, without gradient.
         """
         if not isinstance(value, Tensor) or value.is_quantized or value.device.type != "cpu":
             return NotImplemented
-        if value.layout != torch.strided:
-            return _sparse_again, (value.detach().to_dense(), value.layout)
-        plain = value.detach().resolve_conj().resolve_neg().contiguous()
-        data: Any = plain.flatten().view(torch.uint8).numpy() if plain.numel() else b""
-        return _tensor_of, (pickle.PickleBuffer(data), tuple(plain.shape), plain.dtype)
+        layout = value.layout
+        parts: tuple[Tensor, ...]
+        if layout == torch.strided:
+            plain = value.detach().resolve_conj().resolve_neg().contiguous()
+            data: Any = plain.flatten().view(torch.uint8).numpy() if plain.numel() else b""
+            return _tensor_of, (pickle.PickleBuffer(data), tuple(plain.shape), plain.dtype)
+        if layout == torch.sparse_coo:
+            make = partial(torch.sparse_coo_tensor, is_coalesced=value.is_coalesced())
+            parts = value._indices(), value._values()
+        elif layout in (torch.sparse_csr, torch.sparse_bsr):
+            make = partial(torch.sparse_compressed_tensor, layout=layout)
+            parts = value.crow_indices(), value.col_indices(), value.values()
+        elif layout in (torch.sparse_csc, torch.sparse_bsc):
+            make = partial(torch.sparse_compressed_tensor, layout=layout)
+            parts = value.ccol_indices(), value.row_indices(), value.values()
+        else:
+            return NotImplemented
+        # A tensor made them, so they need no check.
+        return partial(make, check_invariants=False), (*parts, value.shape)
 
 
 def _tensor_of(data: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if not memoryview(data).nbytes:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).reshape(shape)
-
-
-def _sparse_again(dense: Tensor, layout: torch.layout) -> Tensor:
-    return dense.to_sparse(layout=layout)

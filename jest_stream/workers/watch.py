@@ -1,9 +1,9 @@
 """Watches over reading: the example at hand, and the stacks of a process that hangs.
 
-A worker keeps `Notes`; the training process reads them, even of a worker that is gone or hangs in C
-code, with or without the interpreter's lock. `Watchdog` watches reading in the training process: a
-thread that sleeps, and logs all stacks when a read takes too long. Neither ends a process, but
-`end_with_parent` has a worker end when the training process is gone.
+A worker keeps its `WorkerStatus`; the training process reads it, even of a worker that is gone or
+hangs in C code, with or without the interpreter's lock. `Watchdog` watches reading in the training
+process: a thread that sleeps, and logs all stacks when a read takes too long. Neither ends a
+process, but `end_with_parent` has a worker end when the training process is gone.
 """
 
 from __future__ import annotations
@@ -29,25 +29,23 @@ _LOG = logging.getLogger("jest_stream")
 
 # A signal that schedulers and runtimes have no use for; SIGUSR1 and SIGUSR2 have many.
 _SHOW_STACKS = getattr(signal, "SIGRTMAX", signal.SIGUSR2)
-_NOTE = struct.Struct("qqq")  # 1 once the worker runs, and the numbers of the note
+_ACTIVITY = struct.Struct("qqq")  # 1 once the worker runs, then the two of `Activity`
 _STACKS_AT = 4096
 _MAX_STACKS_BYTES = 1 << 20
 _STACKS_TIMEOUT_S = 2.0
 _QUIET_S = 0.2  # without another byte: the stacks are complete
 
 
-class Note(NamedTuple):
-    """The example that a worker is at, by two numbers.
+class Activity(NamedTuple):
+    """The example that a worker is busy with, in the numbers of its task."""
 
-    A task that reads notes the shard and the number of examples before; one that makes train views
-    notes the step and the position in its batch.
-    """
-
-    group: int
+    number: int
+    """Of the shard that is read, or of the step whose train views are made."""
     position: int
+    """Of the example within it."""
 
 
-class Notes:
+class WorkerStatus:
     """The example that a worker reads, and its stacks on request. Owns shared memory.
 
     The first 24 bytes hold the numbers of the example, those from 4,096 on the stacks, written by
@@ -59,7 +57,7 @@ class Notes:
 
     def begin(self) -> None:
         """Notes, in the worker, that it runs; has its stacks shown at a crash or on request."""
-        os.pwrite(self._memory.fileno(), _NOTE.pack(1, -1, 0), 0)
+        os.pwrite(self._memory.fileno(), _ACTIVITY.pack(1, -1, 0), 0)
         os.lseek(self._memory.fileno(), _STACKS_AT, os.SEEK_SET)
         # faulthandler writes in C, in the signal handler, while the interpreter hangs or not.
         faulthandler.enable(file=self._memory.fileno())
@@ -67,9 +65,9 @@ class Notes:
             _SHOW_STACKS, file=self._memory.fileno(), all_threads=True, chain=False
         )
 
-    def put(self, group: int, position: int) -> None:
+    def put(self, number: int, position: int) -> None:
         """Notes, in the worker, the example that comes next; takes 0.5 us."""
-        os.pwrite(self._memory.fileno(), _NOTE.pack(1, group, position), 0)
+        os.pwrite(self._memory.fileno(), _ACTIVITY.pack(1, number, position), 0)
 
     @property
     def has_begun(self) -> bool:
@@ -77,13 +75,13 @@ class Notes:
         return len(os.pread(self._memory.fileno(), 1, 0)) > 0
 
     @property
-    def last(self) -> Note | None:
-        """The example that the worker read last; None if it has read none."""
-        data = os.pread(self._memory.fileno(), _NOTE.size, 0)
+    def activity(self) -> Activity | None:
+        """The example that the worker was busy with last; None before the first."""
+        data = os.pread(self._memory.fileno(), _ACTIVITY.size, 0)
         if not data:
             return None
-        _, group, position = _NOTE.unpack(data)
-        return None if group < 0 else Note(group, position)
+        _, number, position = _ACTIVITY.unpack(data)
+        return None if number < 0 else Activity(number, position)
 
     @property
     def last_stacks(self) -> str:
@@ -206,5 +204,5 @@ def _state(pid: int) -> str:
     return known.get(letter, f"it is in state {letter}")
 
 
-def _reopened(descriptor: Any) -> Notes:
-    return Notes(descriptor.detach())
+def _reopened(descriptor: Any) -> WorkerStatus:
+    return WorkerStatus(descriptor.detach())

@@ -24,7 +24,7 @@ from jest_stream.storage.disk_cache import DiskCache
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
-CHILD = str(Path(__file__).with_name("cache_child.py"))
+CHILD = str(Path(__file__).parents[1] / "support" / "cache_child.py")
 SIZE = 1000
 
 
@@ -235,7 +235,7 @@ def test_processes_at_a_small_cache_never_see_a_wrong_byte(
 ) -> None:
     children = [start(tmp_path, 4 * SIZE) for _ in range(3)]
     for number, child in enumerate(children):
-        for step in range(60):  # each in an order of its own; what was read is checked by the child
+        for step in range(60):  # each in another order; the child checks the bytes that it reads
             child.say(url=f"u{(step * (number + 1)) % 7}", size=SIZE - step % 2)
         assert child.process.stdin
         child.process.stdin.close()
@@ -259,7 +259,7 @@ def test_a_process_killed_while_downloading_leaves_no_bad_entry(
         child.end()
         assert [path.suffix for path in tmp_path.iterdir()].count(".part") == 1
         log: list[str] = []
-        # The same shard is begun again; for another one, what is left is removed.
+        # The same shard is begun again; for another one, the rest is removed.
         assert get(cache_at(tmp_path), "a", log=log) == content_of("a", SIZE)
         assert log == (["a"] if url == "a" else [])
         assert len(entries(tmp_path)) == 1 and not list(tmp_path.glob("*.part"))

@@ -1,4 +1,4 @@
-"""The fault server serves properly when it is not told otherwise, and leaves nothing behind.
+"""The fault server serves properly when it is not told otherwise, and leaves nothing open.
 
 pytest tests/storage/test_fault_server.py
 """

@@ -1,4 +1,4 @@
-"""Whatever a server does, a reader gets the right bytes or an error that says what happened.
+"""A reader gets the right bytes, or an error that names the fault of the server.
 
 pytest tests/storage/test_remote_faults.py
 """
@@ -26,7 +26,7 @@ DATA = noise(3_000_000)
 
 
 def read_all(server: FaultServer, config: StorageConfig = SOON) -> tuple[bytes, dict[str, int]]:
-    """Reads the whole object; returns it and what was counted, with everything closed."""
+    """Reads the whole object; returns it and the counts, with everything closed."""
     storage = Storage(config)
     try:
         with storage.open(server.url("a.tar"), known(server)) as file:
@@ -37,7 +37,7 @@ def read_all(server: FaultServer, config: StorageConfig = SOON) -> tuple[bytes, 
 
 
 def known(server: FaultServer) -> ObjectInfo:
-    """What is known of the object beforehand, so that the first request is for data."""
+    """Length and version of the object, given beforehand: the first request is for data."""
     found = server.contents.get("a.tar")
     assert found is not None
     etag = {"strong": f'"{found[1]}"', "weak": f'W/"{found[1]}"', "none": ""}[server.etags]
@@ -304,7 +304,7 @@ def test_what_fails_ahead_of_the_reader_concerns_it_only_when_it_gets_there() ->
         with storage.open(server.url("a.tar"), known(server)) as file:
             assert file.read(10) == DATA[:10]
             until(lambda: len(server.requests) > 1)  # the next block was asked for
-            until(lambda: "| 1.0 MiB" in repr(storage))  # what failed has been forgotten
+            until(lambda: "| 1.0 MiB" in repr(storage))  # the failed block has been forgotten
             assert server.requests[1].fault == "status"
             assert file.read() == DATA[10:]
         storage.close()

@@ -121,7 +121,7 @@ def test_any_reads_of_any_files_give_the_right_bytes_within_the_budget() -> None
                 start, length = file.tell(), generator.choice((1, 512, 4000, 300_000, 2_000_000))
                 assert file.read(length) == DATA[start : start + length], seed
                 # Each file may have one block of 64 KiB even where all is taken.
-                assert storage._here().read_ahead.used_bytes <= limit + num_files * 65536, seed
+                assert storage._resources().read_ahead.used_bytes <= limit + num_files * 65536, seed
             storage.close()
             assert all(file.closed for file in files)
 
@@ -153,11 +153,11 @@ def test_64_open_files_share_the_budget() -> None:
         for _ in range(20):
             for file in files:
                 assert len(file.read(100_000)) == 100_000
-                most_used = max(most_used, storage._here().read_ahead.used_bytes)
+                most_used = max(most_used, storage._resources().read_ahead.used_bytes)
             most_resident = max(most_resident, psutil.Process().memory_info().rss - before)
         assert most_used <= limit
-        # Beside the budget, an eighth of the shards: 64 buffers of 256 KiB, what 32 connections
-        # have received, and slack of the allocator.
+        # Beside the budget, an eighth of the shards: 64 buffers of 256 KiB, the bytes received by
+        # 32 connections, and slack of the allocator.
         assert most_resident < 2 * limit, f"{most_resident / MIB:.0f} MiB"
         storage.close()
     finally:
@@ -218,7 +218,7 @@ def test_the_garbage_collector_may_close_a_file_at_any_moment() -> None:
         with storage.open(server.url("a.tar"), KNOWN) as file:
             forgotten = storage.open(server.url("a.tar"), KNOWN)
             forgotten.read(10)
-            with storage._here().read_ahead._locked():
+            with storage._resources().read_ahead._locked():
                 del forgotten
             assert "1 remote files open" in repr(storage)
             assert file.read() == DATA
@@ -264,7 +264,7 @@ def test_several_threads_read_through_one_storage() -> None:
 
 
 def read_in_child(storage: Storage, url: str, pipe: Connection) -> None:
-    """Reads in a process of its own and says what came of it."""
+    """Reads in another process and returns the result."""
     with storage.open(url) as file:
         data = file.read()
     pipe.send((data == DATA, storage.take_counts()["storage_bytes"]))
@@ -296,7 +296,7 @@ def test_a_storage_in_use_works_in_a_child_process(method: str) -> None:
 
 
 def use_inherited_file(file: io.BufferedReader, pipe: Connection) -> None:
-    """Uses what must not be used in a child."""
+    """Uses objects that must not be used in a child."""
     sockets = [s for s in psutil.Process().net_connections() if s.status == "ESTABLISHED"]
     try:
         file.raw.read(10)
@@ -340,7 +340,7 @@ def test_a_storage_is_pickled_without_what_it_holds() -> None:
 
 
 def cached(tmp_path: Path, *urls: str) -> dict[str, int]:
-    """Reads addresses one by one through a cache; returns what it counted."""
+    """Reads addresses one by one through a cache; returns its counts."""
     storage = Storage(replace(SOON, cache_folder=str(tmp_path / "cache")))
     for url in urls:
         with storage.open(url) as file:
@@ -423,7 +423,8 @@ def test_reads_work_from_a_process_whose_loop_others_use_too() -> None:
 def test_a_program_may_end_with_reads_on_their_way() -> None:
     """Neither an open file nor a stalled server keeps the interpreter from ending, quietly."""
     program = (
-        "import sys; from jest_stream.storage import ObjectInfo, Storage\n"
+        "import sys; from jest_stream.storage import Storage\n"
+        "from jest_stream.types import ObjectInfo\n"
         "storage = Storage()\n"
         f"file = storage.open(sys.argv[1], ObjectInfo({len(DATA)}))\n"
         "print(len(file.read(10)))"

@@ -70,9 +70,9 @@ def sources(s3: S3Server) -> Iterator[Callable[..., TarSource]]:
 def read(source: TarSource, shard: int, **start: int) -> list[tuple[Example, int]]:
     """Returns examples and offsets of a shard, without the shard's name."""
     found = []
-    for example, behind in source.read(shard, **start):
+    for example, after in source.read(shard, **start):
         assert isinstance(example, dict)
-        found.append(({k: v for k, v in example.items() if k != "__shard__"}, behind))
+        found.append(({k: v for k, v in example.items() if k != "__shard__"}, after))
     return found
 
 
@@ -180,7 +180,7 @@ def test_reading_goes_on_after_the_server_was_killed_and_restarted(
     finally:
         restart.join()
     expected = list(TarSource(path).read(0))
-    assert [behind for _, behind in given] == [behind for _, behind in expected]
+    assert [after for _, after in given] == [after for _, after in expected]
     for (ours, _), (theirs, _) in zip(given, expected, strict=True):
         assert isinstance(ours, dict) and isinstance(theirs, dict)
         assert (ours["__key__"], ours["jpg"]) == (theirs["__key__"], theirs["jpg"])
@@ -214,7 +214,7 @@ def test_an_object_overwritten_while_it_is_read_is_an_error(
     s3.put(bucket, "large.tar", Path(large_shard(tmp_path, "other.tar", seed=1)).read_bytes())
     with pytest.raises(ShardChangedError, match=r"large\.tar"):
         list(reader)
-    with pytest.raises(ShardChangedError):  # and stays one: what was seen first counts
+    with pytest.raises(ShardChangedError):  # and stays one: the version seen first counts
         list(source.read(0))
     assert len(read(sources(f"s3://{bucket}/large.tar"), 0)) == 40
 
@@ -318,7 +318,7 @@ def test_workers_of_every_kind_read_what_the_training_process_reads(
 def test_closing_ends_every_connection_and_reading_makes_new_ones(
     bucket: str, sources: Callable[..., TarSource]
 ) -> None:
-    sources(f"{bucket}/00000.tar").close()  # what stays of the first use in a process
+    sources(f"{bucket}/00000.tar").close()  # threads of the first use stay
     with nothing_left_behind():
         source = sources(f"{bucket}/{{00000..00001}}.tar")
         for _ in range(2):

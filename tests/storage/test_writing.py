@@ -1,4 +1,4 @@
-"""What is written is there whole or not at all, and says why where it is not.
+"""Files are written whole or not at all, and errors say why.
 
 pytest tests/storage/test_writing.py
 """
@@ -41,6 +41,16 @@ def test_an_aborted_file_leaves_the_former_one(tmp_path: Path) -> None:
     file.abort()
     assert (tmp_path / "file").read_bytes() == b"former"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_may_be_read_by_all_that_the_umask_allows(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        file = Storage().create(str(tmp_path / "file"))
+        file.commit()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
 
 
 def test_what_is_being_written_is_not_removed_as_unfinished(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Reads one JSON object per line: `{"url", "size", "pause"}`. Answers with lines: `ready`, then for
 each object `half` when half of a download is written (with "pause", it goes on at the next line),
-and `opened` with what was counted, or `failed` with the error. Files stay open until the end.
+and `opened` with the counts, or `failed` with the error. Files stay open until the end.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # Only the ground layer: the package itself imports torch, which takes each process seconds.
-    package = types.ModuleType("jest_stream")
-    package.__path__ = [str(Path(__file__).parents[2] / "jest_stream")]
-    sys.modules["jest_stream"] = package
+    # Neither the package nor the room is imported whole: both import torch, which takes each of
+    # a dozen processes seconds.
+    for name in ("jest_stream", "jest_stream.storage"):
+        package = types.ModuleType(name)
+        package.__path__ = [str(Path(__file__).parents[2].joinpath(*name.split(".")))]
+        sys.modules[name] = package
 
 from jest_stream.errors import JESTError  # noqa: E402
 from jest_stream.storage.disk_cache import DiskCache  # noqa: E402

@@ -1,4 +1,4 @@
-"""How the fault server answers one request: properly, then with the fault put in.
+"""Answers one request to the fault server: properly, then with the fault put in.
 
 Runs in a thread for each connection.
 """
@@ -25,10 +25,10 @@ _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
 
 class Contents(Protocol):
-    """What is served."""
+    """The files that are served."""
 
     def get(self, name: str) -> tuple[bytes, str] | None:
-        """Returns a file and what names its content; None if there is none."""
+        """Returns a file and the name of its content; None for an unknown path."""
 
     def names(self) -> list[str]:
         """Returns the name of every file."""
@@ -61,7 +61,7 @@ class _Folder:
         self._folder = folder.resolve()
 
     def get(self, name: str) -> tuple[bytes, str] | None:
-        """Returns what lies in the folder, and not outside."""
+        """Returns a file of the folder, and none outside."""
         path = (self._folder / name).resolve()
         if self._folder not in path.parents or not path.is_file():
             return None
@@ -80,7 +80,7 @@ class _Folder:
 
 
 def contents_of(contents: str | Path | Mapping[str, bytes]) -> Contents:
-    """Returns what a folder or a mapping holds."""
+    """Returns the files of a folder or a mapping."""
     if isinstance(contents, str | Path):
         return _Folder(Path(contents))
     return _Mapped(contents)
@@ -211,7 +211,7 @@ class Handler(BaseHTTPRequestHandler):
     def _reset(self) -> None:
         self.close_connection = True
         deadline = time.monotonic() + 1
-        # Otherwise what was written would be thrown away with the connection.
+        # Otherwise the bytes written would be thrown away with the connection.
         while _num_unsent(self.connection) and time.monotonic() < deadline:
             if self.server.faults.closing.wait(0.001):
                 break

