@@ -105,7 +105,7 @@ class Worker:
             self._check(error)
             raise
 
-    def answer(self) -> None:
+    def acknowledge(self) -> None:
         """Tells the worker that one of its messages was taken.
 
         Raises:

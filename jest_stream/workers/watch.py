@@ -1,9 +1,9 @@
 """Watches over reading: the example at hand, and the stacks of a process that hangs.
 
-A worker keeps `WorkerStatus`; the training process reads them, even of a worker that is gone or hangs in C
-code, with or without the interpreter's lock. `Watchdog` watches reading in the training process: a
-thread that sleeps, and logs all stacks when a read takes too long. Neither ends a process, but
-`end_with_parent` has a worker end when the training process is gone.
+A worker keeps its `WorkerStatus`; the training process reads it, even of a worker that is gone or
+hangs in C code, with or without the interpreter's lock. `Watchdog` watches reading in the training
+process: a thread that sleeps, and logs all stacks when a read takes too long. Neither ends a
+process, but `end_with_parent` has a worker end when the training process is gone.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class WorkerStatus:
         self._memory = new_memory() if descriptor is None else io.FileIO(descriptor, "r+")
 
     def begin(self) -> None:
-        """WorkerStatus, in the worker, that it runs; has its stacks shown at a crash or on request."""
+        """Notes, in the worker, that it runs; has its stacks shown at a crash or on request."""
         os.pwrite(self._memory.fileno(), _ACTIVITY.pack(1, -1, 0), 0)
         os.lseek(self._memory.fileno(), _STACKS_AT, os.SEEK_SET)
         # faulthandler writes in C, in the signal handler, while the interpreter hangs or not.
@@ -66,7 +66,7 @@ class WorkerStatus:
         )
 
     def put(self, number: int, position: int) -> None:
-        """WorkerStatus, in the worker, the example that comes next; takes 0.5 us."""
+        """Notes, in the worker, the example that comes next; takes 0.5 us."""
         os.pwrite(self._memory.fileno(), _ACTIVITY.pack(1, number, position), 0)
 
     @property
