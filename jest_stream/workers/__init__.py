@@ -1,4 +1,4 @@
-"""Worker processes: how they start and end, what they send, and what watches over them."""
+"""Worker processes: they are started, watched and ended here; their messages are packed here."""
 
 from jest_stream.workers.process import (
     Finalizer,
