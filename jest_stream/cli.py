@@ -177,6 +177,7 @@ def _index(options: argparse.Namespace) -> None:
         write_manifest(source, options.out)
     finally:
         source.close()
+    # Read back as the source that it is for: a manifest that cannot be used is noticed now.
     counts = TarSource(options.out).num_examples or []
     print(f"{options.out}: {len(counts):,} shards, {sum(counts):,} examples")
 

@@ -1,8 +1,8 @@
-"""`JESTDataset`: the dataset that users put in place of theirs.
+"""`JESTDataset`, the public class: takes the place of the user's own dataset.
 
-Arguments go in, checked settings and batches come out. This file wires the rooms and decides
-nothing: settings are checked in `config`, the run is built and run in `pipeline`. All of it runs in
-the training process and in the training thread, since scoring needs the training device.
+Arguments go in, batches come out. The class checks its settings by `config` and passes all work on
+to `pipeline`. It runs in the training process and in the training thread, because scoring needs the
+learner and its device.
 """
 
 from __future__ import annotations
@@ -61,23 +61,24 @@ _HOW_TO_KNOW = (
 
 
 class JESTDataset(IterableDataset[Any]):
-    """Streams jointly selected sub-batches, for `DataLoader(dataset, batch_size=None)`.
+    """Streams jointly selected sub-batches of image-text pairs.
 
-    Each step reads a super-batch of B candidates, scores the image-text pairs in it by the
-    learner's loss minus the reference's, and hands out b of them, chosen for the most that the
-    learner can still learn from them together (JEST, Evans et al. 2024,
-    https://arxiv.org/abs/2406.17711):
+    Each step reads a super-batch of B candidates, scores their pairs by the learner's loss minus
+    the reference's, and hands out the b candidates that the learner can learn most from together
+    (JEST, Evans et al. 2024, https://arxiv.org/abs/2406.17711):
 
         dataset = JESTDataset("pairs-*.tar", learner=model, reference="open_clip:ViT-B-32/openai",
                               transform=preprocess_val, tokenizer=tokenizer, batch_size=256)
-        for images, texts in DataLoader(dataset, batch_size=None):
+        for images, texts in dataset:
             ...
 
+    `DataLoader(dataset, batch_size=None)` works too, for trainers that ask for one.
+
     Here b is `batch_size`, and B is b / (1 - `filter_ratio`), rounded; both count the examples of
-    this rank. Images are `[b, ...]` and texts `[b, ...]`, as `transform` (or `train_transform`) and
-    `tokenizer` make one each, stacked; views that are mappings become mappings of tensors. A batch
-    always has exactly b examples. The stream is endless unless `steps_per_epoch` or `repeat=False`
-    says otherwise; each `iter()` continues it.
+    this rank. `images` is `[b, ...]`, the stacked results of `transform` (or `train_transform`),
+    and `texts` `[b, ...]` those of `tokenizer`; where these return mappings, mappings of tensors.
+    A batch always has exactly b examples. The stream is endless unless `steps_per_epoch` or
+    `repeat=False` says otherwise; each `iter()` continues it.
 
     Args:
       source: tar shards (a path, a brace or glob pattern, or a list of them), a repository of the
@@ -87,15 +88,15 @@ class JESTDataset(IterableDataset[Any]):
 
       learner: the model being trained, with `encode_image`, `encode_text` and `logit_scale` as in
         open_clip, or a CLIP or SigLIP of transformers. Never modified; copied at the first `next`.
-      reference: the frozen model that defines learnable. A module of the same kind, which is put
-        into eval mode and moved to the scoring device; a name, `"open_clip:NAME/TAG"` or
-        `"open_clip:NAME/PATH.safetensors"`; a folder in open_clip's layout; or a `ReferenceCache`
-        or its address: then no reference runs.
+      reference: the frozen model that tells which pairs can be learned. A module of the same kind,
+        which is put into eval mode and moved to the scoring device; a name,
+        `"open_clip:NAME/TAG"` or `"open_clip:NAME/PATH.safetensors"`; a folder in open_clip's
+        layout; or a `ReferenceCache` or its address, which spare running the model.
 
-      transform: makes the image tensor that is scored, of a decoded picture. Deterministic.
-      tokenizer: makes the tensor of token ids, of a text. Deterministic.
+      transform: turns a decoded picture into the image tensor that is scored. Deterministic.
+      tokenizer: turns a text into the tensor of its token ids. Deterministic.
       train_transform: makes the image tensor that is trained on; may draw from the global
-        generators of torch, numpy and `random`. Runs for the selected only, ahead of time, in
+        generators of torch, numpy and `random`. Runs for selected examples only, ahead of time, in
         worker processes if `num_workers` is above 0. Default: the scored image is trained on.
       train_view_from: the input of `train_transform`: `"encoded"`, the picture, decoded anew in
         full, or `"score_view"`, the pixels that were scored. `"auto"`: the latter where `transform`
@@ -103,9 +104,9 @@ class JESTDataset(IterableDataset[Any]):
       reduced_decoding: whether JPEGs are decoded at a fraction of their size for scoring.
         `"auto"`: where `transform` is a known Compose that begins with a Resize, and the train view
         is made of the encoded image.
-      reference_transform: the reference's own `transform`. Default: that of a named model, else
+      reference_transform: the `transform` for the reference. Default: that of a named model, else
         the learner's. With a cache: the one that the cache must have been built with.
-      reference_tokenizer: the reference's own `tokenizer`; defaults likewise.
+      reference_tokenizer: the `tokenizer` for the reference; defaults likewise.
       image_key: the member that holds the image, alternatives as in `"jpg;png"`, or a function of
         the decoded example.
       text_key: likewise for the text.
@@ -261,8 +262,8 @@ class JESTDataset(IterableDataset[Any]):
                 f"JESTDataset(num_workers={worker.num_workers}) to read in worker processes."
             )
         pipeline = self._open()
-        # After a loop that was broken off in an epoch comes the next one; a checkpoint just
-        # loaded finishes its epoch first.
+        # A loop that was broken off has given up the rest of its epoch: the next one begins. A
+        # checkpoint that was just loaded finishes its epoch first.
         if pipeline.run.epoch_step and not pipeline.run.is_resumed:
             pipeline.begin_epoch()
         self._iterator_token = object()
@@ -350,9 +351,10 @@ class JESTDataset(IterableDataset[Any]):
         with `include_learner_copy=True`, which adds the copy's weights. A closed dataset still
         returns the state in which it was closed, without the copy.
         """
-        is_kept = self._is_closed and self._pipeline is not None and not include_learner_copy
-        pipeline = self._pipeline if is_kept else self._open()
-        assert pipeline is not None
+        pipeline = self._pipeline
+        # A closed pipeline still knows its place, but no weights; `_open` raises for those.
+        if pipeline is None or not self._is_closed or include_learner_copy:
+            pipeline = self._open()
         return pipeline.state_dict(include_learner_copy=include_learner_copy)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -404,7 +406,7 @@ class JESTDataset(IterableDataset[Any]):
         return f"<JESTDataset {' | '.join(parts)}>"
 
     def __bool__(self) -> bool:
-        """Returns True: else `if dataset:` would ask for a length that may not exist."""
+        """Returns True; Python would else ask `__len__`, which an endless stream refuses."""
         return True
 
     def __reduce__(self) -> NoReturn:
@@ -449,7 +451,7 @@ class JESTDataset(IterableDataset[Any]):
             except BaseException:
                 pipeline.pause()  # the loop may never come back: leave no process, no open file
                 raise
-            has_ended = pipeline.run.epoch_step == 0
+            has_ended = pipeline.run.epoch_step == 0  # set back with the last batch of an epoch
             as_dict = self._settings.batch.as_dict
             batch = None if columns is None else structured(columns, as_dict=as_dict)
         self._metrics.hand_over()

@@ -52,7 +52,7 @@ class ShardUnavailableError(ShardError):
 
 
 class ShardChangedError(ShardError):
-    """A shard whose content is not that of when the source was made: another ETag or length."""
+    """A shard that has changed since the source was made: another ETag or length."""
 
 
 class UnsafeDataError(JESTError):
@@ -114,7 +114,7 @@ class CacheDamagedError(ShardError, ReferenceMismatchError):
 
 
 class CachedShardChangedError(ShardChangedError, ReferenceMismatchError):
-    """A shard whose content is not that of when its embeddings were cached."""
+    """A shard that has changed since its embeddings were cached."""
 
 
 class NotCachedError(BadExampleError, ReferenceMismatchError):
@@ -138,11 +138,11 @@ class UserCodeError(JESTError, RuntimeError):
 
 
 class WorkerDiedError(JESTError):
-    """A worker process that ended without saying why."""
+    """A worker process that ended without an error message."""
 
 
 class StalledError(JESTError):
-    """A worker process or another rank that has given nothing for too long."""
+    """A worker process or another rank that has not answered within its time limit."""
 
 
 def _rebuild(kind: type[JESTError], args: tuple[Any, ...], attributes: dict[str, Any]) -> JESTError:

@@ -1,4 +1,4 @@
-"""The nouns that the rooms hand to each other.
+"""The types that the rooms hand to each other: examples, sources, embeddings, selections.
 
 Shapes: B: super-batch size, b: batch size, D: embedding dimension, C: number of chunks,
 G: number of groups with a quota.
@@ -43,9 +43,8 @@ class ObjectInfo(NamedTuple):
     """Length and version of an object: a change of its content changes one of them."""
 
     num_bytes: int
-    """Its length."""
     version: str = ""
-    """Its ETag, generation or commit; "" if unknown."""
+    """ETag, generation or commit; "" if unknown."""
 
 
 class Source(ABC):
@@ -119,7 +118,7 @@ class WrappedSource(Source):
 
     @property
     def fingerprint(self) -> str:
-        """The wrapped source's."""
+        """Fingerprint of the wrapped source."""
         return self._source.fingerprint
 
     def shard_name(self, shard: int) -> str:
@@ -138,7 +137,7 @@ class WrappedSource(Source):
         return self._source.num_examples
 
     def shard_content(self, shard: int) -> tuple[int, str] | None:
-        """Returns the wrapped source's answer."""
+        """Returns the names that the wrapped source gives a shard's content."""
         return self._source.shard_content(shard)
 
     def take_counts(self) -> dict[str, int]:
@@ -152,7 +151,7 @@ class WrappedSource(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class Embeddings:
-    """The answer of a two-tower model for B image-text pairs.
+    """Embeddings of B image-text pairs by a two-tower model.
 
     The logit of image i and text j is `logit_scale * image[i] @ text[j] + logit_bias`.
     """
@@ -184,8 +183,8 @@ class Selection:
     """`[]` float: mean over the chosen of their score when drawn last, in nats; NaN for uniform.
     Without sweeps every pair of two chunks counts once in it, with sweeps twice."""
     candidate_score: Tensor
-    """`[]` float: the value of `selected_score` had each chunk been drawn uniformly, the mean score
-    of the candidates that were left; NaN for uniform."""
+    """`[]` float: the value that `selected_score` would have if each chunk had been drawn
+    uniformly: the mean score of the candidates that were left. NaN for uniform."""
     group_counts: Tensor
     """`[G]` int64: how many were chosen of each group that has a quota."""
     quota_excess: Tensor

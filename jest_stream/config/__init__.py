@@ -1,7 +1,8 @@
-"""The settings, each frozen and checked when it is made.
+"""Settings of a run: frozen dataclasses, each checked when it is made.
 
-Users make `SelectionConfig`, `ScoringConfig`, `StorageConfig` and `Limits`; `JESTDataset` makes the
-rest of its arguments and puts all of them into `RunSettings`. `checks` are shared by all.
+Users make `SelectionConfig`, `ScoringConfig`, `StorageConfig` and `Limits`. `JESTDataset` makes the
+other configs from its arguments, and puts all of them into `RunSettings`. `checks.py` holds the
+checks that the configs share.
 """
 
 from jest_stream.config.checks import (
@@ -9,7 +10,6 @@ from jest_stream.config.checks import (
     as_device,
     as_integer,
     as_number,
-    finite,
     require_one_of,
 )
 from jest_stream.config.presets import preset
@@ -82,7 +82,6 @@ __all__ = [
     "as_device",
     "as_integer",
     "as_number",
-    "finite",
     "preset",
     "quota_sizes",
     "require_one_of",

@@ -18,7 +18,7 @@ _Config = TypeVar("_Config")
 
 
 def as_integer(name: str, value: object, least: int, kind: str = "an integer") -> int:
-    """Returns `value` as an int; numpy's and torch's integers are integers too.
+    """Returns `value` as an int; integers of numpy and torch are accepted.
 
     Raises:
       ConfigError: unless it is an integer of at least `least`. The message calls it `kind`.
@@ -48,7 +48,7 @@ def as_number(name: str, value: object) -> float:
         raise ConfigError(f"{name} must be a number, got {value!r}") from None
 
 
-def finite(name: str, value: object) -> float:
+def as_finite(name: str, value: object) -> float:
     """Returns `value` as a float that is neither NaN nor infinite."""
     number = as_number(name, value)
     if not math.isfinite(number):

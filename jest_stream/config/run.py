@@ -1,8 +1,8 @@
-"""All settings of one run, as `JESTDataset` makes them of its arguments.
+"""All settings of one run, made by `JESTDataset` from its arguments.
 
 `RunSettings` holds the configs that users make themselves (selection, scoring, storage) and those
-that gather single arguments: `ViewConfig`, and here `StreamConfig` and `BatchConfig`. Each is
-checked when it is made, and nothing of it again further down.
+that gather single arguments: `ViewConfig`, and here `StreamConfig` and `BatchConfig`. Each config
+is checked once, when it is made; later code relies on it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 
 from jest_stream.config.checks import (
+    as_finite,
     as_integer,
     as_number,
     as_optional_integer,
-    finite,
     require_bool,
     require_one_of,
     require_share,
@@ -63,6 +63,7 @@ class StreamConfig:
         require_one_of("on_bad_shard", self.on_bad_shard, ("raise", "skip"))
         require_bool("repeat", self.repeat)
         require_share("max_bad_fraction", self.max_bad_fraction)
+        # `not x > 0` refuses NaN too, which `x <= 0` would let pass. Infinity is a valid time-out.
         if not as_number("timeout_s", self.timeout_s) > 0:
             raise ConfigError(f"timeout_s must be above 0 seconds, got {self.timeout_s}")
         flops = self.training_flops
@@ -71,6 +72,7 @@ class StreamConfig:
                 f"training_flops must be above 0, the FLOPs of a training step per example, or "
                 f"None for an estimate, got {flops}"
             )
+        # Both would end an epoch, and the data may be shorter than the number of batches promised.
         if self.steps_per_epoch is not None and not self.repeat:
             raise ConfigError(
                 f"steps_per_epoch={self.steps_per_epoch} promises that many batches, "
@@ -99,7 +101,8 @@ class BatchConfig:
                 "with_reference=True adds an entry to the batch, but as_dict=False yields a pair "
                 "(images, texts). Pass as_dict=True."
             )
-        share = finite("score_view_fraction", self.score_view_fraction)
+        # `TwoSizes` checks the bounds of the share, which depend on the batch size.
+        share = as_finite("score_view_fraction", self.score_view_fraction)
         set_field(self, "score_view_fraction", share)
 
 

@@ -14,10 +14,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from jest_stream.config.checks import (
+    as_finite,
     as_integer,
     as_number,
     as_optional_integer,
-    finite,
     require_one_of,
     require_share,
     set_field,
@@ -42,10 +42,10 @@ class Term:
     value: Metadata
     """Where the number is. Finite, or else the example is a bad one."""
     weight: float = 1.0
-    """Factor on it; the product counts as nats, before the gain."""
+    """Factor on the number; the product counts as nats, before the gain."""
 
     def __post_init__(self) -> None:
-        set_field(self, "weight", finite("Term.weight", self.weight))
+        set_field(self, "weight", as_finite("Term.weight", self.weight))
         if not isinstance(self.value, str) and not callable(self.value):
             raise ConfigError(
                 f"Term.value must be a metadata key or a function of the decoded example, got "
@@ -55,7 +55,7 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TargetSimilarity:
-    """The example's similarity, for the reference, to examples of the task that is trained for.
+    """The similarity of an example, as the reference embeds it, to examples of the user's task.
 
     NormSim of Wang et al., NeurIPS 2024 (https://arxiv.org/abs/2405.19547): the norm of the
     example's cosine similarities to all targets.
@@ -71,7 +71,7 @@ class TargetSimilarity:
     """Infinity: the similarity to the nearest target. 2: the root of the sum of their squares."""
 
     def __post_init__(self) -> None:
-        set_field(self, "weight", finite("TargetSimilarity.weight", self.weight))
+        set_field(self, "weight", as_finite("TargetSimilarity.weight", self.weight))
         require_one_of("TargetSimilarity.tower", self.tower, ("image", "text"))
         if self.norm not in (2, math.inf):
             raise ConfigError(f"TargetSimilarity.norm must be 2 or infinity, got {self.norm}")
@@ -108,6 +108,7 @@ class Quota:
         require_share("Quota.cap", self.cap)
         if self.share is not None:
             require_share("Quota.share", self.share)
+        # A share sets both bounds, so neither may be set beside it: (0, 1) are their defaults.
         if self.share is not None and (self.floor, self.cap) != (0, 1):
             raise ConfigError(
                 f"Quota.share={self.share} is floor and cap in one, got floor={self.floor} and "
@@ -144,9 +145,9 @@ class SelectionConfig:
     """Sequential draws, each conditioned on those before; no more than the batch has examples.
     16 is the paper's default, 1 is independent selection."""
     num_sweeps: int = 0
-    """Times that all chunks are drawn again, one at a time given all others: the chunks drawn first
-    no longer steer the rest. Each sweep costs one more selection, next to nothing beside scoring; 2
-    are enough."""
+    """Times that all chunks are drawn again, one at a time given all others: without sweeps the
+    first chunks, drawn alone, steer the rest. Each sweep costs one more selection, next to nothing
+    beside scoring; 2 are enough."""
     gain: float = 1.0
     """Factor on the scores before sampling. Larger is greedier; infinity takes the best."""
     effective_support: float | None = None
@@ -158,7 +159,7 @@ class SelectionConfig:
     """The example's group: its value under a key, a tuple of values for several keys, or the result
     of a function."""
     quotas: Mapping[Hashable, Quota] | None = None
-    """Bounds by group. Groups that are not in it have none."""
+    """Bounds by group. Groups without an entry are not bounded."""
     loss: Loss = "auto"
     """Family of the pair losses. `auto`: sigmoid if those of learner and reference that the score
     needs have a bias; else softmax."""
@@ -201,7 +202,7 @@ def require_sampling(
             f"For a choice that ignores them use method='uniform', or select_uniformly."
         )
     if effective_support is not None:
-        if gain != 1:
+        if gain != 1:  # 1 is the default, so a user has set both
             raise ConfigError(
                 f"{prefix}effective_support={effective_support} finds the gain, but gain={gain} is "
                 f"given too. Pass one of the two."
@@ -249,6 +250,7 @@ def _require_groups(group_by: object, quotas: Mapping[Hashable, Quota] | None) -
         )
     if quotas is None:
         return
+    # Three forms are accepted: one key, several keys, a function. See `SelectionConfig.group_by`.
     is_keys = isinstance(group_by, tuple) and all(isinstance(key, str) for key in group_by)
     if not (isinstance(group_by, str) or callable(group_by) or is_keys):
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""Sizes of super-batches, batches and quotas: ratios of the user in, integers out, made once.
+"""Sizes of super-batches, batches and quotas: the user's ratios go in, integers come out.
 
-Shapes: B: super-batch size, b: batch size. b never changes within a run; B may, from given steps
-on. `Layout` tells the lanes of each rank.
+b never changes within a run; B may, from given steps on. `Layout` tells the lanes of each rank.
+Shapes: B: super-batch size, b: batch size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FilterRatio = float | Mapping[int, float]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """The lanes of a run, and the ranks that read them."""
+    """The lanes of a run, dealt to its ranks in turn."""
 
     num_lanes: int
     rank: int
@@ -43,7 +43,7 @@ class Sizes:
     batch_size: int
     """b: examples that a step hands out."""
     changes: tuple[tuple[int, int], ...]
-    """(step, B from this step on), in order, the first at step 0. B = b: all are taken."""
+    """(step, B from this step on), in order, the first at step 0. Where B = b nothing is chosen."""
     stream_size: int
     """The size that the lanes divide: the largest super-batch asked for, also where uniform
     selection reads less. So the baseline reads the stream of the run that it is compared with."""
@@ -66,7 +66,9 @@ class Sizes:
         """
         step = first_step
         while num_examples >= self.batch_size:
-            # All super-batches of one size at once: a pass may have millions.
+            # All super-batches of one size at once: a pass may have millions. At least one, for the
+            # last may have fewer than `size` examples; `num_examples` is then below 0 and the loop
+            # ends.
             size = self.at(step)
             count = max(1, num_examples // size)
             changes = [change for change, _ in self.changes if change > step]
@@ -117,19 +119,22 @@ def resolve_sizes(
 def quota_sizes(quotas: Sequence[Quota], batch_size: int) -> tuple[list[int], list[int]]:
     """Returns the least and the most examples of each group in a batch of b.
 
-    Floors are rounded up, caps down, and a share to either side. Where the floors are too many only
-    because of that, those with the smallest remainders are rounded down: thirds of 100 are 34, 33
-    and 33.
+    Floors are rounded up, caps down, and a share to either side. Where only rounding makes the
+    floors more than b, those with the smallest remainders are rounded down instead: thirds of 100
+    are 34, 33 and 33.
 
     Raises:
       ConfigError: if there are more groups with a floor than there is room for.
     """
     wanted = [round(quota.least * batch_size, 9) for quota in quotas]  # 0.07 * 100 is above 7
     allowed = [round(quota.most * batch_size, 9) for quota in quotas]
+    # A share of 0.25 in a batch of 10 is 2.5: at least 2 and at most 3. The same number as a floor
+    # is at least 3, as a cap at most 2.
     is_share = [quota.share is not None for quota in quotas]
     least = [math.floor(w) if s else math.ceil(w) for w, s in zip(wanted, is_share, strict=True)]
     most = [math.ceil(a) if s else math.floor(a) for a, s in zip(allowed, is_share, strict=True)]
-    # Floors that were rounded up may lose that again, but no group with a floor gets nothing.
+    # Floors that were rounded up may be rounded down after all, but never to 0. Thirds of 100 are
+    # [34, 34, 34] at first: 2 over, all of them can shrink, and the last two do.
     num_over = sum(least) - batch_size
     can_shrink = [group for group, size in enumerate(least) if size > max(1, wanted[group])]
     if num_over > len(can_shrink):
@@ -141,15 +146,17 @@ def quota_sizes(quotas: Sequence[Quota], batch_size: int) -> tuple[list[int], li
     can_shrink.sort(key=lambda group: wanted[group] % 1, reverse=True)
     for group in can_shrink[len(can_shrink) - max(0, num_over) :]:
         least[group] -= 1
+    # A floor and a cap of 0.25 in a batch of 10 would be at least 3 and at most 2: the floor wins.
     return least, list(map(max, most, least))
 
 
 def _between(
     wanted: Mapping[int, int], start: int, stop: int | None, batch_size: int
 ) -> tuple[tuple[int, int], ...]:
-    """Cuts the changes down to the steps in which there is selection.
+    """Cuts the changes down to the steps at which examples are selected; at all others B = b.
 
-    For example, {0: 20, 50: 40} from 10 to 90 with b = 10 is 10, at 10 20, at 50 40, at 90 10.
+    For example, {0: 20, 50: 40} from step 10 to 90 with b = 10 gives (0, 10), (10, 20), (50, 40),
+    (90, 10).
     """
     at_start = next(size for step, size in sorted(wanted.items(), reverse=True) if step <= start)
     changes = {0: batch_size, start: at_start}

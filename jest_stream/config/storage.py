@@ -14,7 +14,7 @@ from jest_stream.errors import ConfigError
 SCHEMES = ("s3", "gs", "http", "https", "hf")
 """The remote schemes that are read; `file` is local."""
 
-_LEAST_READ_AHEAD = 1 << 20
+_LEAST_READ_AHEAD = 1 << 20  # 1 MiB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +61,7 @@ class StorageConfig:
                     f"StorageConfig.{name} must be a number of seconds above 0, got {seconds!r}"
                 )
         for scheme, options in self.options.items():
+            # http and https share the entry "http".
             if scheme not in SCHEMES or scheme == "https":
                 raise ConfigError(
                     f"StorageConfig.options names the scheme {scheme!r}; known are s3, gs, http "

@@ -1,6 +1,7 @@
-"""Views of an example: where its image and text are, which functions make tensors of them.
+"""Settings of views: the members that hold image and text, and the functions that make tensors.
 
-`ViewConfig` holds these settings of a `JESTDataset`; `Limits` bounds the members that are decoded.
+`ViewConfig` gathers these arguments of a `JESTDataset`; `Limits` bounds the members that are
+decoded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jest_stream.config.checks import (
 from jest_stream.errors import ConfigError
 
 Transform = Callable[[Any], Any]
-"""Makes a tensor, or a mapping of tensors, of one image or one text."""
+"""A function that turns one image or one text into a tensor, or into a mapping of tensors."""
 Key = str | Callable[[Mapping[str, Any]], Any]
 """A member, or alternatives such as `"jpg;png"`, of which the first present one counts; or a
 function of the example, which sees decoded members."""
@@ -41,7 +42,7 @@ class Limits:
     max_pixels: int = 25_000_000
     """Width times height of an image: 25 million take 75 MB as RGB."""
     max_text_bytes: int = 1 << 20
-    """Of a caption, or of a json member: parsed, it can take 50 times as much memory."""
+    """Bytes of a caption or of a json member; parsed, json can take 50 times as much memory."""
 
     def __post_init__(self) -> None:
         set_field(self, "max_pixels", as_integer("Limits.max_pixels", self.max_pixels, 1))

@@ -1,4 +1,4 @@
-"""Metrics of a run: counters, last values and times go in, one flat dict and a cost come out.
+"""Counts a run: counters, last values and times go in, one flat dict and a cost come out.
 
     metrics.py     counters, last values, times
     accounting.py  rows that models took, counted and priced in FLOPs
@@ -8,9 +8,17 @@
 Fed by the training thread.
 """
 
-from jest_stream.metrics.accounting import Accounting, Model, Pass
+from jest_stream.metrics.accounting import Accounting, ForwardPass, Model
 from jest_stream.metrics.flops import training_flops
 from jest_stream.metrics.metrics import Metrics, shared_out
 from jest_stream.metrics.run_cost import RunCost
 
-__all__ = ["Accounting", "Metrics", "Model", "Pass", "RunCost", "shared_out", "training_flops"]
+__all__ = [
+    "Accounting",
+    "ForwardPass",
+    "Metrics",
+    "Model",
+    "RunCost",
+    "shared_out",
+    "training_flops",
+]

@@ -1,4 +1,4 @@
-"""Accounting of a run's FLOPs: rows are counted as they pass, and priced when somebody asks.
+"""Accounts for a run's FLOPs: rows are counted as they pass, and priced when the user asks.
 
 Counting remembers the number of rows of each shape that a model took: a few integers, no tensors.
 The price of a row is measured once for each model and shapes, by one forward pass of a row of ones.
@@ -27,17 +27,19 @@ Role = Literal["learner", "reference", "trained", "reusable", "small", "reusable
 score size). Rows that the learner copy scored in the shapes they are trained in count a second time
 as `reusable`: the paper's loader runs their forward pass once."""
 Model = Literal["learner", "reference", "trained"]
-"""The owner of a measured forward pass: the learner copy, which may be altered to be cheap, the
-reference, or the learner itself."""
-View = Tensor | Mapping[str, Tensor]
-Pass = Callable[[View, View], object]
+"""The model of a measured forward pass: the learner copy, which may be altered to be cheap, the
+reference, or the learner itself (`trained`)."""
+Tensors = Tensor | Mapping[str, Tensor]
+"""Images or texts, as a model takes them."""
+ForwardPass = Callable[[Tensors, Tensors], object]
 """One forward pass of a model without gradients: images and texts in."""
 Shapes = tuple[tuple[str, str, tuple[int, ...]], ...]
-"""Name, dtype and size of a row of each tensor; a size of -1 for values that are no tensors."""
+"""Name, dtype and row size of each tensor; a size of -1 for values that are no tensors."""
 
 _PREFIX = "flops/"
 _SELECTION = _PREFIX + "selection"
-# Backward, the gradients of the weights cost a forward pass, those of the inputs another one.
+# A backward pass costs two forward passes: one for the gradients of the weights, one for those of
+# the inputs.
 _TRAINING_FORWARDS = 3
 _MODEL_OF: dict[Role, Model] = {
     "learner": "learner",
@@ -69,7 +71,9 @@ class Accounting:
         """Whether a training step is taken to cost three forward passes."""
         return self._training_flops is None
 
-    def count_scored(self, model: Literal["learner", "reference"], image: View, text: View) -> None:
+    def count_scored(
+        self, model: Literal["learner", "reference"], image: Tensors, text: Tensors
+    ) -> None:
         """Notes that a model embedded the rows of these views."""
         shapes = shapes_of(image, text)
         self._rows[model, shapes] += _num_rows(image)
@@ -102,7 +106,7 @@ class Accounting:
         """Whether the price of some counted rows was not measured yet."""
         return bool(self._unpriced())
 
-    def price(self, passes: Mapping[Model, Pass]) -> None:
+    def price(self, passes: Mapping[Model, ForwardPass]) -> None:
         """Measures the prices that are missing, once each; a failure is logged, and stays NaN.
 
         Does nothing where it would be recorded: within a CUDA graph's capture or a trace.
@@ -141,7 +145,7 @@ class Accounting:
         """Goes on counting from `state`, in which other counters may be too."""
         self._selection = state.get(_SELECTION, 0)
         self._rows, self._scored = Counter(), None
-        # Names are such as `flops/learner [["image", "float32", [3, 224, 224]], ...]`.
+        # A name looks like `flops/learner [["image", "float32", [3, 224, 224]], ...]`.
         for name, count in state.items():
             role, _, shapes = name.removeprefix(_PREFIX).partition(" ")
             if self.owns(name) and name != _SELECTION:
@@ -174,7 +178,8 @@ class Accounting:
             return 0.0
         whole = forwards["trained"] * (1 + num_rows["small"] / num_rows["trained"])
         paid = sum(forwards.values())
-        return training * (whole / paid - 1) if paid else math.nan  # of lookups, none are counted
+        # A model that only looks up embeddings has no FLOPs that count.
+        return training * (whole / paid - 1) if paid else math.nan
 
     def _unpriced(self) -> set[tuple[Model, Shapes]]:
         needed: set[tuple[Model, Shapes]] = set()
@@ -187,15 +192,18 @@ class Accounting:
         return needed - self._prices.keys()
 
     def _row_price(self, role: Role, shapes: Shapes) -> float:
+        # There are four cases:
+        # 1. A trained row whose price the user stated.
         if role in ("trained", "small") and self._training_flops is not None:
             return self._training_flops
-        if role != "reusable":
-            price = self._measured(_MODEL_OF[role], shapes)
-            return price * _TRAINING_FORWARDS if role in ("trained", "small") else price
-        # A copy that scored at larger patches or without some tokens was cheaper than the learner
-        # is in the same shapes: its pass is no part of training.
-        scoring, forward = self._measured("learner", shapes), self._measured("trained", shapes)
-        return 0 if scoring < forward else scoring
+        # 2. A row that could be reused. A copy that scored at larger patches or without some tokens
+        #    was cheaper than the learner is in the same shapes: its pass is no part of training.
+        if role == "reusable":
+            scoring, forward = self._measured("learner", shapes), self._measured("trained", shapes)
+            return 0 if scoring < forward else scoring
+        # 3. Any other trained row costs three forward passes, 4. any other scored row one.
+        price = self._measured(_MODEL_OF[role], shapes)
+        return price * _TRAINING_FORWARDS if role in ("trained", "small") else price
 
 
 def shapes_of(image: Any, text: Any) -> Shapes:
@@ -215,11 +223,11 @@ def _num_rows(view: Any) -> int:
     return len(next(iter(view.values()))) if isinstance(view, Mapping) else len(view)
 
 
-def _price(model: Model, forward: Pass, shapes: Shapes) -> float:
+def _price(model: Model, forward: ForwardPass, shapes: Shapes) -> float:
     """Returns the FLOPs of one row; NaN, and a warning, if they cannot be counted."""
     try:
         return forward_flops(forward, _ones(shapes, "image"), _ones(shapes, "text"))
-    except Exception as error:  # of any model: counting must not end a training run
+    except Exception as error:  # a model may raise anything, and counting must not end a run
         work, advice = f"{model}'s scoring", ""
         if model == "trained":
             work = "training step"
@@ -235,7 +243,7 @@ def _price(model: Model, forward: Pass, shapes: Shapes) -> float:
         return math.nan
 
 
-def _ones(shapes: Shapes, view: str) -> View:
+def _ones(shapes: Shapes, view: str) -> Tensors:
     """Returns a row that stands for the view: only its shape counts, and 1 is a valid token."""
     entries = {}
     for name, dtype, size in shapes:

@@ -1,8 +1,8 @@
-"""FLOPs of training and scoring: measured once per model, then multiplied.
+"""Measures FLOPs: a forward pass or a training step goes in, a number of operations comes out.
 
-A multiply-add counts as 2. Counted are matrix products and convolutions, attention included, as
-the mathematics has it: a fused kernel that computes something twice is not charged for it.
-Norms, softmax and other elementwise work count nothing.
+A multiply-add counts as 2. Matrix products and convolutions count, attention included, as often as
+the formula has them: a fused kernel that computes a product twice is charged once. Norms, softmax
+and other elementwise work count nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def training_flops(module: nn.Module, loss: Callable[[nn.Module], Tensor]) -> in
 
 @contextmanager
 def _counter() -> Iterator[FlopCounterMode]:
-    """Counts the FLOPs of the block, makes torch compute visibly, and puts everything back.
+    """Counts the FLOPs of the block; torch's settings and random state are put back afterwards.
 
     A plain `FlopCounterMode` fails in four ways, each mended below:
 
@@ -114,8 +114,8 @@ class Flops:
     loader that scores with a copy pays them again in training; the paper counts them once: 233 %
     of a uniform step at f = 0.8 in its Table 1, not 267 %."""
     spared: float = 0.0
-    """Paid by uniform training on top of `training`: where a part of each sub-batch is trained at
-    the score size, the rest of the full price of that part."""
+    """FLOPs that uniform training would pay on top of `training`, since it trains all examples at
+    full size; above 0 where a part of each sub-batch is trained at the score size."""
 
     @property
     def total(self) -> float:
@@ -160,7 +160,8 @@ def cost_ratio(
       training: cost of the training step over a plain one; 0.64 for half of it at patch 32.
       reuse: 1 if the scoring pass of the chosen serves training too, as in the paper.
     """
-    # In forward passes: b / (1 - f) rows are scored for b that are trained on.
     if not 0 <= filter_ratio < 1:
         raise ConfigError(f"filter_ratio must be in [0, 1), got {filter_ratio}")
+    # In forward passes per row trained: 1 / (1 - f) rows are scored, and a uniform step costs 3. At
+    # f = 0.8 with a cached reference and reuse: (1 * 5 + 3 - 1) / 3 = 2.33.
     return ((score + reference) / (1 - filter_ratio) + 3 * training - reuse) / 3

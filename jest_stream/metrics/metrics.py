@@ -1,7 +1,7 @@
-"""Metrics of a stream so far: counters, last values, times, FLOPs, as one flat dict for loggers.
+"""`Metrics`: the counters, last values, times and FLOPs of a run, as one flat dict for loggers.
 
 Fed by the training thread. Tensors are kept as they come and read only by `as_dict`: no step waits
-for the device. Keys are public: there, examples are called samples.
+for the device. The keys are public, and call examples samples.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
-from jest_stream.metrics.accounting import Accounting, Model, Pass
+from jest_stream.metrics.accounting import Accounting, ForwardPass, Model
 from jest_stream.metrics.run_cost import RunCost
 from jest_stream.types import Selection
 
@@ -43,12 +43,12 @@ def shared_out(
 ) -> dict[str, int]:
     """Returns a rank's share of the counters of all ranks of a former run.
 
-    All steps, since ranks take them together; of everything else one part, and the sum over the
-    ranks stays: 7 over 3 ranks are 3, 2 and 2.
+    The sum over the ranks stays, but for steps, which ranks take together: each gets all of them.
     """
     totals: Counter[str] = Counter()
     for state in states:
         totals.update(state)
+    # 7 over 3 ranks are 3, 2 and 2.
     shares = {
         name: total // world_size + (rank < total % world_size) for name, total in totals.items()
     }
@@ -65,10 +65,9 @@ class Metrics:
 
         Args:
           groups: names of the groups that have a quota, in the order of `count_groups`.
-          training_flops: of a training step per example, see `Accounting`.
+          training_flops: FLOPs of a training step per example, see `Accounting`.
         """
         self.accounting = Accounting(training_flops=training_flops)
-        """Its cost in FLOPs."""
         self._counts = dict.fromkeys(_COUNTERS, 0)
         self._groups = [str(group) for group in groups]
         self._group_counts = {f"{name}{group}": 0 for name in _OF_GROUPS for group in self._groups}
@@ -76,8 +75,8 @@ class Metrics:
         self._of_source: Counter[str] = Counter()
         self._seconds = dict.fromkeys(_STAGES, 0.0)
         self._device_seconds: dict[str, float] = {}
-        self._stage: str | None = None  # the stage whose time is running,
-        self._since = 0.0  # and since when
+        self._stage: str | None = None  # the stage whose time is running
+        self._since = 0.0  # the clock at its start
         self._selection: Selection | None = None
         self._staleness: int | None = None
 
@@ -139,7 +138,7 @@ class Metrics:
         """Counts no time until a stage begins: the loop over the dataset has ended."""
         self._switch_to(None)
 
-    def price(self, passes: Mapping[Model, Pass]) -> None:
+    def price(self, passes: Mapping[Model, ForwardPass]) -> None:
         """Measures missing prices, see `Accounting`; within a loop as part of yielding."""
         with self.timed("yielding") if self._stage else nullcontext():
             self.accounting.price(passes)

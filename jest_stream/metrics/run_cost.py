@@ -52,7 +52,7 @@ class RunCost:
     def savings_to_pay(self) -> float:
         """Share of a uniform run's steps that selection must save to pay in FLOPs; below 0 if the
         steps cost less than uniform ones."""
-        return 1 - 1 / self.flops.ratio
+        return 1 - 1 / self.flops.ratio  # steps of twice the cost pay if they are half as many
 
     def __str__(self) -> str:
         examples = (
@@ -93,7 +93,7 @@ class RunCost:
             found += f" ({with_reuse:.2f} as the paper counts, which scores and trains in one pass)"
         if self.samples_scored == 0:
             return f"{found}: nothing was scored"
-        if ratio <= 1:  # at two sizes training itself may be cheap enough
+        if ratio <= 1:  # at two sizes the savings in training can outweigh scoring
             return f"{found}: it pays at as many steps"
         return (
             f"{found}: selection pays if it saves more than {self.savings_to_pay:.0%} of the steps"

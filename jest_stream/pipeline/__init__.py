@@ -1,8 +1,8 @@
 """One run, step by step: examples are read, scored, selected and handed out as batches.
 
 `build` wires the stages for one rank and `schedule` runs them: `super_batches` reads, `selector`
-scores and selects, `batches` hands out, `state` says where the run is. All of it runs in the
-training thread.
+scores and selects, `batches` hands out, `state` holds the run's progress and its checkpoints. All
+of it runs in the training thread.
 """
 
 from jest_stream.pipeline.batches import structured

@@ -1,7 +1,8 @@
-"""A scored super-batch in, the batch that the loop trains on out; and the booking of both.
+"""Makes batches: a scored super-batch goes in, the batch that the loop trains on comes out.
 
-Gathers the selected rows on the stream that the training loop uses: the batch's memory is its own.
-Runs in the training thread; train views may be made in processes, ahead of time.
+The selected rows are gathered on the stream that the training loop uses, into memory that only the
+batch uses. `book` counts both in the metrics. Runs in the training thread; train views may be made
+in processes, ahead of time.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ class Batches:
     """Makes batches of selected rows. Owns the maker of train views.
 
     Args:
-      late: makes the image that is trained on. None: it is the score view.
-      pixel_tables: the work left to do to pixels, by their view: `image`, `train`.
+      late: makes the image that is trained on. None: the score view is trained on.
+      pixel_tables: finish the uint8 pixels of a view, by its name: `image`, `train`.
       two_sizes: leaves a part of each batch at the score view. None: all get the train view.
-      reference_of: makes the entry `reference` of rows of the columns. None: batches have none.
+      reference_of: turns the reference's rows of the batch into its entry `reference`. None:
+        batches have no such entry.
     """
 
     def __init__(
@@ -52,7 +54,8 @@ class Batches:
     def lookahead(self, scoring_device: torch.device) -> int:
         """Returns how many super-batches to score ahead where the user leaves that open.
 
-        On CUDA a selection reaches the host a call later, and train views of it wait for that.
+        On CUDA a selection reaches the host one call after it was queued, and only then can its
+        train views begin: the second super-batch gives them a step's time.
         """
         return 2 if self._late is not None and scoring_device.type == "cuda" else 1
 
@@ -67,6 +70,8 @@ class Batches:
         Waits for the selection where it is still being made. Arguments as for `make`.
         """
         selection = scored.selection
+        # Nothing to do in three cases: there are no train views, they were started before, or
+        # scoring gave NaN, so the indices mean nothing (handing out will raise).
         if self._late is None or self._late.has(step) or not selection.on_host().is_finite:
             return
         if self._two_sizes is not None:
@@ -79,7 +84,7 @@ class Batches:
 
         Args:
           scored: the candidates and their selection.
-          step: of the batch; names the random state of the train view.
+          step: the batch's; names the random state of the train view.
           device: where the batch is wanted.
         """
         super_batch, selection = scored.super_batch, scored.selection
@@ -100,10 +105,9 @@ class Batches:
         batch = {name: moved(column, device) for name, column in batch.items()}
         batch.update(self._reference(super_batch, selection, device, "reference"))
         image = batch.get("image")
+        # Pixels are finished last: b rows instead of B, moved as bytes rather than as floats.
         if self._pixel_table is not None and isinstance(image, Tensor):
-            batch["image"] = self._pixel_table(
-                image
-            )  # of b rows instead of B, on the batch's device
+            batch["image"] = self._pixel_table(image)
         if self._two_sizes is not None:
             batch.update(small)
             self._two_sizes.check(batch)
@@ -129,9 +133,10 @@ class Batches:
 
 
 def structured(batch: Columns, *, as_dict: bool) -> Any:
-    """Returns a batch as the training loop wants it: `(images, texts)`, or a dict.
+    """Returns a batch in the form that the loop gets: `(images, texts)`, or a dict.
 
-    Of two sizes `((images, texts), (small_images, small_texts))`, or a dict with `small_image`, ...
+    A batch of two sizes is `((images, texts), (small_images, small_texts))`, or a dict with
+    `small_image`, ... too.
     """
     image, text = view_of(batch, "image"), view_of(batch, "text")
     small = small_part(batch)
@@ -151,6 +156,7 @@ def book(metrics: Metrics, scored: ScoredSuperBatch, batch: Columns, *, step: in
     """Counts a super-batch, and the batch that was handed out of it at a step."""
     super_batch, weights_step = scored.super_batch, scored.weights_step
     selection = scored.selection.on_host()
+    # A key names an example within its shard only.
     rows = list(zip(super_batch.columns["shard"], super_batch.columns["key"], strict=True))
     metrics.count("steps")
     metrics.count("samples_read", super_batch.size)
@@ -171,7 +177,7 @@ def book(metrics: Metrics, scored: ScoredSuperBatch, batch: Columns, *, step: in
 
 
 def book_skipped(metrics: Metrics, super_batch: SuperBatch) -> None:
-    """Counts the examples left out while a super-batch was read, and its source's own counts."""
+    """Counts the examples left out while a super-batch was read, and the counts of its source."""
     for reason, amount in super_batch.skipped.items():
         metrics.count_skipped(reason, amount)
     metrics.count_source(super_batch.counts)

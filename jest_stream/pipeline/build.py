@@ -1,7 +1,7 @@
-"""Building a run: settings, source and models in, a `Pipeline` out.
+"""Builds a run: settings, source and models go in, a `Pipeline` comes out.
 
-`open_inputs` opens the source and the reference when the dataset is made: mistakes show at once.
-`build` wires the stages at the first use, when the ranks are known. Runs in the training
+`open_inputs` opens the source and the reference when the dataset is made, where a mistake shows at
+once. `build` wires the stages at the first use, when the ranks are known. Runs in the training
 thread; no example is read here.
 """
 
@@ -30,10 +30,10 @@ from jest_stream.views import LateViews, Recipe, ScoreView, TrainView, make_reci
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunInputs:
-    """The source, the models and the views of a run, opened and checked. Alike on every rank."""
+    """The source, the models and the views of a run, opened and checked; the same on all ranks."""
 
     source: Source
-    """Joined with the reference cache, if there is one."""
+    """The user's source, joined with the reference cache if one is used."""
     models: Models
     recipe: Recipe
     """How each view is made, decided once."""
@@ -59,10 +59,9 @@ def open_inputs(
     """Returns the inputs of a run, opened.
 
     Args:
-      settings: of the run.
-      source: as `open_source` takes it.
+      source: a source, or any argument that `open_source` takes.
       learner: the module being trained.
-      reference: as `open_reference` takes it.
+      reference: any argument that `open_reference` takes.
 
     Raises:
       ConfigError: for inputs that do not fit each other or the settings.
@@ -120,7 +119,7 @@ def build(
     stream, batch = settings.stream, settings.batch
     recipe, models, pixel_tables = inputs.recipe, inputs.models, inputs.recipe.pixel_tables()
     # Lanes are dealt to all ranks together: a super-batch of all W ranks, W * B examples, takes
-    # equally many of each lane.
+    # equally many of each lane, as far as `num_lanes` finds a divisor.
     global_size = settings.sizes.stream_size * world_size
     lanes = num_lanes(inputs.source.num_shards, global_size, world_size, stream.lanes)
     selector = Selector(
@@ -129,7 +128,7 @@ def build(
         scoring=settings.scoring,
         refresh_every=stream.refresh_every,
         pixel_tables=pixel_tables,
-        # By rank, since each rank selects among candidates of its own.
+        # By rank: ranks select from different candidates, so their draws are independent.
         key=derive_seed("selection", stream.seed, rank),
         metrics=metrics,
         with_reference=batch.with_reference,
@@ -149,7 +148,7 @@ def build(
         batches=batches,
         selector=selector,
         metrics=metrics,
-        # Asked later: the user may move the learner between now and the first batch.
+        # A function, called at the first batch: the user may move the learner until then.
         devices=lambda: models.devices(settings.device, settings.scoring_device),
     )
 
@@ -170,7 +169,7 @@ def _late_views(settings: RunSettings, recipe: Recipe, *, rank: int) -> LateView
 
 
 def describe(settings: RunSettings, inputs: RunInputs) -> str:
-    """Returns the rule, the sizes and the decisions about views, for `repr`."""
+    """Returns the rule, the sizes and the recipe of the views in words, for `repr`."""
     rule: str = settings.selection.method
     if rule != "uniform":
         score = settings.selection.score

@@ -1,7 +1,7 @@
-"""The ranks' only common work: the states of all ranks in, one merged state out.
+"""The only communication between ranks: their states go in, one merged state comes out.
 
-Everything else is local to a rank. Collectives run on the CPU, in the thread that calls, in a group
-made for them with a time limit, and only where the user asks for one.
+Everything else is local to a rank. The collective runs on the CPU, in the caller's thread, in a
+process group made for it with a time limit, and only where the user calls `gather_state_dict`.
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ def gather_state_dict(
     rank, world_size = rank_and_world_size()
     if world_size == 1:
         return merge_states([state])
-    own = {**state, "learner_copy": None}
+    # The copy's weights are the same on every rank, and far too many to send over gloo.
+    without_copy = {**state, "learner_copy": None}
     try:
-        states = _all_gather(own, world_size, timedelta(seconds=timeout_s))
-    except RuntimeError as error:
+        states = _all_gather(without_copy, world_size, timedelta(seconds=timeout_s))
+    except RuntimeError as error:  # as gloo reports a time-out and a lost rank alike
         raise StalledError(
             f"gather_state_dict on rank {rank} of {world_size} got no answer from all ranks within "
             f"timeout_s={timeout_s:g} seconds ({error}). Every rank must call it, after the same "

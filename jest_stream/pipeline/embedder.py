@@ -1,4 +1,4 @@
-"""Columns in, `Embeddings` out: the learner copy and the reference of a run.
+"""Embeds candidates: their columns go in, `Embeddings` by learner copy and reference come out.
 
 Owns the learner copy, and the reference model or the reading of its cache. Runs in the training
 thread, without gradients. Shapes: B: super-batch size, b: batch size, D: embedding dimension.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from jest_stream.config import ScoringConfig
 from jest_stream.errors import ConfigError, ScoringMemoryError
-from jest_stream.metrics import Metrics, Model, Pass
+from jest_stream.metrics import ForwardPass, Metrics, Model
 from jest_stream.pipeline.device import Ring
 from jest_stream.pipeline.models import Models
 from jest_stream.scoring import Input, LearnerCopy, Pixels, ReferenceModel, embed_once, two_tower
@@ -29,10 +29,10 @@ class Embedder:
     Args:
       models: learner and reference, as far as the rule needs them.
       ring: names the device; orders writes to the models after their readers.
-      scoring: how they embed.
+      scoring: precision, sizes and micro-batches of the models.
       refresh_every: steps between copies of the learner's weights.
       metrics: where rows are counted.
-      pixel_tables: the work left to do to pixels, by the name of their view.
+      pixel_tables: finish the uint8 pixels of a view, by its name.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Embedder:
         self._micro_batch_size = scoring.micro_batch_size  # smaller once memory has run out
         self._copy: LearnerCopy | None = None
         self._reference: ReferenceModel | None = None
-        self._restored: dict[str, Any] | None = None  # a checkpoint's copy, until ours is made
+        self._restored: dict[str, Any] | None = None  # of a checkpoint, until the copy is made
 
     @property
     def weights_step(self) -> int | None:
@@ -68,7 +68,7 @@ class Embedder:
         return None if self._copy is None else self._copy.read_now
 
     def refresh(self, step: int, *, force: bool = False) -> None:
-        """Copies the learner's weights if `step` is one of the promised steps, or if forced.
+        """Copies the learner's weights if a multiple of `refresh_every` was reached, or if forced.
 
         The first call makes the copy: the learner may have been moved or wrapped until then.
         """
@@ -86,7 +86,9 @@ class Embedder:
         unmade = [
             name for name in self._pixel_tables if name in columns and name not in self._has_table
         ]
-        if unmade:  # batches use the tables too, on the caller's stream
+        # On the caller's stream: batches use the tables too. Scoring, on another stream, waits for
+        # the end of `writing`.
+        if unmade:
             with self._ring.writing(None):
                 for name in unmade:
                     self._pixel_tables[name].table(columns[name].shape[1], self._ring.device)
@@ -112,7 +114,9 @@ class Embedder:
         """
         while True:
             try:
-                learner = self._embed_learner(columns) if with_learner else None
+                learner = None
+                if with_learner and self._copy is not None:
+                    learner = self._embed("learner", self._copy, columns, "image", "text")
                 return learner, self._embed_reference(columns)
             except torch.cuda.OutOfMemoryError as error:
                 if self._micro_batch_size == 1:
@@ -121,8 +125,9 @@ class Embedder:
                         f"{self._ring.device} has left: {error} Leave more to scoring: a smaller "
                         f"training batch, a smaller score view, or scoring_device=, another device."
                     ) from error
-            # Out of the handler, where the error no longer holds tensors of its frames. Never above
-            # the super-batch's own size, or the first halvings would change nothing.
+            # Outside of the handler, where the error no longer holds the tensors of its frames.
+            # Halved from the number of candidates at most: for 100 of them a limit of 256 becomes
+            # 50, since 128 would change nothing.
             size = min(self._micro_batch_size, len(columns["key"]))
             self._micro_batch_size = max(1, size // 2)
 
@@ -132,6 +137,7 @@ class Embedder:
         `image` and `text` are `[b, D]` float32 with unit-norm rows.
         """
         image, text = rows[f"{REFERENCE}/image"], rows[f"{REFERENCE}/text"]
+        # A cache's columns are as stored (float16) and carry its scale; a model's are float32.
         if self._models.cache is not None:
             found = self._models.cache.embeddings(image, text)
             scale, bias = found.logit_scale, found.logit_bias
@@ -151,15 +157,15 @@ class Embedder:
         accounting = self._metrics.accounting
         if not accounting.is_unpriced:
             return
-        passes: dict[Model, Pass] = {}
+        passes: dict[Model, ForwardPass] = {}
         dtype, trained = self._scoring.autocast_dtype, self._models.trained
         if self._copy is not None:
             passes["learner"] = partial(self._copy.embed, autocast_dtype=dtype)
-        elif trained is not None:  # of two sizes, the smaller is trained at the score size
+        elif trained is not None:  # batches of two sizes train small rows without a copy too
             passes["learner"] = partial(_embed_at_score_size, trained, self._scoring)
         if self._reference is not None:
             passes["reference"] = partial(self._reference.embed, autocast_dtype=dtype)
-        else:  # its rows were counted before a resume, and none since
+        else:  # the run that was resumed counted rows of it, this one has none yet
             reference = self._models.reference
             passes["reference"] = partial(_embed_by_reference, reference, self._scoring)
         if trained is not None:
@@ -194,14 +200,9 @@ class Embedder:
                 made.load_state_dict(self._restored)
         return made
 
-    def _embed_learner(self, columns: Columns) -> Embeddings | None:
-        if self._copy is None:
-            return None
-        return self._embed("learner", self._copy, columns, "image", "text")
-
     def _embed_reference(self, columns: Columns) -> Embeddings | None:
         # There are three cases:
-        # 1. A cache: its rows were read with the examples.
+        # 1. A cache: the embeddings were read with the examples.
         if self._models.cache is not None:
             return self._models.cache.embeddings(
                 columns[f"{REFERENCE}/image"], columns[f"{REFERENCE}/text"]
@@ -209,7 +210,8 @@ class Embedder:
         # 2. The rule needs no reference.
         if self._reference is None:
             return None
-        # 3. A model. It has views of its own, or shares the learner's, each tower by itself.
+        # 3. A model. Each of its towers takes a view made for it, or else the learner's view. A
+        #    view that is a mapping has columns such as `reference_text/input_ids`.
         names = {key.split("/")[0] for key in columns}
         image = "reference_image" if "reference_image" in names else "image"
         text = "reference_text" if "reference_text" in names else "text"
@@ -223,10 +225,8 @@ class Embedder:
         image_name: str,
         text_name: str,
     ) -> Embeddings:
-        image, text = (
-            self._scored_view(columns, image_name),
-            tensors_of(columns, text_name, "scoring"),
-        )
+        image = self._scored_view(columns, image_name)
+        text = tensors_of(columns, text_name, "scoring")
         found = model.embed(
             image,
             text,
@@ -238,14 +238,12 @@ class Embedder:
         return found
 
     def _scored_view(self, columns: Columns, name: str) -> Input:
-        """Returns an image view at the size that is scored.
-
-        Of uint8 pixels it returns `Pixels`, which are finished and scaled slice by slice.
-        """
+        """Returns an image view at the size that is scored; uint8 pixels with their finishing."""
         view = tensors_of(columns, name, "scoring")
         side, pixel_table = self._scoring.image_size, self._pixel_tables.get(name)
         if pixel_table is None or not isinstance(view, Tensor) or view.dtype != torch.uint8:
             return scaled(view, side)
+        # Finished micro-batch by micro-batch: all B images as floats would take 4 times the memory.
         size = tuple(view.shape[2:]) if side is None else (side, side)
         return Pixels(view, lambda rows: scaled(pixel_table(rows), side), size)
 

@@ -1,8 +1,8 @@
-"""The number of examples in each shard in, the number of batches that a pass gives out.
+"""Computes how many batches a pass gives, from the number of examples in each shard.
 
 With `repeat=False` lanes end with their data. Ranks own different lanes, and one may hold a batch
-more than another; in a data-parallel run it would wait for the others for ever. Where the counts
-are known, every rank computes the same end instead, without asking the others. Pure functions.
+more than another; in a data-parallel run it would wait for the others for ever. So every rank
+computes the same end from the counts, without asking the others. Pure functions.
 """
 
 from __future__ import annotations
@@ -40,9 +40,8 @@ class PassLength:
     counts: list[int]
     """Examples of each shard."""
     sizes: Sizes
-    """Of batches and super-batches."""
     seed: int
-    """Of the deal and the orders."""
+    """Seed by which shards are dealt to lanes and ordered within them."""
 
     @classmethod
     def of(
@@ -91,7 +90,7 @@ class PassLength:
         """Returns how many more batches of a pass every rank can hand out.
 
         Args:
-          cursors: of all lanes, where they go on.
+          cursors: the places where all lanes go on.
           layout: the ranks that read them.
           epoch: the pass.
           step: the step of the next batch.
@@ -105,7 +104,7 @@ class PassLength:
                 f"ends on other ranks than before depends on all of them. Load the state that "
                 f"gather_state_dict made."
             )
-        # The rank that has the fewest decides for all: the others leave out the rest.
+        # The rank with the fewest batches decides for all; the others leave out their rest.
         return min(
             self.sizes.num_batches(
                 self.num_left(

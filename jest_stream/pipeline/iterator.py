@@ -1,7 +1,7 @@
-"""One loop over a dataset's stream: batches out, until the epoch ends or the loop is dropped.
+"""`JESTIterator`: one loop over a dataset, until its epoch ends or the loop is dropped.
 
-Runs in the training thread. Worker processes and open files are the stream's; an iterator stops and
-closes them when it is dropped, unless a newer one uses them.
+Runs in the training thread. Worker processes and open files belong to the dataset; an iterator that
+is dropped has them stopped and closed, unless a newer iterator uses them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from jest_stream.errors import ClosedError, UserCodeError
 
 
-class Stream(Protocol):
+class BatchStream(Protocol):
     """The stream that an iterator draws from: a `JESTDataset`."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -41,12 +41,16 @@ class JESTIterator(Iterator[Any]):
     `iter(dataset)` goes on where it stopped.
     """
 
-    def __init__(self, stream: Stream, token: object) -> None:
+    def __init__(self, stream: BatchStream, token: object) -> None:
         self._stream = stream
-        self._token = token  # not the iterator itself: dropping it must be noticed
+        # The dataset holds the newest iterator's token rather than the iterator: so `__del__` runs
+        # as soon as the loop lets go of it.
+        self._token = token
         self._has_ended = False
 
     def __next__(self) -> Any:
+        # A loop ends in two ways: after the last batch of an epoch whose length is known
+        # (`_has_ended`), or with a call that finds no batch left.
         if not self._stream._is_held_by(self._token):
             raise ClosedError(
                 "this iterator is closed, because a newer iter(dataset) has taken over the "

@@ -1,8 +1,8 @@
 """The models of a run: the learner, and the reference as a module, by its name, or from a cache.
 
 `open_reference` turns the user's `reference=` into a model with its views; `Models` keeps the
-modules that the selection rule needs. Both run when the dataset is made, and check: nothing is
-moved, copied or run yet.
+modules that the selection rule needs. Both only check, when the dataset is made: nothing is moved,
+copied or run yet.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Reference(NamedTuple):
 
     model: nn.Module | ReferenceCache | None
     transform: Transform | None
-    """None: it shares the learner's view of the image, or, being a cache, needs none."""
+    """None where the reference shares the learner's view of the image, and for a cache."""
     tokenizer: Transform | None
-    """None: likewise for the text."""
+    """None likewise, of the text."""
 
 
 def open_reference(
@@ -145,10 +145,10 @@ class Models:
                 self.reference = _checked(reference, "reference", config)
         scored = [self.learner, *((self.reference, self.cache) if scores_reference else ())]
         self.loss: Loss = _loss(config.loss, [model for model in scored if model is not None])
-        self.home = next((m for m in (learner, reference) if isinstance(m, nn.Module)), None)
-        """The module on whose device batches are wanted."""
+        modules = (module for module in (learner, reference) if isinstance(module, nn.Module))
+        self._placed = next(modules, None)  # the module whose device batches go to
         self.trained = learner if isinstance(learner, nn.Module) else None
-        """The module that the user trains, as far as we know, whether or not scoring needs it."""
+        """The module passed as learner, whether or not scoring needs it: its steps are priced."""
 
     def devices(
         self, device: torch.device | None, scoring_device: torch.device | None
@@ -159,22 +159,22 @@ class Models:
           device: the user's choice; None: the learner's, else the reference's, else the CPU.
           scoring_device: likewise; None: where batches go.
         """
-        parameter = None if self.home is None else next(self.home.parameters(), None)
+        parameter = None if self._placed is None else next(self._placed.parameters(), None)
         if device is None:
             device = torch.device("cpu") if parameter is None else parameter.device
         return device, scoring_device or device
 
     def release(self) -> None:
         """Lets go of the modules: a closed dataset must not keep their memory."""
-        self.learner = self.reference = self.cache = self.home = self.trained = None
+        self.learner = self.reference = self.cache = self._placed = self.trained = None
 
 
 def _loss(loss: Loss, models: list[nn.Module | ReferenceCache]) -> Loss:
     """Returns the family of the pair losses of a score that is made of these models' losses."""
     if loss != "auto" or not models:
         return loss
-    # The softmax of a model with a bias does without it (it cancels); the sigmoid needs one. So
-    # one model without a bias settles it for both.
+    # The sigmoid loss needs a bias; in the softmax a bias cancels. So models of both kinds together
+    # can be compared by the softmax only.
     biases = [
         model.has_bias if isinstance(model, ReferenceCache) else has_bias(model) for model in models
     ]

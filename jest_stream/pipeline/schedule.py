@@ -1,8 +1,9 @@
-"""The schedule: the super-batch that is read, scored and handed out at each step, and its state.
+"""The schedule: decides at each step which super-batch is read, scored and handed out.
 
 The call that hands out batch t also scores super-batch t + lookahead, with the learner's weights as
-they are at that call. It is the same on every device: a CPU test sees the order that a GPU follows.
-Runs in the training thread; only the super-batch reader and late views may own processes.
+they are at that call. The order is the same on every device: a test on the CPU sees the one that a
+GPU follows. Runs in the training thread; only the super-batch reader and late views may own
+processes.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Pipeline:
         self._selector = selector
         self._metrics = metrics
         self._devices = devices
-        self._device = torch.device("cpu")  # of batches
+        self._device = torch.device("cpu")  # where batches go
         self._ahead = config.lookahead
         self._reader = SuperBatchReader(
             config, sizes, source=source, layout=layout, prepare=score_view
@@ -86,26 +87,25 @@ class Pipeline:
         # With repeat=False on several ranks: where the pass ends on all of them.
         self._pass = PassLength.of(source, config, sizes, layout.world_size)
         self.run = RunState()
-        """Where the run is."""
         self._begin_pass(0)
 
     def next_batch(self) -> Columns | None:
         """Returns the next sub-batch as columns on the training device; None at a pass's end.
 
-        An error leaves in flight the super-batches scored before. Ctrl-C, at any line, undoes the
-        call: the next one reads, scores and returns the same.
+        An error leaves the super-batches scored before it in flight. Ctrl-C, at any line, undoes
+        the call: the next one reads, scores and returns the same.
         """
         before = self.run.copy(), self._reader.position, self._metrics.state_dict()
         try:
             return self._next_batch()
-        except Exception:
+        except Exception:  # `_next_batch` has left the state as said above
             raise
-        except BaseException:
+        except BaseException:  # Ctrl-C may have come between any two of its lines
             self.run, position, counters = before
             self._reader.go_to(position)
             self._batches.forget()
             self._metrics.load_state_dict(counters)
-            self._error = None  # is met again
+            self._error = None  # reading meets it again
             raise
 
     def _next_batch(self) -> Columns | None:
@@ -138,7 +138,7 @@ class Pipeline:
         return batch
 
     def _start_views(self, *, num_awaited: int = 0) -> None:
-        """Has the train views made of super-batches in flight whose selection is known.
+        """Starts the train views of all super-batches in flight whose selection is known.
 
         Args:
           num_awaited: the number of selections to wait for, from the next to hand out on.
@@ -170,7 +170,7 @@ class Pipeline:
             except Exception as error:
                 self._reader.go_to(position)
                 self._error = error
-            else:
+            else:  # None at the end of a pass: `run.tail` is set, and ends this loop
                 if scored is not None:
                     run.in_flight.append(scored)
                     del run.to_restore[:1]
@@ -185,9 +185,12 @@ class Pipeline:
     def _score_next(self) -> ScoredSuperBatch | None:
         """Reads and scores the next super-batch; None where too few candidates are left."""
         run, batch_size = self.run, self._sizes.batch_size
+        # At step 7 with 2 super-batches in flight, for steps 7 and 8, the next one is for step 9.
         step = run.step + len(run.in_flight)
         super_batch = self._read(self._sizes.at(step))
         if super_batch.size < batch_size:
+            # Too few candidates: an error in a pass of known length, which stops before. Any other
+            # pass ends here.
             if run.epoch_batches is not None:
                 raise ConfigError(
                     f"the shards of this rank hold fewer examples than source.num_examples says: "
@@ -241,12 +244,16 @@ class Pipeline:
         return self._ahead
 
     def num_batches(self) -> int | None:
-        """Returns the batches of an epoch, at the sizes that hold now; None if nobody knows."""
+        """Returns the batches of an epoch, at the sizes that hold now; None if not known."""
         config, run = self._config, self.run
+        # There are three cases:
+        # 1. The user gave the number; without it the stream is endless, or skips hide its length.
         if config.steps_per_epoch is not None or config.repeat or config.skips:
             return config.steps_per_epoch
+        # 2. The ranks computed a common end of this pass.
         if run.epoch_batches is not None:
             return run.epoch_batches
+        # 3. One rank reads all shards, from the first step of this pass on.
         counts = shard_counts(self._source)
         if counts is None:
             return None
@@ -270,7 +277,7 @@ class Pipeline:
             self._go_to(self._start_of(epoch))
 
     def _begin_pass(self, epoch: int) -> None:
-        """Goes to the start of a pass; examples in flight of another are counted as abandoned."""
+        """Goes to the start of a pass; examples still in flight are counted as abandoned."""
         run = self.run
         lost = [scored.super_batch for scored in run.in_flight]
         for super_batch in lost if run.tail is None else [*lost, run.tail]:
@@ -285,8 +292,11 @@ class Pipeline:
             )
 
     def _end_pass(self) -> None:
-        """Books the examples left at the end of a pass: fewer than make a sub-batch."""
+        """Counts the examples left at the end of a pass, then begins the next one."""
         run = self.run
+        # There are two kinds of rest:
+        # 1. Of a pass of unknown length: the candidates read last, too few for a sub-batch.
+        # 2. Of a pass that ranks end together: the examples that this rank did not even read.
         if run.tail is not None:
             if run.epoch_step == 0:  # the loop would begin pass after pass, for ever
                 raise ConfigError(
@@ -313,7 +323,7 @@ class Pipeline:
         self.run.to_restore, self.run.tail, self._error = [], None, None
 
     def state_dict(self, *, include_learner_copy: bool) -> dict[str, Any]:
-        """Returns a checkpoint of the last batch handed out: no samples, no open files."""
+        """Returns a checkpoint taken after the last batch handed out. It holds no examples."""
         return checkpoint_of(
             self.run,
             self._reader.position,
@@ -333,13 +343,14 @@ class Pipeline:
         settings = self._settings(self._config.lanes, self._config.lookahead)
         layout = layout_to_resume(state, settings, self._reader.layout.rank)
         run = run_of(state, layout)
-        if self._pass is not None and run.epoch_batches is None:  # other ranks: they end elsewhere
+        # On another number of ranks the pass ends elsewhere: computed from all lanes of the state.
+        if self._pass is not None and run.epoch_batches is None:
             run.epoch_batches = run.epoch_step + self._pass.batches_left(
                 all_cursors(state), layout, epoch=run.epoch, step=run.step
             )
         # An epoch may have another length by now: step 5 in epochs of 3 is their step 2.
         run.epoch_step %= self._config.steps_per_epoch or sys.maxsize
-        # All is checked: only from here on anything changes.
+        # All checks have passed; nothing of this pipeline changes before this line.
         self._go_to(position_of(state, layout))
         self._reader.layout = layout
         self.run, self._ahead = run, state["settings"]["lookahead"]

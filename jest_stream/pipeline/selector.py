@@ -1,8 +1,8 @@
-"""A super-batch in, its sub-batch selected: all that scoring owns, in one place.
+"""Scores super-batches and selects from them: candidates go in, the chosen rows come out.
 
-Owns the device of scoring with its streams and slots (`Ring`), the models that embed (`Embedder`)
-and the rule. Runs in the training thread, without gradients; on CUDA it only queues work. Shapes:
-B: super-batch size, b: batch size.
+`Selector` owns the scoring device with its streams and slots (`Ring`), the models that embed
+(`Embedder`) and the rule. Runs in the training thread, without gradients; on CUDA it only queues
+work. Shapes: B: super-batch size, b: batch size.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Selector:
     Args:
       config: the rule.
       models: learner and reference, as far as the rule needs them.
-      scoring: how they embed.
+      scoring: precision, sizes and micro-batches of the models.
       refresh_every: steps between copies of the learner's weights.
-      pixel_tables: the work left to do to pixels, by the name of their view.
+      pixel_tables: finish the uint8 pixels of a view, by its name.
       key: names the noise of this rank; with a step and a candidate's place it names a draw.
       metrics: where scores are counted and timed.
-      with_reference: whether the reference's embeddings are to stay with the candidates.
+      with_reference: whether batches need the reference's embeddings of the candidates.
     """
 
     def __init__(
@@ -74,8 +74,11 @@ class Selector:
             metrics=metrics,
             pixel_tables=pixel_tables,
         )
-        self._targets: dict[int, Tensor] = {}  # of terms, on the device
-        self._has_failed = False  # the learner may have been mended since: copy it anew
+        # By position of the term: its targets, on the scoring device.
+        self._targets: dict[int, Tensor] = {}
+        # After an error (a learner that diverged, say) the user may have repaired the learner: the
+        # next scoring copies its weights anew.
+        self._has_failed = False
 
     @property
     def groups(self) -> list[str]:
@@ -177,7 +180,7 @@ class Selector:
     @contextmanager
     def _queued(self, slot: Slot) -> Iterator[None]:
         """Queues the block's work on the scoring stream, after its columns and the weights."""
-        self._has_failed = True
+        self._has_failed = True  # until the block has ended without an error
         with slot.scoring(self._embedder.weights_in_use):
             yield
         self._has_failed = False
@@ -194,8 +197,9 @@ class Selector:
         )
         select: Callable[..., Selection] = independent_selection
         if config.method == "joint":
-            num_chunks = min(config.num_chunks, batch_size)
-            select = partial(joint_selection, num_chunks=num_chunks, num_sweeps=config.num_sweeps)
+            select = partial(
+                joint_selection, num_chunks=config.num_chunks, num_sweeps=config.num_sweeps
+            )
         with self._metrics.timed("selecting"), slot.timed("selecting"):
             return select(
                 learner,
@@ -226,9 +230,9 @@ class Selector:
         )
 
     def _keep_reference(self, super_batch: SuperBatch, reference: Embeddings | None = None) -> None:
-        """Puts the reference's embeddings among the columns, where batches are to have them."""
+        """Puts the reference's embeddings among the columns, if batches need them."""
         columns = super_batch.columns
-        if not self._with_reference or f"{REFERENCE}/image" in columns:  # a cache's are read so
+        if not self._with_reference or f"{REFERENCE}/image" in columns:  # as read from a cache
             return
         if reference is None:
             _, reference = self._embedder.embed(columns, with_learner=False)
@@ -243,7 +247,7 @@ class Selector:
 
     def _terms(self, columns: Columns, reference: Embeddings | None) -> Tensor | None:
         """Returns the sum of the terms of each candidate: `[B]`; None without any."""
-        total: Tensor | None = columns.get("term")
+        total: Tensor | None = columns.get("term")  # of metadata, summed up by the score view
         for number, term in enumerate(self._config.terms):
             if not isinstance(term, TargetSimilarity):
                 continue

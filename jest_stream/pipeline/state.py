@@ -1,10 +1,10 @@
-"""Where a run is, and the checkpoint that says so: made, merged over ranks, dealt to any number.
+"""The progress of a run, and its checkpoints: made, merged over ranks, dealt to any number of them.
 
 `RunState` changes as batches are handed out; the functions turn it into a checkpoint and back. A
 checkpoint is made of plain dicts, lists, strings and numbers, which `torch.load(weights_only=True)`
-and even json read back. It is keyed by lane and by rank: the checkpoints of several ranks merge by
-uniting them, and a rank of another layout takes the lanes that are its own. All values below these
-keys are lists, which `torch.distributed.checkpoint` keeps whole. Runs in the training thread.
+and even json read back. Its entries are keyed by lane and by rank: checkpoints of several ranks
+merge by uniting these, and a rank of another layout takes the lanes that it reads. All values below
+these keys are lists, which `torch.distributed.checkpoint` keeps whole. Runs in the training thread.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ it, and its selection, which other weights would make otherwise. See `record_of`
 
 @dataclass
 class RunState:
-    """Where a run is: all that changes as batches are handed out, but for the stream's position."""
+    """All of a run that changes as batches are handed out, but for the reader's position."""
 
     step: int = 0
     """Batches handed out."""
@@ -53,7 +53,7 @@ class RunState:
     to_restore: list[Record] = field(default_factory=list)
     """Super-batches that a checkpoint had in flight, still to be read; they follow `in_flight`."""
     tail: SuperBatch | None = None
-    """Too small for a batch: where a pass has ended."""
+    """The candidates left where a pass has ended, too few for a batch; None before."""
     is_resumed: bool = False
     """Whether a checkpoint was loaded and nothing handed out since."""
     has_begun: bool = False
@@ -103,7 +103,9 @@ def checkpoint_of(
         record_of(scored.super_batch.size, scored.weights_step, scored.selection.on_host())
         for scored in run.in_flight
     ]
-    if run.in_flight:  # they are read again
+    # Super-batches in flight are not saved: reading goes on at the first of them, and each record
+    # holds its selection.
+    if run.in_flight:
         position = run.in_flight[0].super_batch.position
     return {
         "version": VERSION,
@@ -182,9 +184,10 @@ def layout_to_resume(state: Mapping[str, Any], settings: Mapping[str, Any], rank
     """Returns the lanes of a checkpoint over the present ranks, if this rank may continue it.
 
     Args:
-      state: of a rank, or merged; in the present format.
-      settings: the dataset's own; `lanes` and `lookahead` are None where any number is right.
-      rank: of this process.
+      state: the checkpoint of a rank, or the merged one; in the present format.
+      settings: those of the dataset that loads; `lanes` and `lookahead` are None where the user
+        left them open.
+      rank: this process's.
 
     Raises:
       ResumeMismatchError: if it was taken under other settings, naming both values; or if it lacks
@@ -211,6 +214,8 @@ def layout_to_resume(state: Mapping[str, Any], settings: Mapping[str, Any], rank
             f"which {world_size} ranks cannot share out evenly. Resume on a number of ranks that "
             f"divides {saved['lanes']}."
         )
+    # The same ranks restore their super-batches in flight, so each needs its entry. Other ranks
+    # need their lanes only.
     layout = Layout(num_lanes=saved["lanes"], rank=rank, world_size=world_size)
     needed, found = [str(lane) for lane in layout.lanes], state["lanes"]
     has_rank = str(rank) in state["ranks"] or not _is_same_world(state, layout)
@@ -225,10 +230,14 @@ def layout_to_resume(state: Mapping[str, Any], settings: Mapping[str, Any], rank
 
 
 def run_of(state: Mapping[str, Any], layout: Layout) -> RunState:
-    """Returns where a rank is that continues a checkpoint; the layout is `layout_to_resume`'s.
+    """Returns the progress of a rank that continues a checkpoint.
 
-    With the ranks of before, each goes on with its own super-batches in flight. Other ranks begin
-    at the first of them, to be read and selected from anew; their pass may end elsewhere.
+    On the same number of ranks, each restores the super-batches that it had in flight. Otherwise
+    these are read and selected from anew, and the pass may end elsewhere.
+
+    Args:
+      state: the checkpoint, in the present format.
+      layout: the result of `layout_to_resume`.
     """
     is_same_world = _is_same_world(state, layout)
     return RunState(
@@ -243,13 +252,11 @@ def run_of(state: Mapping[str, Any], layout: Layout) -> RunState:
 
 
 def position_of(state: Mapping[str, Any], layout: Layout) -> Position:
-    """Returns where a rank goes on reading that continues a checkpoint.
-
-    Lanes before the first that has not had its turn in the round have had it on other ranks too:
-    lanes 0 to 5 with turns 1, 1, 1, 1, 0, 0 on two ranks give 0, 2, 4 and 1, 3, 5, both with the
-    last lane next.
-    """
+    """Returns the place where a rank that continues a checkpoint goes on reading."""
     cursors = all_cursors(state)
+    # The lanes that have had their turn in the round are the first ones of all, and so the first
+    # ones of each rank: lanes 0 to 5 with turns 1, 1, 1, 1, 0, 0 are dealt to two ranks as 0, 2, 4
+    # and 1, 3, 5 with turns 1, 1, 0, so on both the last lane is next.
     had_turn = [bool(state["lanes"][str(lane)][-1]) for lane in layout.lanes]
     return Position(
         cursors={lane: cursors[lane] for lane in layout.lanes},
@@ -258,7 +265,7 @@ def position_of(state: Mapping[str, Any], layout: Layout) -> Position:
 
 
 def counters_of(state: Mapping[str, Any], layout: Layout) -> dict[str, int]:
-    """Returns a rank's counters: its own of before; on other ranks a share of those of all."""
+    """Returns a rank's counters; on another number of ranks, its share of the sums over all."""
     of_rank = {rank: dict(each["counters"]) for rank, each in state["ranks"].items()}
     if _is_same_world(state, layout):
         return of_rank[str(layout.rank)]
@@ -266,7 +273,7 @@ def counters_of(state: Mapping[str, Any], layout: Layout) -> dict[str, int]:
 
 
 def all_cursors(state: Mapping[str, Any]) -> dict[int, Cursor]:
-    """Returns where each lane goes on that a checkpoint holds."""
+    """Returns the cursor of each lane that a checkpoint holds."""
     return {int(lane): Cursor(*entry[:-1]) for lane, entry in state["lanes"].items()}
 
 

@@ -1,8 +1,8 @@
-"""Examples in, super-batches out, each with the position in the stream where it starts.
+"""Reads super-batches: examples go in, super-batches come out, each with the place where it starts.
 
 Blocks come lane by lane; their examples are dealt out one of each lane in turn, which makes the
-order independent of block sizes and worker processes. Examples that were read and not yet dealt out
-are at most one block per lane. Runs in the training thread. Shapes: B: super-batch size.
+order independent of block sizes and worker processes. Runs in the training thread. Shapes: B:
+super-batch size.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Position(NamedTuple):
     cursors: dict[int, Cursor]
     """Per lane, where it goes on."""
     next_lane: int
-    """The lane whose turn it is: an index into the sorted lanes."""
+    """Index into the sorted lanes: the lane whose turn it is."""
 
     @classmethod
     def of_epoch(cls, epoch: int, lanes: Iterable[int]) -> Position:
@@ -46,16 +46,16 @@ class SuperBatch:
     on_host: Columns
     """The same in host memory, as long as the slot is not used again."""
     slot: Slot
-    """The owner of their memory."""
+    """The owner of the columns' memory."""
     size: int
     """B: the number of candidates."""
     position: Position
-    """Where it starts: where reading it again would begin."""
+    """The place where reading it again would begin."""
     skipped: dict[str, int]
     """Bad examples left out on the way, by reason."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Bad shards left out on the way (`shards_skipped`, `shards_skipped/REASON`), and the source's
-    own counts since the super-batch before, such as bytes and retries."""
+    """Bad shards left out on the way (`shards_skipped`, `shards_skipped/REASON`), and the counts of
+    the source since the super-batch before, such as bytes and retries."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class SuperBatchReader:
         self._sizes = sizes
         self._source = source
         self._prepare = prepare
-        self._reported_shards: set[str] = set()  # bad ones that were logged: each is once
+        self._reported_shards: set[str] = set()  # bad shards, each of which is logged once
         self._reader: BlockReader | None = None
         self.layout = layout
         self.go_to(Position.of_epoch(0, layout.lanes))
@@ -146,6 +146,7 @@ class SuperBatchReader:
                 picks.append(self._next_of(lane))
             elif len(self._ended) == len(self._lanes):
                 break
+            # An ended lane's turn passes too: the order of the others stays.
             self._next_lane = (self._next_lane + 1) % len(self._lanes)
         gathered = _gather_blocks(picks, slot)
         return SuperBatch(

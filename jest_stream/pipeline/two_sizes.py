@@ -1,4 +1,4 @@
-"""Batches of two sizes: a selection in, its part for the train view and its small part out.
+"""Splits sub-batches in two: one part is trained at the train view, one at the small score view.
 
 Flexi-JEST (Evans et al. 2024, https://arxiv.org/abs/2406.17711) trains a part of every sub-batch at
 the size that the learner copy scores at, which makes the model good at both. Runs in the training
@@ -24,20 +24,20 @@ _PREFIX = "small_"
 def small_rows(batch_size: int, num_small: int) -> list[int]:
     """Returns the places of the draw order that are trained small.
 
-    They are spread evenly, which takes a share of every chunk, first or last drawn: of 8 places 2
-    are 2 and 6.
+    They are spread evenly, which takes a share of every chunk, first or last drawn.
     """
+    # The middles of equal parts: 2 of 8 places are 1 * 8 // 4 = 2 and 3 * 8 // 4 = 6.
     return [(2 * row + 1) * batch_size // (2 * num_small) for row in range(num_small)]
 
 
 class TwoSizes:
-    """Cuts a sub-batch in two: the train view of most, the score view of some.
+    """Cuts a sub-batch in two: a part at the train view, and a small part at the score view.
 
     Args:
       fraction: share that is trained at the score view.
       batch_size: b; the share becomes a number of examples here.
-      scoring: how that view is scored.
-      pixel_table: the work left to do to its pixels.
+      scoring: names the size at which that view is scored, and now trained.
+      pixel_table: finishes the uint8 pixels of that view.
 
     Raises:
       ConfigError: unless both parts get an example.
@@ -83,6 +83,8 @@ class TwoSizes:
         if fraction == 0:
             return None
         two_sizes = cls(fraction, batch_size, scoring, pixel_table)
+        # One of three things makes the small part cheaper: another transform, a smaller image_size,
+        # fewer tokens. The sizes of the views show with the first batch, see `check`.
         if not has_train_view and scoring.image_size is None and not scoring.changes_tokens:
             raise ConfigError(two_sizes._no_smaller("the score view is the train view"))
         return two_sizes
@@ -114,8 +116,8 @@ class TwoSizes:
         return {_PREFIX + name: moved(column, device) for name, column in rows.items()}
 
     def check(self, batch: Columns) -> None:
-        """Raises `ConfigError` if both parts of a batch have images of one size, for nothing."""
-        if self._scoring.changes_tokens:
+        """Raises `ConfigError` if both parts of a batch are trained at one size."""
+        if self._scoring.changes_tokens:  # equal images then make fewer tokens in the small part
             return
         large, small = _shapes(batch, "image"), _shapes(batch, _PREFIX + "image")
         if large == small:

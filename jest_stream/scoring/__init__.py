@@ -1,14 +1,14 @@
 """Scoring: two-tower models and tensors of pairs go in, `Embeddings` come out.
 
-    two_tower.py        every library's models, seen in one way
+    two_tower.py        one interface to the models of all libraries
     learner.py          the copy of the module being trained, refreshed by step count
     reference.py        the frozen reference
     named_reference.py  references by name, from open_clip
     score_size.py       scoring with fewer image tokens, fitted to one model
-    image_towers.py     where each library's vision transformer keeps its sizes
+    image_towers.py     the vision transformers of each library, and how they are resized
     resampling.py       weights at another size, as linear maps
     tokens.py           the image tokens that are kept
-    at_score_size.py    the learner trained at the score size, with its own weights
+    at_score_size.py    the learner's weights, trained at the score size too
 
 Everything runs in the thread that calls it.
 """

@@ -1,8 +1,8 @@
-"""`at_score_size`: the model being trained, at the size that its copy scores at.
+"""`at_score_size`: the learner as a second model, at the size that its copy scores at.
 
-For training at two sizes with one set of weights. Nothing is copied: the returned model, a shell,
-holds the learner's own modules, parameters and buffers; only the few modules around its patch and
-position embeddings are others, and resample these from the learner's at every use.
+It serves training at two sizes with one set of weights. No weight is copied: the returned model, a
+shell, holds the learner's modules, parameters and buffers. Only the few modules around its patch
+and position embeddings are new ones, which resample the learner's weights at every use.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def at_score_size(model: _Model, scoring: ScoringConfig) -> _Model:
-    """Returns `model` as it scores under `scoring`, with the same weights, to be trained too.
+    """Returns a model with the weights of `model` that takes images of the score size.
 
-    It has the methods of `model` and is called likewise, with images of the score size. Gradients
-    reach the parameters of `model`, which are its own parameters: pass `model.parameters()` to the
-    optimizer, once. Later changes of `model` (a step, `load_state_dict`, `to`, `train`) hold for
-    both. A model that takes smaller images by itself is returned as it is.
+    It has the methods of `model` and is called likewise. Both share their parameters, so gradients
+    reach those of `model`: pass `model.parameters()` to the optimizer, once. Later changes of
+    `model` (a step, `load_state_dict`, `to`, `train`) hold for both. A model that takes smaller
+    images by itself is returned as it is.
 
     With `DistributedDataParallel`, call the wrapped learner with the large images and go back once,
     through the sum of both losses. The model returned here knows no ranks: a backward pass through
@@ -56,24 +56,27 @@ def at_score_size(model: _Model, scoring: ScoringConfig) -> _Model:
         size = fit(shell, scoring, role="learner")
     if not size.is_changed:
         return model
-    own = {name: tensor for name, tensor in shell.named_buffers() if plain(name) in size.own}
-    holders = {name.rpartition(".")[0] for name in (*size.maps, *own)}
+    buffers = {
+        name: tensor for name, tensor in shell.named_buffers() if plain(name) in size.not_copied
+    }
+    holders = {name.rpartition(".")[0] for name in (*size.maps, *buffers)}
     changed = _with_parents(holders | size.modules, shell, inner)
-    _share(shell, inner, "", size.maps, own, changed)
+    _share(shell, inner, "", size.maps, buffers, changed)
     return shell  # type: ignore[return-value]
 
 
 def _with_parents(changed: set[str], shell: nn.Module, model: nn.Module) -> set[str]:
-    """Returns the names of all modules that must not be the model's own, parents included."""
-    theirs = dict(model.named_modules())
+    """Returns the names of all modules that shell and model cannot share, parents included."""
+    of_model = dict(model.named_modules())
     names = set(changed)
     for name, module in shell.named_modules():
-        if name not in theirs or type(module) is not type(theirs[name]):
+        if name not in of_model or type(module) is not type(of_model[name]):
             names.add(name)  # the layer that drops tokens
     for name in list(names):  # "visual.conv1" adds "", the model itself, and "visual"
         parts = name.split(".")
         names.update(".".join(parts[:depth]) for depth in range(len(parts)))
-    compiled = [name for name in names if hasattr(theirs.get(name), "_orig_mod")]
+    # A compiled layer calls the code that was compiled for the model's size, whatever it holds.
+    compiled = [name for name in names if hasattr(of_model.get(name), "_orig_mod")]
     if compiled:
         raise ConfigError(
             f"{compiled[0] or 'the learner'} was compiled by itself, so it has one size. Call "
@@ -87,51 +90,61 @@ def _share(
     model: nn.Module,
     path: str,
     maps: Mapping[str, Resampling],
-    own: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
     changed: set[str],
 ) -> None:
-    """Makes everything below `shell` the model's own, but for the changed modules.
+    """Puts the model's modules and tensors into `shell`, but for the changed ones.
 
-    There are three cases for a child: changed in both, it is entered; else the model's takes its
-    place; one that only the shell has (the layer that drops tokens) stays.
+    Args:
+      shell: the model at the score size, or a module of it; modified.
+      model: the same module at full size.
+      path: the name of both within the whole model.
+      maps: by full name, how a tensor is made from the model's.
+      buffers: by full name, those of the shell's buffers that depend on the size.
+      changed: full names of the modules that cannot be shared.
     """
     for name, child in list(shell._modules.items()):
         full = f"{path}.{name}".strip(".")
-        theirs = model._modules.get(name)
-        if child is not None and theirs is not None and full in changed:
-            _share(child, theirs, full, maps, own, changed)
-        elif theirs is not None:
-            shell._modules[name] = theirs
+        of_model = model._modules.get(name)
+        # There are three cases:
+        # 1. A child that cannot be shared as a whole is entered.
+        if child is not None and of_model is not None and full in changed:
+            _share(child, of_model, full, maps, buffers, changed)
+        # 2. The model's child takes the place of the copy.
+        elif of_model is not None:
+            shell._modules[name] = of_model
+        # 3. One that only the shell has (the layer that drops tokens) stays.
     if type(shell) is not type(model):  # the layer that drops tokens; it has no weights
         return
     prefix = f"{path}." if path else ""
-    made: dict[str, Resampling | _Own] = {}
+    made: dict[str, Resampling | _SizeBuffer] = {}
     for name in (*shell._parameters, *shell._buffers):
         if (full := prefix + name) in maps:
             made[name] = maps[full]
-        elif full in own:
-            made[name] = _Own(own[full])
+        elif full in buffers:
+            made[name] = _SizeBuffer(buffers[full])
     # The dicts themselves: .to() and load_state_dict(assign=True) replace the tensors in them.
     shell._parameters, shell._buffers = model._parameters, model._buffers
     shell.__dict__["_full_size"], shell.__dict__["_made"] = model, made
-    # A subclass with properties: `self.weight` in a forward pass finds these before the dicts.
+    # A subclass with properties: a forward pass that reads `self.weight` finds the property, since
+    # properties of a class come before `nn.Module.__getattr__`, which would look into the dicts.
     shell.__class__ = _live_class(type(shell), tuple(made))
 
 
-class _Own:
-    """A buffer that depends on the size, on the device of the model's."""
+class _SizeBuffer:
+    """A buffer of the score size, kept on the device of the model's buffer of that name."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
 
-    def __call__(self, theirs: Tensor) -> Tensor:
-        if self._tensor.device != theirs.device:
-            self._tensor = self._tensor.to(theirs.device)
+    def __call__(self, of_model: Tensor) -> Tensor:
+        if self._tensor.device != of_model.device:
+            self._tensor = self._tensor.to(of_model.device)
         return self._tensor
 
 
 def _live_class(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """Returns a class whose tensors of these names are made from the full-size module's."""
+    """Returns a subclass of `kind` that makes the named tensors from the full-size ones."""
 
     def _made(name: str) -> property:
         return property(lambda self: self._made[name](getattr(self._full_size, name)))

@@ -1,9 +1,9 @@
-"""The image towers that can score at another size, and how each library's is changed to do so.
+"""The image towers that can score at another size, with the way to change those of each library.
 
 A model goes in, its towers come out (`known_towers`): the vision transformers of open_clip and
-timm, and CLIP's and SigLIP's of transformers, known by the names of their classes; none of these
-libraries is imported here. A tower is changed in place: give it a copy. New weights are left empty,
-`score_size` fills them.
+timm, and those of CLIP and SigLIP in transformers. They are known by the names of their classes;
+none of these libraries is imported here. A tower is changed in place, so it should belong to a copy
+of the model. New weights are left empty; `score_size` fills them.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ _TRANSFORMERS = (
 
 @dataclass(frozen=True)
 class Tower(ABC):
-    """A vision transformer inside a model. Subclasses know where its library keeps things."""
+    """A vision transformer inside a model. Subclasses know the attributes of one library."""
 
     path: str
     """Name within the model."""
     module: Any
 
     patches: str = ""
-    """The convolution that embeds patches, within the tower."""
+    """Name of the convolution that embeds patches, within the tower."""
     positions: str = ""
-    """The position embedding likewise; empty if it has none."""
+    """Name of the position embedding, within the tower; empty if it has none."""
     num_prefix: int = 1
-    """Rows of the position embedding before the grid's."""
+    """Rows of the position embedding before those of the grid."""
     needs: tuple[str, ...] = ()
-    """Methods of the library that resize it, which an older version may lack."""
+    """Methods that resize the tower and that older versions of its library lack."""
 
     @property
     def image_size(self) -> Size:
@@ -62,15 +62,18 @@ class Tower(ABC):
 
     @property
     def obstacle(self) -> str:
-        """Why its tokens cannot be changed; empty if they can."""
+        """The reason why its tokens cannot be changed; empty if they can."""
+        # 1. Only a convolution whose windows do not overlap can be resized by a `PatchMap`.
         conv = self.get(self.patches)
         if (
             not isinstance(conv, nn.Conv2d)
             or not conv.kernel_size == conv.stride == self.patch_size
         ):
             return "does not make its tokens by one convolution over patches"
+        # 2. The library does the rest for some towers.
         if missing := [name for name in self.needs if not hasattr(self.module, name)]:
             return f"has no {missing[0]} in the installed version of its library (upgrade it)"
+        # 3. A `PositionMap` takes the rows for a grid: 1 + 14 x 14 = 197 at 224 pixels, patch 16.
         if self.positions:
             rows = self.get(self.positions).shape[-2]
             grid = self.grid
@@ -113,7 +116,7 @@ class OpenClipTower(Tower):
 
     def keep_tokens(self, fraction: float) -> None:
         """Makes the tower drop tokens before its first block."""
-        # Takes the place of the layer that drops random tokens in training.
+        # The place of the layer that drops random tokens in training: before the first block.
         self.module.patch_dropout = KeepTokens(kept_tokens(self.grid, fraction), self.num_prefix)
 
 
@@ -152,7 +155,7 @@ class TransformersTower(Tower):
         """Makes the tower one for images and patches of these sizes."""
         module = self.module
         module.patch_embedding = _for_patches(module.patch_embedding, patch_size)
-        # They hold one number each; sizes that are not square are refused before.
+        # transformers hold one number each; sizes that are not square are refused before.
         module.image_size, module.patch_size = image_size[0], patch_size[0]
         module.num_patches = self.grid[0] * self.grid[1]
         module.num_positions = self.num_prefix + module.num_patches

@@ -1,9 +1,10 @@
-"""The learner copy: the weights that score, a known number of steps behind the ones that train.
+"""The learner copy scores with the learner's weights of a known step, a few steps behind training.
 
 The module being trained goes in; the copy embeds super-batches and is refreshed by step count,
 never by the clock. Copying is enqueued by the thread that calls `refresh`, on its current stream:
-call it from the training thread between two optimizer steps, and no copy is ever torn. The learner
-itself is only read. `embed_once` runs the learner as it is, to count its FLOPs: not for scoring.
+call it from the training thread between two optimizer steps, and no copy mixes the weights of two
+steps. The learner itself is only read. `embed_once` runs the learner's weights themselves, to count
+its FLOPs.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class LearnerCopy(FrozenModel):
         self._refresh_every = refresh_every
         scoring = scoring or ScoringConfig()
         super().__init__(*self._made(device, scoring))
-        # Without a spare, a refresh overwrites the weights in use.
+        # With a spare, a refresh writes to it and swaps the two. Without one, `_spare` is the tower
+        # in use: the refresh overwrites that, and the swap changes nothing.
         self._spare = self._made(device, scoring)[0] if has_spare else self.tower
         self._shapes = {name: tensor.shape for name, tensor in named_tensors(self._learner).items()}
         self.step = step
@@ -75,10 +77,11 @@ class LearnerCopy(FrozenModel):
         self, device: torch.device | str | None, scoring: ScoringConfig
     ) -> tuple[TwoTower, ScoreSize]:
         """Returns a copy that holds the present weights, at the sizes of the setting."""
-        frozen = frozen_copy(self._learner, device)
+        frozen = _copied(self._learner, device)
         size = fit(frozen, scoring, role="learner")
-        if size.maps:
+        if size.maps:  # `fit` has left the resampled tensors empty
             overwrite(named_tensors(frozen), named_tensors(self._learner), size)
+        # Now, because modules that `fit` put in are in train mode.
         return two_tower(frozen.eval().requires_grad_(False)), size
 
     @property
@@ -98,7 +101,8 @@ class LearnerCopy(FrozenModel):
 
     def is_due(self, step: int) -> bool:
         """Returns whether `refresh` would copy at this step."""
-        # Refreshed every 10: from step 7 on due at 10, also where the next call comes at 12.
+        # Refreshed every 10, a copy of step 7 is due at 10: 10 // 10 > 7 // 10. If the next call
+        # comes only at step 12, it is due there.
         return step // self._refresh_every > self.step // self._refresh_every
 
     def refresh(self, step: int, *, force: bool = False) -> bool:
@@ -191,16 +195,15 @@ def _stand_in(module: nn.Module) -> nn.Module:
         if hasattr(parameter, "full_tensor"):
             raise ConfigError(f"{name} of the learner is sharded over ranks (fully_shard)")
         if type(parameter) is nn.Parameter:
-            shared = nn.Parameter(parameter.detach(), requires_grad=False)
-            known[id(parameter)] = shared
-    # deepcopy takes the parameters in `known` for copied already. It does copy buffers: some
-    # modules write to theirs in eval mode too.
+            known[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    # `known` is the memo of deepcopy, which takes its parameters for copied already. Buffers are
+    # copied: some modules write to theirs in eval mode too.
     with torch.inference_mode(False), torch.no_grad():
         return copy.deepcopy(module, known).eval()
 
 
-def frozen_copy(learner: nn.Module, device: torch.device | str | None) -> nn.Module:
-    """Returns a copy of `learner` in eval mode that takes no gradients."""
+def _copied(learner: nn.Module, device: torch.device | str | None) -> nn.Module:
+    """Returns a copy of `learner` on `device`; raises `ConfigError` if that cannot be made."""
     for name, tensor in named_tensors(learner).items():
         if torch.nn.parameter.is_lazy(tensor) or tensor.is_meta:
             raise ConfigError(
@@ -217,15 +220,14 @@ def frozen_copy(learner: nn.Module, device: torch.device | str | None) -> nn.Mod
     try:
         # Tensors made under inference_mode would refuse every later refresh.
         with torch.inference_mode(False), torch.no_grad():
-            frozen = copy.deepcopy(learner).to(device=device)
-    except Exception as error:
+            return copy.deepcopy(learner).to(device=device).requires_grad_(False)
+    except Exception as error:  # deepcopy runs code of every object that the module holds
         raise ConfigError(
             f"the learner, a {type(learner).__name__}, cannot be copied for scoring: {error}. "
             f"Often a module has kept a tensor of its last forward (detach it, or clear it before "
             f"the first batch), uses the old torch.nn.utils.weight_norm (use "
             f"torch.nn.utils.parametrizations), or has hooks that hold files or locks."
         ) from error
-    return frozen.eval().requires_grad_(False)
 
 
 def _difference(*, expected: dict[str, torch.Size], found: dict[str, Tensor]) -> str:
@@ -244,5 +246,5 @@ def _difference(*, expected: dict[str, torch.Size], found: dict[str, Tensor]) ->
     for name, shape in expected.items():
         if name in found and found[name].shape != shape:
             parts.append(f"{name} was {list(shape)}, is {list(found[name].shape)}")
-            break
+            break  # one is enough: a changed width changes every layer
     return "; ".join(parts)

@@ -1,9 +1,8 @@
-"""References by name: open_clip's models, with the transform and tokenizer that belong to them.
+"""Loads references by name: a model of open_clip, with the transform and tokenizer that go with it.
 
-In: `open_clip:NAME/TAG`, `open_clip:NAME` where open_clip knows one tag only,
-`open_clip:NAME/PATH.safetensors`, or a folder in open_clip's own layout.
-Weights from a path are safetensors, never anything that could hold code. open_clip is imported when
-a name is asked for.
+A name is `open_clip:NAME/TAG`, `open_clip:NAME` where open_clip knows one tag only,
+`open_clip:NAME/PATH.safetensors`, or a folder in open_clip's layout. Weights from a path are
+safetensors, never a format that could hold code. open_clip is imported when a name is loaded.
 """
 
 from __future__ import annotations
@@ -55,9 +54,11 @@ def load_reference(name: str | os.PathLike[str]) -> NamedReference:
       ConfigError: for a name that means no model, or no weights.
       UnsafeDataError: for weights that are not safetensors.
     """
-    # A name without prefix is a folder, or a mistake; after the prefix, the weights are
-    # 1. a tag of open_clip's, which may be left out where it is the only one,
-    # 2. a file of the user's, seen as the known weights of that model are.
+    # There are three cases:
+    # 1. A name without the prefix is a folder, or a mistake.
+    # 2. After the prefix and the model comes a tag that open_clip knows; it may be left out where
+    #    it is the only one.
+    # 3. Or a file of weights, whose views are those of the model's known weights.
     name = os.fspath(name)
     if not name.startswith(_PREFIX):
         folder = Path(name)
@@ -100,7 +101,7 @@ def _of_folder(folder: Path) -> NamedReference:
         others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt"))
         _require_safetensors(others[0] if others else _WEIGHTS)
         raise ConfigError(f"reference={str(folder)!r} has no {_WEIGHTS}. {_FORMS}")
-    # Of several files open_clip takes this one first.
+    # Where the folder holds several files of weights, open_clip takes `_WEIGHTS` first.
     return _created(_open_clip(), str(folder), f"local-dir:{folder}", None)
 
 

@@ -1,7 +1,7 @@
-"""The reference model: a frozen two-tower module that says which pairs can be learned.
+"""The reference model: a frozen two-tower module that tells which pairs can be learned.
 
-Its dimension, resolution and tokenizer may differ from the learner's, since only the scores of
-pairs are compared. It runs in the thread that calls it.
+Its dimension, resolution and tokenizer may differ from the learner's, since only losses of pairs
+are compared. It runs in the thread that calls it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from jest_stream.scoring.two_tower import two_tower
 
 
 class ReferenceModel(FrozenModel):
-    """A frozen module that is taken over: moved to the scoring device and kept in eval mode.
+    """The user's reference, moved to the scoring device and kept in eval mode.
 
-    It is never trained and runs without gradients, so its `requires_grad` is left alone. Where it
-    scores at another size than its own, a copy of it is resized, once, and the module stays as and
-    where it was.
+    It runs without gradients, so its `requires_grad` is left alone. Where it scores at another size
+    than it was made for, a resized copy does the work, and the module stays as and where it was.
     """
 
     def __init__(
@@ -33,17 +32,17 @@ class ReferenceModel(FrozenModel):
         learner: nn.Module | None = None,
         scoring: ScoringConfig | None = None,
     ) -> None:
-        """Takes `module` over.
+        """Moves `module` and puts it into eval mode.
 
         Args:
           module: any two-tower module, see `two_tower`.
           device: where it runs from now on. None: where it is.
           learner: the module being trained, which must not share parameters with `module`.
-          scoring: the sizes that it takes. None: its own.
+          scoring: the sizes that it scores at. None: those that it was made for.
 
         Raises:
-          ConfigError: if it is no two-tower module, moves with the learner, or cannot score at
-            these sizes.
+          ConfigError: if it is no two-tower module, shares parameters with the learner, or cannot
+            score at these sizes.
         """
         module = two_tower(module, role="reference").module
         if learner is not None:
@@ -63,6 +62,7 @@ class ReferenceModel(FrozenModel):
 
 def _fitted(module: nn.Module, scoring: ScoringConfig) -> tuple[nn.Module, ScoreSize]:
     """Returns the module that scores, a copy if it is resized, and its sizes."""
+    # Without a size to change, `fit` only looks: no copy is made of a model that may be large.
     if scoring.image_size is None and not scoring.changes_tokens:
         return module, fit(module, scoring, role="reference")
     with torch.inference_mode(False), torch.no_grad():

@@ -1,8 +1,8 @@
-"""A vision transformer's weights at another size, as linear maps of the weights that it has.
+"""Resamples a vision transformer's weights to another size, by linear maps.
 
 A map is one matrix, made once; applying it is one product, on the device, and differentiable. The
 learner copy is refreshed through it, and a training step at the score size reaches the learner's
-own weights. Maps start from the weights as trained: resizing twice is not resizing once.
+weights through it. Maps start from the weights as trained: resizing twice is not resizing once.
 
 Shapes: T: rows of the position embedding, W: width, C: channels, p: patch side.
 """
@@ -19,8 +19,8 @@ Size = tuple[int, int]
 
 
 class PositionMap:
-    """Position embeddings of one grid at another: bicubic and antialiased, as open_clip and timm
-    resize them. Rows before the grid's (class token, registers) stay as they are."""
+    """Resamples position embeddings to another grid: bicubic and antialiased, as open_clip and timm
+    do. Rows before those of the grid (class token, registers) stay as they are."""
 
     def __init__(self, old_grid: Size, new_grid: Size, num_prefix: int) -> None:
         from timm.layers.pos_embed import resample_abs_pos_embed
@@ -43,7 +43,7 @@ class PositionMap:
 
 
 class PatchMap:
-    """A patch embedding's weights for larger patches: FlexiViT's pseudo-inverse resize.
+    """Resamples a patch embedding's weights to larger patches: FlexiViT's pseudo-inverse resize.
 
     A patch that was scaled up gives the same token as before (https://arxiv.org/abs/2212.08013).
     """

@@ -1,9 +1,9 @@
-"""Scoring with fewer image tokens: one setting, fitted to one model.
+"""Fits a model to score with fewer image tokens, as a `ScoringConfig` says.
 
-`fit` changes a copy of a model for a `ScoringConfig` and returns how its weights are made from the
-model's own; the learner copy, the live reference and `at_score_size` all use it. `FrozenModel` is
-the first two's common part. A model without a known vision transformer is left as it is: if it
-takes smaller images by itself, they are cheap.
+`fit` changes a copy of a model and returns a `ScoreSize`, which tells how the copy's weights are
+made from the model's; the learner copy, the live reference and `at_score_size` use it.
+`FrozenModel` is the common part of learner copy and reference. A model without a known vision
+transformer is left as it is: it may take smaller images by itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _KNOWN = (
 
 @dataclass(kw_only=True)
 class ScoreSize:
-    """How one model scores: the images it takes, and how its weights come from the original."""
+    """The size of the images that one model scores, and the maps that make its weights."""
 
     role: str
     """The model's name in messages: learner or reference."""
@@ -39,13 +39,13 @@ class ScoreSize:
     takes: Size | None = None
     """The image size that the model was changed for; None if it was not changed."""
     own_size: Size | None = None
-    """The image size of a known tower before."""
+    """The image size that a known tower was made for."""
     declared: object = None
     """The image size that an unknown model says it takes."""
     maps: Mapping[str, Resampling] = field(default_factory=dict)
     """The tensors that are resampled, by name."""
-    own: frozenset[str] = frozenset()
-    """The tensors that hold no weights but depend on the size, by name: never overwritten."""
+    not_copied: frozenset[str] = frozenset()
+    """The tensors that follow from the size, such as position ids, by name: never overwritten."""
     modules: frozenset[str] = frozenset()
     """The modules that know the size, by name, beside those that hold such tensors."""
     has_worked: bool = False
@@ -58,17 +58,14 @@ class ScoreSize:
 
     @contextmanager
     def checked(self, image: Input) -> Iterator[None]:
-        """Raises `ConfigError` for images that the model cannot take; around a forward pass.
-
-        There are two kinds of models:
-
-        1. The size of a changed tower is known, and compared before.
-        2. Others show a wrong size by failing. Only the first pass is blamed on the size: once one
-           has worked, the size is right and the error another.
-        """
+        """Raises `ConfigError` for images that the model cannot take; around a forward pass."""
+        # There are two kinds of models:
+        # 1. The size of a changed tower is known, and compared before.
         size = image_size_of(image)
         if self.takes is not None and size is not None and size != self.takes:
             raise ConfigError(self._mismatch(size, self.takes))
+        # 2. Others show a wrong size by failing, with the errors below. Only an error of the first
+        #    pass is explained by the size: once a pass has worked, the size is right.
         try:
             yield
         except (RuntimeError, ValueError, AssertionError) as error:
@@ -91,7 +88,7 @@ class ScoreSize:
         """Returns whether images of this size are a likely cause of a failure."""
         if self.own_size is not None:  # a known tower, left as it was
             return self.takes is None and size != self.own_size
-        # An unknown model: the user asked for a size, or it declares another (a pair or a side).
+        # An unknown model: the user set a size, or the model declares another, as a pair or a side.
         return self.wanted is not None or self.declared not in (None, size, size[0])
 
     def _mismatch(self, size: Size, takes: Size) -> str:
@@ -185,7 +182,7 @@ def fit(model: nn.Module, scoring: ScoringConfig, *, role: str) -> ScoreSize:
             f"scoring at their defaults."
         )
     maps: dict[str, Resampling] = {}
-    own: frozenset[str] = frozenset()
+    not_copied: frozenset[str] = frozenset()
     if is_resized:
         maps = _maps(tower, image_size, patch_size)
         # Tensors without a map whose shape follows the size, such as position ids and rotary
@@ -193,7 +190,7 @@ def fit(model: nn.Module, scoring: ScoringConfig, *, role: str) -> ScoreSize:
         before = {name: tensor.shape for name, tensor in named_tensors(model).items()}
         tower.resize(image_size, patch_size)
         after = named_tensors(model)
-        own = frozenset(
+        not_copied = frozenset(
             name for name in after if name not in maps and after[name].shape != before.get(name)
         )
     if scoring.token_fraction < 1:
@@ -204,7 +201,7 @@ def fit(model: nn.Module, scoring: ScoringConfig, *, role: str) -> ScoreSize:
         takes=image_size if is_changed else None,
         own_size=own_size,
         maps=maps,
-        own=own,
+        not_copied=not_copied,
         modules=frozenset({tower.path, tower.full(tower.patches)}) if is_changed else frozenset(),
     )
 
@@ -228,7 +225,7 @@ def overwrite(target: Mapping[str, Tensor], source: Mapping[str, Tensor], size: 
 
     Works across devices and precisions. Nothing waits for the device.
     """
-    same = [name for name in target if name not in size.maps and name not in size.own]
+    same = [name for name in target if name not in size.maps and name not in size.not_copied]
     with torch.no_grad():
         torch._foreach_copy_([target[name] for name in same], [source[name] for name in same])
         for name, resample in size.maps.items():
@@ -291,12 +288,14 @@ def _checked_sizes(tower: Tower, scoring: ScoringConfig, role: str) -> tuple[Siz
 
 
 def _maps(tower: Tower, image_size: Size, patch_size: Size) -> dict[str, Resampling]:
-    # 1. Another patch size changes the convolution. 2. Another grid changes the position embedding;
-    # 224 pixels in patches of 16 and 448 in patches of 32 are the same grid of 14 x 14.
+    # Either size, or both, may change:
+    # 1. Another patch size changes the convolution.
     maps: dict[str, Resampling] = {}
     if patch_size != tower.patch_size:
         name = plain(tower.full(f"{tower.patches}.weight"))
         maps[name] = PatchMap(tower.patch_size, patch_size)
+    # 2. Another grid changes the position embedding. 224 pixels in patches of 16 and 448 in patches
+    #    of 32 make the same grid, 14 x 14.
     grid = image_size[0] // patch_size[0], image_size[1] // patch_size[1]
     if tower.positions and grid != tower.grid:
         maps[plain(tower.full(tower.positions))] = PositionMap(tower.grid, grid, tower.num_prefix)

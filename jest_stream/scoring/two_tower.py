@@ -1,4 +1,4 @@
-"""Two-tower models of any library, seen in one way: images and texts in, `Embeddings` out.
+"""Embeds with two-tower models of any library: images and texts go in, `Embeddings` come out.
 
 `two_tower(module)` looks through wrappers and finds the methods; `embed_in_micro_batches` scores a
 super-batch. Nothing here imports open_clip or transformers: a model is known by its methods.
@@ -72,7 +72,7 @@ class TwoTower:
 
     @property
     def device(self) -> torch.device:
-        """The device of the module, told by its logit scale."""
+        """The device of the module's logit scale, and so of the module."""
         return _scalar(self.module, "logit_scale", self.role).device
 
     @property
@@ -81,8 +81,8 @@ class TwoTower:
         scale = _scalar(self.module, "logit_scale", self.role).float().exp().reshape(())
         bias: Tensor | float = 0.0
         if self.has_bias:
-            # Cloned (exp makes a new tensor anyway): the learner copy is refreshed in place while
-            # embeddings are still in use.
+            # Cloned, since the learner copy is refreshed in place while embeddings are still in
+            # use. The scale needs no clone: exp makes a new tensor.
             bias = _scalar(self.module, "logit_bias", self.role).float().clone().reshape(())
         return scale, bias
 
@@ -272,7 +272,7 @@ def _weight_dtype(module: nn.Module) -> torch.dtype | None:
 
 
 def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    # Integers are tokens: the embedding layer wants them as they are.
+    # Integers are tokens, which an embedding layer takes as they are.
     is_autocast = torch.is_autocast_enabled(value.device.type)
     if dtype is None or is_autocast or not value.is_floating_point():
         return value

@@ -14,7 +14,7 @@ functions are its baselines. They take a `torch.Generator` and return indices in
     quotas.py       floors, caps and shares of groups
     baselines.py    independent and uniform selection
     cost.py         FLOPs of a choice
-    checks.py       checks of all that users pass
+    checks.py       checks of the user's arguments
 
 Pure functions: no state, no process groups, no global randomness.
 """

@@ -1,7 +1,7 @@
-"""The baselines of joint selection: each example scored alone, and no scoring at all.
+"""The baselines of joint selection: examples are scored one by one, or not at all.
 
-Both take the arguments of the joint functions and draw with the same kind of noise. B: super-batch
-size, b: batch size.
+Embeddings, or a number of examples, go in; indices or a `Selection` come out. Both baselines draw
+with the same kind of noise as joint selection. B: super-batch size, b: batch size.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def select_independently(
       example within the super-batch. Costs B^2 D, still without a `[B, B]` matrix.
 
     Args:
-      num_chunks, num_sweeps: checked, then unused, for calls of `select_jointly` to fit; without
-        conditioning, the number of draws changes nothing.
+      num_chunks, num_sweeps: checked, then unused: without conditioning the number of draws changes
+        nothing. Taken, so that one call fits this function and `select_jointly`.
       negatives: one of the two meanings.
 
     The other arguments and the errors are those of `select_jointly`.
@@ -130,8 +130,9 @@ def uniform_selection(
     """
     batch_size = check_batch_size(batch_size, num_examples)
     urn = Urn(num_examples, [batch_size], groups, device=device)
+    # Equal scores leave the order to the noise, so this is a draw like any other, quotas included.
     noise = gumbel_noise(key, step, 0, urn.positions)
-    urn.draw(0, torch.zeros_like(noise), gain=1.0, noise=noise)  # equal scores: noise decides
+    urn.draw(0, torch.zeros_like(noise), gain=1.0, noise=noise)
     no_score = torch.full((), torch.nan, device=device)
     return urn.selection(
         effective_support=torch.full((1,), float(num_examples), device=device),

@@ -1,6 +1,6 @@
-"""Checks of all that users pass to a selection; brings embeddings to float32, once.
+"""Checks the user's arguments of a selection, and brings embeddings to float32, once.
 
-Shapes, sizes and devices are checked everywhere. Values are checked at once on a CPU; on a GPU
+Shapes, sizes and devices are checked on all devices. Values are checked at once on a CPU; on a GPU
 that would make the host wait, so a flag on the device tells of NaN and infinity instead.
 
 B: candidates, D: dimension.
@@ -27,22 +27,20 @@ _NORM_TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Candidates:
-    """Embeddings that selection can rely on."""
+    """Checked embeddings of B candidates, with the score and loss to select by."""
 
     learner: Embeddings | None
     """float32; None where the score does not need it."""
     reference: Embeddings | None
     """float32; None where the score does not need it."""
     score: ScoreFunction
-    """The function to maximise."""
     loss: str
     """Family of the pair losses: "sigmoid" or "softmax"."""
     num_examples: int
     """B."""
     device: torch.device
-    """The device of all of them."""
     is_finite: Tensor
-    """`[]` bool: no NaN and no infinity. True on a CPU, where either raises."""
+    """`[]` bool: whether there is no NaN and no infinity. True on a CPU, where either raises."""
 
 
 def check_candidates(
@@ -229,8 +227,8 @@ def _check_norms(norms: Tensor, name: str) -> None:
         )
     worst = float(norms[(norms - 1).abs().argmax()])
     if abs(worst - 1) > _NORM_TOLERANCE:
-        # One digit only: Python warns once per text and place, hence once in a run though the worst
-        # norm varies. The place is the caller's of select_jointly, 7 frames up.
+        # One digit only: Python warns once per text and place, and the worst norm varies from step
+        # to step. The place is the line that calls select_jointly, 7 frames up.
         warnings.warn(
             f"{name} embeddings are not unit norm: the worst row has norm {_rounded(worst)}. "
             f"Logits are meant to be logit_scale times a cosine, so such rows are over- or "

@@ -1,9 +1,9 @@
-"""Scores of all candidates given the chunks drawn so far: one running vector, no `[B, B]`.
+"""Scores all candidates given the chunks drawn so far, by one running vector instead of `[B, B]`.
 
 Each class holds the sums that must survive from chunk to chunk and adds the pairs that a new chunk
-forms with every candidate; those made to forget can let go of the oldest chunk again. The scores of
-drawn candidates are meaningless. A chunk is handed over as embeddings, because the candidates may
-be a part of the super-batch only.
+forms with every candidate. Made with `forgets`, it can also take out the oldest chunk again. The
+scores of drawn candidates are meaningless. A chunk is handed over as embeddings, because the
+candidates may be a part of the super-batch only.
 
 Notation, as in the paper but for the sign of the bias: x_ij = t u_i.v_j + bias is the logit of
 image i and text j, L_ij its sigmoid loss (Eq. 2): softplus(x_ij), on the diagonal softplus(-x_ii).
@@ -71,6 +71,8 @@ class Window:
     def forget(self) -> None:
         """Leaves the oldest part out from now on."""
         assert self._forgets and self.num_parts
+        # The stack turns, as drawn above: with parts [a, b, c] the sums c, b+c and a+b+c are pushed
+        # in this order, and the last of them, which holds the oldest part, is popped.
         if not self._old:
             total = self._nothing
             while self._parts:
@@ -105,7 +107,7 @@ class ConditionalScores(ABC):
         self.condition_on(self.models)
 
     def forget(self) -> None:
-        """Lets go of the chunk noted first. For those made with `forgets`."""
+        """Takes out the oldest chunk. Only if made with `forgets`."""
         self._given.forget()
 
     @abstractmethod
@@ -114,7 +116,7 @@ class ConditionalScores(ABC):
 
 
 class _PairSums(ConditionalScores):
-    """Exact for the sigmoid loss: S_kk + sum over chosen j of (S_kj + S_jk).
+    """Scores a candidate by S_kk + sum over chosen j of (S_kj + S_jk), exact for the sigmoid loss.
 
     The batch's score is the sum of all its S_ij; candidate k adds just these terms to it.
     """
@@ -130,7 +132,7 @@ class _PairSums(ConditionalScores):
         return self._own + self._given.joined()
 
     def condition_on_all(self) -> None:
-        """Takes all candidates as chosen, an example and itself excepted."""
+        """Takes all candidates as chosen; no example is paired with itself."""
         # `_part` counts the pair of an example with itself twice, as a row and as a column.
         scores = self._part(self.models)
         self._add_own_pairs(scores, -2, are_matches=False)
@@ -146,11 +148,11 @@ class _PairSums(ConditionalScores):
 
     @abstractmethod
     def _add_own_pairs(self, scores: Tensor, factor: int, *, are_matches: bool) -> None:
-        """Adds to each score that of the example's own pair: S_kk if it is taken to match."""
+        """Adds `factor` times the score of each own pair, in place: S_kk if it is taken to match."""
 
 
 class SigmoidScores(_PairSums):
-    """Pair sums of a weighted sum of sigmoid losses: no tile of scores is ever made."""
+    """Adds up pairs by a weighted sum of sigmoid losses: no tile of scores is ever made."""
 
     def __init__(
         self, models: Sequence[Embeddings], weights: Sequence[float], *, forgets: bool = False
@@ -172,7 +174,7 @@ class SigmoidScores(_PairSums):
 
 
 class OwnSigmoidScores(_PairSums):
-    """Pair sums of any function of the learner's and the reference's sigmoid losses."""
+    """Adds up pairs by any function of the learner's and the reference's sigmoid losses."""
 
     def __init__(
         self, models: Sequence[Embeddings], score: ScoreFunction, *, forgets: bool = False
@@ -212,7 +214,7 @@ class _LogSums(ConditionalScores):
 
 
 class SoftmaxScores(_LogSums):
-    """The candidate's own softmax loss (Eq. 1), its denominators running over the chosen examples.
+    """Scores a candidate by its own softmax loss (Eq. 1), with the chosen in the denominators.
 
     Of image k: log(sum over chosen j of e^{x_kj}) - x_kk, averaged with the same of its text; the
     candidate itself is not in the sum. With none chosen: -x_kk. The sums are streamed as a
@@ -242,13 +244,13 @@ class SoftmaxScores(_LogSums):
 
 
 class ExactSoftmaxScores(_LogSums):
-    """The candidate's exact addition to the summed softmax loss of the batch chosen so far.
+    """Scores a candidate by its exact addition to the summed softmax loss of the chosen batch.
 
-    Its own loss within the grown batch, and its addition to the losses of those chosen: with Z_j
-    the log-sum-exp of image j over the chosen texts, the sum over j of softplus(x_jk - Z_j);
-    averaged with the other direction. The second part changes as a whole with every chunk: the
-    cost grows with the square of the batch size. With none chosen every score is 0: one example
-    has no loss.
+    The addition has two parts: the candidate's own loss within the grown batch, and its addition to
+    the losses of the chosen examples: with Z_j the log-sum-exp of image j over the chosen texts,
+    the sum over j of softplus(x_jk - Z_j), averaged with the other direction. The second part
+    changes as a whole with every chunk, so the cost grows with the square of the batch size. With
+    none chosen every score is 0: one example has no loss.
     """
 
     def __init__(
@@ -301,16 +303,19 @@ def conditional_scores(
       forgets: whether chunks will be forgotten, for which the sums of each must be kept.
     """
     learner, reference, score = candidates.learner, candidates.reference, candidates.score
-    # 1. A function of the user's needs both models, and the losses of single pairs.
+    # There are three cases:
+    # 1. A function of the user needs both models, and the losses of single pairs.
     if not isinstance(score, WeightedScore):
         assert learner is not None and reference is not None and candidates.loss == "sigmoid"
         return OwnSigmoidScores((learner, reference), score, forgets=forgets)
-    # 2. In a weighted sum a model of weight 0 is left out: none of its products is made.
+    # A weighted sum leaves out a model of weight 0: none of its products is made.
     both = ((learner, score.learner_weight), (reference, score.reference_weight))
     counted = [(model, weight) for model, weight in both if model is not None and weight != 0]
     models, weights = [model for model, _ in counted], [weight for _, weight in counted]
+    # 2. A weighted sum of sigmoid losses.
     if candidates.loss == "sigmoid":
         return SigmoidScores(models, weights, forgets=forgets)
+    # 3. One of softmax losses, by the candidate's own loss or by all that it adds.
     kind = ExactSoftmaxScores if exact_marginal else SoftmaxScores
     return kind(models, weights, forgets=forgets)
 

@@ -1,4 +1,4 @@
-"""FLOPs of a choice: the products of embeddings. A multiply-add counts as 2."""
+"""Counts the FLOPs of a choice: the products of embeddings. A multiply-add counts as 2."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ def choice_flops(
 
     Args:
       config: the rule, whose method is not "uniform".
-      learner: of the candidates; None where the score does not need it.
+      learner: embeddings of the candidates; None where the score does not need them.
       reference: likewise.
       batch_size: b.
     """
     both = zip((learner, reference), needs(config.score), strict=True)
     counted = [model for model, counts in both if counts and model is not None]
     flops = 0
+    # Independent scores need own pairs only: 2 B D, which is next to nothing.
     if config.method == "joint":
         num_given = num_conditioned_on(batch_size, config.num_chunks, config.num_sweeps)
         dimensions = [model.image.shape[1] for model in counted]
@@ -47,17 +48,15 @@ def selection_flops(num_candidates: int, num_given: int, dimensions: Iterable[in
       num_given: drawn examples that others were conditioned on, see `num_conditioned_on`.
       dimensions: embedding dimension of each model that scores.
     """
-    # Each meets all candidates twice, as image and as text: two products of 2 D FLOPs per pair.
+    # Each given example meets all candidates twice, as image and as text: two products of 2 D FLOPs
+    # per pair.
     return 4 * num_candidates * num_given * sum(dimensions)
 
 
 def num_conditioned_on(batch_size: int, num_chunks: int, num_sweeps: int) -> int:
-    """Returns on how many drawn examples the candidates are conditioned; again in each sweep.
-
-    The last chunk that is drawn conditions nothing: 8 examples in chunks of 2 make 6, with one
-    sweep 14.
-    """
+    """Returns the number of drawn examples that candidates are conditioned on, sweeps included."""
     sizes = chunk_sizes(batch_size, num_chunks)
-    if len(sizes) == 1:  # no sweeps either
+    if len(sizes) == 1:  # one chunk has no others to be conditioned on, and is not swept
         return 0
+    # The chunk drawn last conditions nothing: 8 examples in chunks of 2 make 6, with a sweep 14.
     return batch_size * (1 + num_sweeps) - sizes[-1]

@@ -1,4 +1,4 @@
-"""The loop over chunks: how examples are drawn once their scores are known.
+"""Draws examples chunk by chunk, by scores that each chunk changes.
 
 Scores that can be conditioned on drawn examples and a `DrawRule` go in; a `Selection` comes out.
 Every chunk is made by up to two draws, first its uniform picks, then those by score, all without
@@ -41,7 +41,8 @@ class DrawRule:
     gain: float = 1.0
     """Factor on the scores before sampling. Larger is greedier; infinity takes the best."""
     effective_support: float | None = None
-    """Instead of a gain: among how many candidates each chunk is really chosen, 1 / sum(p^2)."""
+    """Instead of a gain: the number of candidates that each chunk is effectively drawn from,
+    1 / sum(p^2)."""
     terms: Tensor | None = None
     """`[B]` nats that are added to the score of each example, before the gain."""
     uniform_fraction: float = 0.0
@@ -84,9 +85,9 @@ class Urn:
         self.drawn: dict[int, Tensor] = {}
         """By draw: the candidates that it took, in draw order: `[n]` int64."""
         self.probabilities: dict[int, Tensor] = {}
-        """By draw: how likely each of those was drawn, given the others' noise: `[n]` float64."""
+        """By draw: the probability of each of those, given the others' noise: `[n]` float64."""
         self.num_left = num_examples
-        """How many candidates are not drawn."""
+        """Number of candidates that are not drawn."""
 
     def left(self, scores: Tensor) -> Tensor:
         """Returns the scores, -inf for candidates that are drawn: `[B]`."""
@@ -106,14 +107,14 @@ class Urn:
         # float64, in which scores of thousands do not swallow the noise.
         keys = self.left(scores) + noise / gain
         if self._bounds is None:
-            # The k largest keys. The best of those left out is the threshold of all.
+            # The largest keys. The best key left out is the threshold that all of them had to pass.
             drawn = keys.topk(size).indices
             thresholds = keys.index_fill(0, drawn, -torch.inf).amax().expand(size)
         else:
-            # In turn a draw keeps to the bounds after it. Made again, once all were made, it need
-            # keep only to those of the whole sub-batch, the last.
+            # In its turn, a draw keeps to the bounds set for after it. Made again, when all were
+            # made, it needs to keep only to the last bounds, those of the whole sub-batch.
             bound = -1 if len(self.drawn) == len(self._sizes) else draw
-            # `restrict` puts candidates at +inf and -inf; the order is that of their own keys.
+            # `restrict` moves keys to +inf and -inf. Draw order is by the keys as they were.
             drawn = self._bounds.restrict(keys, bound).topk(size).indices
             drawn = drawn[keys[drawn].argsort(descending=True)]
             self._bounds.count(drawn)
@@ -144,7 +145,7 @@ class Urn:
     ) -> Selection:
         """Returns all drawn candidates, with the observations of the draws."""
         draws = range(len(self._sizes))
-        # Scaled draw by draw: each estimates a mean over the candidates that were left to it.
+        # Scaled draw by draw, since each draw estimates a mean over the candidates left to it.
         weights = torch.cat([inverse_probability_weights(self.probabilities[d]) for d in draws])
         nothing = self.positions[:0]
         counts, excess = (nothing, nothing) if self._bounds is None else self._bounds.tally()
@@ -200,8 +201,8 @@ def draw(
     Args:
       conditional: scores given the chosen; updated. With sweeps, made with `forgets`.
       sizes: examples per chunk.
-      num_sweeps: how often every chunk is put back and drawn again given all others, its uniform
-        picks excepted.
+      num_sweeps: times that every chunk is put back and drawn again given all others, but for its
+        uniform picks.
     """
     chunks, draws = _planned(sizes, uniform_sizes(sizes, rule.uniform_fraction))
     urn = Urn(candidates.num_examples, draws, rule.groups, device=candidates.device)
@@ -221,7 +222,7 @@ def draw(
             scores = conditional.scores() + terms
             is_finite = is_finite & scores.isfinite().all()
             seen = _draw_chunk(urn, chunk, scores, rule, key=key, step=step, turn=turn)
-            observed[number : number + 1] = [seen]
+            observed[number : number + 1] = [seen]  # appends, or replaces after a sweep
         if turn + 1 < num_turns:  # the last chunk conditions nothing
             conditional.condition_on(take(conditional.models, chunk.members(urn)))
     _require_finite(is_finite)
@@ -238,11 +239,11 @@ def draw(
 def _draw_chunk(
     urn: Urn, chunk: _Chunk, scores: Tensor, rule: DrawRule, *, key: int, step: int, turn: int
 ) -> _Observed:
-    """Makes the draws of a chunk; of one that was drawn before, only that by score.
+    """Makes the draws of a chunk; in a sweep only its draw by score.
 
     Args:
       scores: `[B]`, given the other chunks.
-      turn: how many chunks were drawn so far, those drawn again included: names the noise.
+      turn: number of chunks drawn before, sweeps included: names the noise.
     """
     if chunk.scored is not None and chunk.scored in urn.drawn:
         urn.put_back(chunk.scored)
@@ -252,7 +253,8 @@ def _draw_chunk(
     if rule.effective_support is not None:
         gain = gain_for_support(rule.effective_support, offered)
     support = effective_support(scaled_logits(offered, gain))
-    # Uniform picks come first: from all that is left, not from the leavings of the scored draw.
+    # Uniform picks come first: from all candidates left, or else the best would never be among
+    # them.
     if chunk.uniform is not None and chunk.uniform not in urn.drawn:
         # ~turn is -1, -2, ...: noise that no draw by score uses.
         noise = gumbel_noise(key, step, ~turn, urn.positions)

@@ -58,13 +58,14 @@ def select_jointly(
       batch_size: b, examples to keep.
       num_chunks: sequential draws, clamped to one per example of the batch; a remainder goes to
         the first ones. 16 is the paper's default, 1 is independent selection.
-      num_sweeps: how often all chunks are then drawn again, one at a time given all others, uniform
-        picks excepted. 0 is the paper's algorithm. Each sweep costs one more selection.
+      num_sweeps: times that all chunks are then drawn again, one at a time given all others, but
+        for uniform picks. 0 is the paper's algorithm. Each sweep costs one more selection.
       score: the quantity to maximise: "learnability", "easy_reference" (needs no learner),
         "hard_learner" (no reference), a `WeightedScore`, or with the sigmoid loss any function of
         two tiles of pair losses in nats that treats each pair alone.
       loss: "sigmoid" scores an example by S_kk + sum over chosen j of (S_kj + S_jk), exactly.
-        "softmax" by its own loss against the chosen, itself not among them; at first by its logit.
+        "softmax" scores it by its own loss with the chosen as negatives; in the first chunk by its
+        logit.
       exact_marginal: for the softmax loss, scores by the loss that an example adds to the whole
         batch. Costs b^2 B: for small batches and as an oracle. The sigmoid is exact anyway.
       gain, effective_support, terms, uniform_fraction, groups: how to draw; see `DrawRule`.

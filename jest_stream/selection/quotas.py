@@ -1,10 +1,10 @@
-"""Floors, caps and shares of groups, kept within the loop over chunks.
+"""Keeps draws to floors, caps and shares of groups, within the loop over chunks.
 
-The group of every candidate and the quotas go in. Labels are known on the host, so all numbers are
-worked out there, before the first draw (`plan_bounds`): how many of each group must and may have
-been drawn after each draw. `Bounds` then holds the draws to them on the device, where the counts
-are: scores decide to which groups the free places go. A draw that is put back and made again need
-keep only to the bounds of the whole.
+The group of every candidate and the quotas go in. Labels are known on the host, so `plan_bounds`
+works out all numbers there, before the first draw: how many of each group must and may have been
+drawn after each draw. `Bounds` then holds the draws to these numbers on the device, where scores
+decide which groups get the free places. A draw that is put back and made again needs to keep only
+to the bounds of the whole sub-batch.
 
 G: groups with a quota; one more, the last, holds all other candidates. B: candidates, S: draws,
 n: examples of a draw.
@@ -31,9 +31,9 @@ class Groups:
     """The group of each candidate, and how much of the sub-batch a group may make up."""
 
     labels: Sequence[Hashable] | Tensor
-    """Of the B candidates: any values, or a `[B]` int64 tensor on the CPU."""
+    """The labels of the B candidates: any values, or a `[B]` int64 tensor on the CPU."""
     quotas: Mapping[Hashable, Quota]
-    """By label. Candidates with other labels are bound by nothing."""
+    """Quotas by label. Candidates with other labels are bound by nothing."""
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` if the floors leave no room, or the labels are no column."""
@@ -84,9 +84,10 @@ def plan_bounds(quotas: Sequence[Quota], available: Sequence[int], sizes: Sequen
     # (the floor sinks to all of them), or the caps together fill no batch (they are raised).
     attainable = [min(pair) for pair in zip(least, available, strict=True)]
     widened = _widened(most, available, [*(quota.most for quota in quotas), 1.0], batch_size)
+    # Lower bounds after each draw: due in proportion, never more than its places.
     paced = _paced(attainable, sizes)
-    # Upper bounds grow in proportion, rounded up to leave room for each draw. A cap of 3 in 16
-    # examples allows ceil(3 * 4 / 16) = 1 after 4 of them. Where a floor is ahead, with the floor.
+    # Upper bounds grow in proportion too, rounded up to leave room for each draw. A cap of 3 in 16
+    # examples allows ceil(3 * 4 / 16) = 1 after 4 of them. No upper bound is below the lower one.
     paced_most = [
         [max(low, -(-high * end // batch_size)) for low, high in zip(row, widened, strict=True)]
         for end, row in zip(accumulate(sizes), paced, strict=True)
@@ -100,10 +101,10 @@ def _widened(
     """Returns the upper bounds, none above the group's candidates, raised to fill a sub-batch.
 
     Places that a small group leaves open go, one at a time, to the group with the lowest bound for
-    its share, which keeps the others in proportion: of 100 examples, shares of 40, 30 and 30 % with
-    only 3 candidates in the last group end at 56, 41 and 3. A heap finds that group; groups of
-    share 0 come last.
+    its share, which keeps the others in proportion. Groups of share 0 come last.
     """
+    # Of 100 examples, shares of 40, 30 and 30 % with only 3 candidates in the last group begin at
+    # 40, 30 and 3 and end at 56, 41 and 3. A heap finds the next group of each place.
     widened = [min(pair) for pair in zip(most, available, strict=True)]
     order = [
         ((bound + 1) / share if share else math.inf, group)
@@ -127,10 +128,10 @@ def _paced(totals: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
     """Returns how many of each total are due after each draw: in proportion, by remainders.
 
     Cumulative largest remainder: each place goes to the group that lacks most of its proportion of
-    all places so far, free places being a group too. 1 of 16 examples thus falls due once in 16
-    chunks of one, and never are more due than a draw has places. (Rounding each group up alone
-    would make ten floors of 1 in 10 all due in the first chunk of one.)
+    all places so far. Never are more due than a draw has places.
     """
+    # Rounding each group up alone would make ten floors of 1 in 10 all due in the first chunk of
+    # one. Places bound to no group count as a group here: 1 of 16 falls due once in 16 chunks of 1.
     batch_size = sum(sizes)
     shares = [*totals, batch_size - sum(totals)]
     given = [0] * len(shares)
@@ -182,24 +183,24 @@ class Bounds:
         return limited.masked_fill(ranks < least, torch.inf)
 
     def count(self, drawn: Tensor, *, back: bool = False) -> None:
-        """Takes note of the candidates that a draw took, or that are put back."""
+        """Counts the candidates that a draw took, or takes those put back out of the count."""
         ones = torch.ones_like(drawn)
         self._counts.index_add_(0, self._members[drawn], ones, alpha=-1 if back else 1)
 
     def thresholds(self, left: Tensor, drawn: Tensor, draw: int) -> Tensor:
         """Returns the key that each of the drawn had to exceed: `[n]`, that of its best substitute.
 
-        Call it after `count`. There are two cases:
-
-        1. The group's floor is just met: only another of the group could stand in, its best left.
-        2. Else the best left of any group that is not full could; the example's own group counts
-           as not full, since the example leaves its place.
+        Call it after `count`.
 
         Args:
           left: `[B]` keys, -inf for all that are drawn.
           drawn: `[n]` the candidates that the draw took.
           draw: as of `restrict`.
         """
+        # The substitute of an example that is taken out again, in two cases:
+        # 1. The group's floor is just met: only the best left of the same group can stand in.
+        # 2. Else the best left of any group that is not full can. The group of the example is not
+        #    full then, since the example has left its place.
         best = left.new_full(self._counts.shape, -torch.inf)
         best.scatter_reduce_(0, self._members, left, "amax")  # [G + 1]
         best_open = best.masked_fill(self._counts >= self._most[draw], -torch.inf).amax()
@@ -214,12 +215,10 @@ class Bounds:
         return counts, (counts - most).clamp_min(0) - (least - counts).clamp_min(0)
 
     def _ranks(self, keys: Tensor) -> Tensor:
-        """Returns how many of its own group have a larger key, for each candidate: `[B]`.
-
-        Keys [5, 9, 7, 8] of groups [0, 1, 0, 1]: by key the candidates are [1, 3, 2, 0], sorted
-        stably by group [2, 0, 1, 3]. Places [0, 1, 2, 3] less the groups' starts [0, 0, 2, 2] are
-        their ranks [0, 1, 0, 1]; by candidate [1, 0, 0, 1].
-        """
+        """Returns for each candidate how many of its group have a larger key: `[B]`."""
+        # Keys [5, 9, 7, 8] of groups [0, 1, 0, 1]: by key the candidates are [1, 3, 2, 0], sorted
+        # stably by group [2, 0, 1, 3]. Places [0, 1, 2, 3] less the groups' starts [0, 0, 2, 2] are
+        # their ranks [0, 1, 0, 1]; by candidate [1, 0, 0, 1].
         order = keys.argsort(descending=True)
         by_group = order[self._members[order].argsort(stable=True)]
         ranks = torch.empty_like(by_group)

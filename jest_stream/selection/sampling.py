@@ -1,12 +1,12 @@
-"""Drawing without replacement, in proportion to exp(logits), with noise that is named not drawn.
+"""Draws without replacement in proportion to exp(logits), by noise that is a hash of names.
 
 Gumbel-top-k (Kool et al. 2019, https://arxiv.org/abs/1903.06059): add Gumbel noise to the logits
 and take the k largest. It works on logarithms: nothing under- or overflows, and candidates of logit
--inf are never drawn. `torch.multinomial` returns such ones when the others run short (pytorch
+-inf are never drawn. `torch.multinomial` returns such candidates when the others run short (pytorch
 #50034): where exp underflowed, 600 draws held all 100 examples that had been drawn before.
 
-The noise is a hash of (key, step, chunk, position). A draw therefore does not depend on the
-device, on how candidates are tiled or on how many ranks share them. Pure functions.
+The noise is a hash of (key, step, chunk, position). A draw therefore does not depend on the device
+or on the tiling of the candidates. Pure functions.
 
 n: candidates; or examples of a draw, where the docstring says so.
 """
@@ -104,7 +104,9 @@ def draw_key(generator: torch.Generator | None = None) -> int:
 
 
 def effective_support(logits: Tensor) -> Tensor:
-    """Returns among how many candidates a draw really chooses: `[]` float64, 1 / sum(p^2).
+    """Returns the number of candidates that a draw effectively chooses among: `[]` float64.
+
+    It is 1 / sum(p^2).
 
     Args:
       logits: `[n]`; p is their softmax. 1 is greedy, n uniform.
@@ -113,17 +115,18 @@ def effective_support(logits: Tensor) -> Tensor:
 
 
 def gain_for_support(support: float, scores: Tensor) -> Tensor:
-    """Returns the gain at which a draw really chooses among `support` candidates: `[]` float64.
+    """Returns the gain at which the effective support of a draw is `support`: `[]` float64.
 
-    By bisection over gains that spread the scores by 2^-20 to 2^40 nats. Effective support only
-    falls with the gain: the logarithm of sum(p^2) has the derivative 2 E[s] under p at twice the
-    gain, less 2 E[s] under p. A support that no gain gives (more than all candidates, fewer than
-    share the best score) is approached as closely as possible.
+    A support that no gain gives (more than all candidates, fewer than share the best score) is
+    approached as closely as possible.
 
     Args:
       support: at least 1.
       scores: `[n]`, -inf for candidates that cannot be drawn.
     """
+    # Bisection over gains that spread the scores by 2^-20 to 2^40 nats. It works because effective
+    # support only falls with the gain: the logarithm of sum(p^2) has the derivative 2 E[s] under p
+    # at twice the gain, less 2 E[s] under p.
     below = scores.double() - scores.max()
     spread = -below.masked_fill(below.isneginf(), 0.0).min()  # of those that can be drawn
     unit = torch.where(spread > 0, spread, 1.0).reciprocal()
@@ -176,9 +179,10 @@ def chunk_sizes(batch_size: int, num_chunks: int) -> list[int]:
 def uniform_sizes(sizes: Sequence[int], fraction: float) -> list[int]:
     """Returns how many examples of each chunk are drawn uniformly.
 
-    After each chunk the fraction of all examples so far, rounded: a tenth of [3, 3, 2, 2] makes
-    totals of .3, .6, .8 and 1, rounded 0, 1, 1, 1; their differences are [0, 1, 0, 0].
+    After each chunk they are the fraction of all examples so far, rounded.
     """
+    # A tenth of [3, 3, 2, 2] makes totals of .3, .6, .8 and 1, rounded 0, 1, 1, 1; the differences
+    # of these are [0, 1, 0, 0].
     totals = [math.floor(end * fraction + 0.5) for end in accumulate(sizes)]
     return [total - before for before, total in pairwise([0, *totals])]
 
@@ -208,7 +212,7 @@ def _mix(state: Tensor) -> Tensor:
 
 
 def _mix_integer(state: int) -> int:
-    """Returns the same of one Python integer, in [0, 2^64)."""
+    """Returns splitmix64's finaliser of one Python integer, in [0, 2^64)."""
     state &= _MASK
     state = (state ^ (state >> 30)) * _MULTIPLIERS[0] & _MASK
     state = (state ^ (state >> 27)) * _MULTIPLIERS[1] & _MASK
@@ -216,7 +220,7 @@ def _mix_integer(state: int) -> int:
 
 
 def _shift_right(state: Tensor, bits: int) -> Tensor:
-    """Returns a logical shift: torch's own copies the sign in from the left."""
+    """Returns the logical shift to the right; torch's shift fills in copies of the sign bit."""
     return state.bitwise_right_shift(bits).bitwise_and(2 ** (64 - bits) - 1)
 
 

@@ -1,8 +1,8 @@
-"""Scores: the value of each image-text pair to training, from its losses under two models.
+"""Scores image-text pairs by their value to training: losses under two models in, scores out.
 
-A score is a function of two tiles, the learner's and the reference's pair losses in nats. Those
+A score is a function of two tiles, the learner's and the reference's pair losses in nats. Scores
 known by name are weighted sums; for these no tile of scores is ever made, and a model of weight
-zero is not looked at. Pure functions, no randomness.
+zero is left out. Pure functions, no randomness.
 """
 
 from __future__ import annotations
@@ -66,14 +66,11 @@ def resolve_score(score: str | ScoreFunction) -> ScoreFunction:
 
 
 def needs(score: str | ScoreFunction) -> tuple[bool, bool]:
-    """Returns whether the score needs a learner, and whether it needs a reference.
-
-    A function of one's own is taken to need both; a `WeightedScore` needs those it weighs.
-    """
+    """Returns whether the score needs a learner, and whether it needs a reference."""
     function = resolve_score(score)
     if isinstance(function, WeightedScore):
         return function.learner_weight != 0, function.reference_weight != 0
-    return True, True
+    return True, True  # a function of the user is called with the losses of both
 
 
 def score_tile(score: ScoreFunction, learner_loss: Tensor, reference_loss: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""NormSim: how close candidates are to examples of the model's purpose, a term of their scores.
+"""Computes NormSim, a term of scores: the similarity of candidates to examples of the user's task.
 
 Wang et al., NeurIPS 2024 (https://arxiv.org/abs/2405.19547). Pure functions.
 
@@ -34,6 +34,7 @@ def target_similarity(rows: Tensor, targets: Tensor, *, norm: float) -> Tensor:
         )
     directions = normalize(targets.float(), dim=1).T
     found = rows.new_empty(len(rows), dtype=torch.float32)
+    # In blocks of rows: 100,000 candidates and 50,000 targets would take 20 GB of similarities.
     step = max(1, _BLOCK // len(targets))
     for start in range(0, len(rows), step):
         cosines = rows[start : start + step].float() @ directions

@@ -1,4 +1,4 @@
-"""A selection that the device may still be computing, for its users on the device and on the host.
+"""Selections that the device may still be computing, for users on the device and on the host.
 
 A `Selection` on the scoring device goes in; its rows of any columns come out. `Packing` puts its
 tensors into one row of bytes: one copy brings all of them to the host. Runs in the training thread.
@@ -89,6 +89,7 @@ class PendingSelection:
                 taken[name] = [column[i] for i in self.on_host().indices.tolist()]
         return taken
 
+    # Apart from `take_rows`, which asks `on_device`: that may only be used while handing out.
     def take_rows_on_host(self, columns: Columns) -> Columns:
         """Returns the selected rows of columns whose tensors lie in host memory."""
         indices = self.on_host().indices
@@ -106,7 +107,7 @@ class PendingSelection:
         return weights.to(device, non_blocking=is_asynchronous, copy=must_copy)
 
     def device_seconds(self) -> dict[str, float]:
-        """Returns how long the device worked on it, by stage. To be called after `on_host`."""
+        """Returns the seconds that the device worked on it, by stage. Call it after `on_host`."""
         return {stage: begin.elapsed_time(end) / 1000 for stage, begin, end in self._marks}
 
 
