@@ -1,7 +1,7 @@
 """The command line: `jest-stream demo`, `jest-stream index`, `jest-stream cache`.
 
-Exit status 0 only on success, 1 on an error of ours (its message on standard error), 2 on a wrong
-command line, 130 on Ctrl-C.
+The exit status is 0 on success only, 1 on an error of this package (its message on standard error),
+2 on a wrong command line, 130 on Ctrl-C.
 """
 
 from __future__ import annotations

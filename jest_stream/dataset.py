@@ -327,10 +327,9 @@ class JESTDataset(IterableDataset[Any]):
     def metrics(self) -> dict[str, float | int]:
         """Returns counters, last values, times and FLOPs so far, as a flat dict for any logger.
 
-        To count FLOPs, it runs one example through a model when it meets that model, or a new size
-        of its views, for the first time; the model's forward hooks see that example, and nothing
-        else of it changes. FLOPs are NaN before the first batch, and of models that cannot be
-        counted.
+        To count FLOPs, it runs one example through each model once, and again for each new size of
+        its views; the model's forward hooks see that example, and the model does not change. FLOPs
+        are NaN before the first batch, and for models that cannot be counted.
         """
         self._price()
         return self._metrics.as_dict()
@@ -358,7 +357,7 @@ class JESTDataset(IterableDataset[Any]):
         return pipeline.state_dict(include_learner_copy=include_learner_copy)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to where `state_dict()` was taken. Nothing is read before the next batch.
+        """Goes to the place where `state_dict()` was taken; reads nothing before the next batch.
 
         Takes the state that this rank saved, or the merged one of `gather_state_dict`, which any
         number of ranks can load, as long as they read as much per step together as the former ones
@@ -410,7 +409,7 @@ class JESTDataset(IterableDataset[Any]):
         return True
 
     def __reduce__(self) -> NoReturn:
-        """Raises: a copy would score with a learner that nobody trains."""
+        """Refuses to pickle or copy: the copy would score with a learner that is not trained."""
         raise WrongProcessError(
             "JESTDataset cannot be copied or sent to another process, because it scores with the "
             "learner that is trained in this one. Use DataLoader(dataset, batch_size=None, "

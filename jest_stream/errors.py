@@ -1,4 +1,4 @@
-"""Errors that a user can meet, by name.
+"""Defines the errors that a user can meet.
 
 A message names the fault, the value found, its consequence and the remedy. `ConfigError` is about
 arguments; the others are about the data, the models or a checkpoint. All survive pickling with
@@ -80,7 +80,7 @@ class UnsafeExampleError(BadExampleError, UnsafeDataError):
 
 
 class BadExampleLimitError(JESTError):
-    """More bad examples than `on_bad_example="skip"` was meant for."""
+    """A share of bad examples above `max_bad_fraction`, too large to skip them silently."""
 
 
 class NonFiniteError(JESTError, ValueError):

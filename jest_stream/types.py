@@ -90,9 +90,9 @@ class Source(ABC):
         return None
 
     def shard_content(self, shard: int) -> tuple[int, str] | None:
-        """Returns the names of a shard's content: its length in bytes, and its ETag or "".
+        """Returns length in bytes and ETag (or "") of a shard; None where a shard has no bytes.
 
-        None where a shard has no bytes. A cache of reference embeddings notices changes by it.
+        A cache of reference embeddings notices changed shards by them.
         """
         return None
 
@@ -137,7 +137,7 @@ class WrappedSource(Source):
         return self._source.num_examples
 
     def shard_content(self, shard: int) -> tuple[int, str] | None:
-        """Returns the names that the wrapped source gives a shard's content."""
+        """Returns length and ETag of a shard of the wrapped source."""
         return self._source.shard_content(shard)
 
     def take_counts(self) -> dict[str, int]:
@@ -168,7 +168,7 @@ class Embeddings:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The chosen candidates and how sharply they were drawn. Tensors stay on the scoring device."""
+    """The chosen candidates, with statistics of their draws. Tensors stay on the scoring device."""
 
     indices: Tensor
     """`[b]` int64, distinct, in draw order, chunk by chunk."""

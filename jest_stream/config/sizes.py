@@ -105,7 +105,14 @@ def resolve_sizes(
         # Rounded, and only here: int(256 / (1 - 0.95)) is 5119 in floating point, not 5120.
         wanted = {step: round(batch_size / (1 - ratio)) for step, ratio in ratios.items()}
     else:
-        wanted = {0: _at_least_a_batch(super_batch_size, batch_size)}
+        super_batch_size = as_integer("super_batch_size", super_batch_size, 1)
+        if super_batch_size < batch_size:
+            raise ConfigError(
+                f"super_batch_size={super_batch_size} is below batch_size={batch_size}: a "
+                f"sub-batch is chosen from a super-batch. Pass at least {batch_size}, or "
+                f"filter_ratio instead."
+            )
+        wanted = {0: super_batch_size}
     stream_size = max(wanted.values())
     if selection.method == "uniform" and super_batch_size is None:
         wanted = {0: batch_size}
@@ -182,13 +189,3 @@ def _checked(ratios: Mapping[int, float]) -> Mapping[int, float]:
             )
         checked[as_integer("a step of filter_ratio", step, 0)] = ratio
     return checked
-
-
-def _at_least_a_batch(super_batch_size: int, batch_size: int) -> int:
-    super_batch_size = as_integer("super_batch_size", super_batch_size, 1)
-    if super_batch_size < batch_size:
-        raise ConfigError(
-            f"super_batch_size={super_batch_size} is below batch_size={batch_size}: a sub-batch is "
-            f"chosen from a super-batch. Pass at least {batch_size}, or filter_ratio instead."
-        )
-    return super_batch_size

@@ -101,10 +101,16 @@ class Accounting:
         if was_scored and shapes == self._scored:
             self._rows["reusable_small" if is_small else "reusable", shapes] += num_rows
 
-    @property
-    def is_unpriced(self) -> bool:
-        """Whether the price of some counted rows was not measured yet."""
-        return bool(self._unpriced())
+    def unpriced(self) -> set[tuple[Model, Shapes]]:
+        """Returns the prices that counted rows need and that were not measured yet."""
+        needed: set[tuple[Model, Shapes]] = set()
+        # Where the user states the FLOPs of training, its rows need no price, but for one case:
+        # with small rows among them, `_spared` compares forward passes.
+        has_small = any(role == "small" for role, _ in self._rows)
+        for role, shapes in self._rows:
+            if role not in ("trained", "small") or self.is_training_estimated or has_small:
+                needed.add((_MODEL_OF[role], shapes))
+        return needed - self._prices.keys()
 
     def price(self, passes: Mapping[Model, ForwardPass]) -> None:
         """Measures the prices that are missing, once each; a failure is logged, and stays NaN.
@@ -117,7 +123,7 @@ class Accounting:
         """
         if _is_recorded():
             return
-        for model, shapes in self._unpriced():
+        for model, shapes in self.unpriced():
             if model in passes:
                 self._prices[model, shapes] = _price(model, passes[model], shapes)
 
@@ -180,16 +186,6 @@ class Accounting:
         paid = sum(forwards.values())
         # A model that only looks up embeddings has no FLOPs that count.
         return training * (whole / paid - 1) if paid else math.nan
-
-    def _unpriced(self) -> set[tuple[Model, Shapes]]:
-        needed: set[tuple[Model, Shapes]] = set()
-        # Where the user states the FLOPs of training, its rows need no price, but for one case:
-        # with small rows among them, `_spared` compares forward passes.
-        has_small = any(role == "small" for role, _ in self._rows)
-        for role, shapes in self._rows:
-            if role not in ("trained", "small") or self.is_training_estimated or has_small:
-                needed.add((_MODEL_OF[role], shapes))
-        return needed - self._prices.keys()
 
     def _row_price(self, role: Role, shapes: Shapes) -> float:
         # There are four cases:

@@ -50,20 +50,17 @@ def training_flops(module: nn.Module, loss: Callable[[nn.Module], Tensor]) -> in
 
 @contextmanager
 def _counter() -> Iterator[FlopCounterMode]:
-    """Counts the FLOPs of the block; torch's settings and random state are put back afterwards.
-
-    A plain `FlopCounterMode` fails in four ways, each mended below:
-
-    1. `nn.TransformerEncoder` and `nn.MultiheadAttention` count 0 in eval mode: their fast path is
-       one operator.
-    2. Fused attention counts by the kernel that the device happens to have: nothing for some, five
-       products backwards instead of four for others.
-    3. Where the caller is in inference_mode, nothing can be trained.
-    4. It hooks all modules of the process, see `_OneModule`.
-    """
+    """Counts the FLOPs of the block; torch's settings and random state are put back afterwards."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode  # takes half a second to import
 
+    # A plain `FlopCounterMode` fails in four ways:
+    # 1. `nn.TransformerEncoder` and `nn.MultiheadAttention` count 0 in eval mode: their fast path
+    #    is one operator. It is switched off.
+    # 2. Fused attention counts by the kernel that the device happens to have: nothing for some,
+    #    five products backwards instead of four for others. The plain kernel is used.
+    # 3. Where the caller is in inference_mode, nothing can be trained. It is left.
+    # 4. The counter hooks all modules of the process, see `_OneModule`.
     has_fast_path = torch.backends.mha.get_fastpath_enabled()
     has_cuda_state = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = [torch.cuda.current_device()] if has_cuda_state else []
@@ -119,12 +116,12 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """Everything together."""
+        """Training, scoring and selection together."""
         return self.training + self.learner_scoring + self.reference_scoring + self.selection
 
     @property
     def uniform(self) -> float:
-        """Uniform training on as many examples, all of them at full size."""
+        """FLOPs of uniform training on as many examples, all of them at full size."""
         return self.training + self.spared
 
     @property

@@ -199,8 +199,8 @@ class Metrics:
         # Quotas may change with a resume: new groups start at 0.
         self._group_counts = {name: state.get(name, 0) for name in self._group_counts}
         self.accounting.load_state_dict(state)
-        # The state is flat, and a prefix tells whose a counter is. Names without one that are not
-        # ours are the source's.
+        # The state is flat. A prefix tells the owner of a counter; names that are neither prefixed
+        # nor among `_COUNTERS` are counts of the source.
         self._skipped, self._of_source = Counter(), Counter()
         for name, count in state.items():
             if name.startswith(_SKIPPED):

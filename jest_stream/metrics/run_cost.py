@@ -1,4 +1,4 @@
-"""`RunCost`: the cost of a run and the savings that pay for it, as numbers and in plain lines."""
+"""`RunCost`: the cost of a run and the savings that would pay for it, as numbers and in words."""
 
 from __future__ import annotations
 

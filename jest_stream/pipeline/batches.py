@@ -60,14 +60,14 @@ class Batches:
         return 2 if self._late is not None and scoring_device.type == "cuda" else 1
 
     def open(self) -> None:
-        """Starts the processes that make train views, if there are to be any."""
+        """Starts the processes that make train views, if the settings ask for any."""
         if self._late is not None:
             self._late.open()
 
     def start(self, scored: ScoredSuperBatch, *, step: int) -> None:
-        """Has the train views of a step made, unless that was asked before.
+        """Starts making the train views of a step, unless they were started before.
 
-        Waits for the selection where it is still being made. Arguments as for `make`.
+        Waits for a selection that is still being computed. Arguments as for `make`.
         """
         selection = scored.selection
         # Nothing to do in three cases: there are no train views, they were started before, or

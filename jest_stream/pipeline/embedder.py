@@ -155,7 +155,7 @@ class Embedder:
     def price(self) -> None:
         """Measures the cost of the forward passes that were counted, where it is not known yet."""
         accounting = self._metrics.accounting
-        if not accounting.is_unpriced:
+        if not accounting.unpriced():
             return
         passes: dict[Model, ForwardPass] = {}
         dtype, trained = self._scoring.autocast_dtype, self._models.trained

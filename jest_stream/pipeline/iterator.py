@@ -19,7 +19,7 @@ class BatchStream(Protocol):
         """Returns the state that resumes the stream after the last batch handed out."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to where `state_dict()` was taken."""
+        """Goes to the place where `state_dict()` was taken."""
 
     def _next(self) -> tuple[Any, bool]:
         """Returns one batch, or None at the end of a pass; and whether the epoch has ended."""
@@ -76,7 +76,7 @@ class JESTIterator(Iterator[Any]):
         return self._stream.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to where `state_dict()` was taken; ends where that epoch would have ended."""
+        """Goes to the place where `state_dict()` was taken; ends with that epoch."""
         self._stream.load_state_dict(state)
         self._has_ended = False
 

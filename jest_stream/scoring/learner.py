@@ -119,6 +119,8 @@ class LearnerCopy(FrozenModel):
         """
         if not (force or self.is_due(step)):
             return False
+        # The learner may have been wrapped or moved since, which changes nothing here; layers that
+        # were added or resized (a new head, LoRA) have no counterpart in the copy.
         source = named_tensors(self._learner)
         if difference := _difference(expected=self._shapes, found=source):
             raise ConfigError(
@@ -159,7 +161,7 @@ class LearnerCopy(FrozenModel):
                 f"scores at another size: {difference}. Pass the learner and the image_size and "
                 f"patch_size of scoring that the checkpoint was taken with."
             )
-        # The saved tensors have the copy's own sizes: nothing is resampled.
+        # The saved tensors have the sizes of the copy: nothing is resampled.
         overwrite(target, state["tensors"], ScoreSize(role="learner"))
         self.step = state["step"]
 
@@ -173,9 +175,9 @@ class LearnerCopy(FrozenModel):
 def embed_once(learner: nn.Module, image: Input, text: Input) -> Embeddings:
     """Returns the learner's embeddings of B pairs, in eval mode and without gradients.
 
-    A stand-in runs: the learner's mode, buffers and gradients stay. It has the learner's own
-    weights, not copies of them, and takes no memory to speak of. Forward hooks are part of a
-    module's computation: they run.
+    A stand-in with the same weights and copied buffers runs, so the learner's mode, buffers and
+    gradients stay, and no weight is copied. Forward hooks run too: they are part of a module's
+    computation.
 
     Raises:
       ConfigError: for a learner without values or whose weights are sharded over ranks: its

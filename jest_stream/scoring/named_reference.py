@@ -45,7 +45,7 @@ def is_named(reference: object) -> bool:
 
 
 def load_reference(name: str | os.PathLike[str]) -> NamedReference:
-    """Returns the model of a name, on the CPU and in eval mode, with its own views.
+    """Returns the model of a name, on the CPU and in eval mode, with the views it was trained with.
 
     Args:
       name: one of the forms above, in the module's docstring.

@@ -146,7 +146,7 @@ def two_tower(module: nn.Module, *, role: str = "learner") -> TwoTower:
     for image_method, text_method in _METHODS:
         if _has(inner, image_method) and _has(inner, text_method):
             break
-    else:
+    else:  # no style is complete
         # The message names the style that the module has half of; the plain one if neither.
         style = next((pair for pair in _METHODS if any(_has(inner, m) for m in pair)), _METHODS[1])
         missing = " and ".join(method for method in style if not _has(inner, method))
@@ -261,9 +261,10 @@ def _scalar(module: nn.Module, name: str, role: str) -> Tensor:
 def _weight_dtype(module: nn.Module) -> torch.dtype | None:
     """Returns the precision that inputs must have; None leaves them alone.
 
-    The first layer that multiplies decides: models stored in half precision often keep norms,
-    position embeddings and the logit scale in float32.
+    The first layer that multiplies decides.
     """
+    # Not the first parameter: models stored in half precision often keep norms, position embeddings
+    # and the logit scale in float32.
     for layer in module.modules():
         # Quantised layers hold integers, which say nothing of the inputs' precision.
         if isinstance(layer, nn.Conv2d | nn.Linear) and layer.weight.is_floating_point():

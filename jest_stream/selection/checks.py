@@ -59,6 +59,7 @@ def check_candidates(
     if loss not in _LOSSES:
         raise ConfigError(f"loss must be 'sigmoid' or 'softmax', got {loss!r}")
     function = resolve_score(score)
+    # A sum of losses can be taken example by example; another function needs the loss of each pair.
     if loss == "softmax" and not isinstance(function, WeightedScore):
         raise ConfigError(
             "score is a function of pair losses, but loss='softmax' has none: its loss belongs to "

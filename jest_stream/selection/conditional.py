@@ -37,7 +37,7 @@ from jest_stream.selection.scores import WeightedScore, score_tile
 from jest_stream.types import Embeddings
 
 
-class Window:
+class PartQueue:
     """Joins all parts that were added and not yet forgotten; the oldest is forgotten first.
 
     Nothing is ever subtracted: that would lose digits, and in a log-sum-exp all of them. Instead
@@ -56,9 +56,9 @@ class Window:
         self._nothing = nothing
         self._join = join
         self._forgets = forgets
-        self._old: list[Tensor] = []  # joined from the newest on: the last entry is all of them
-        self._parts: list[Tensor] = []  # the young ones, one by one
-        self._young = nothing  # the young ones, joined
+        self._old: list[Tensor] = []  # joined from the newest on: the last entry joins all
+        self._parts: list[Tensor] = []  # the young parts, one by one
+        self._young = nothing  # the young parts, joined
         self.num_parts = 0
 
     def add(self, part: Tensor) -> None:
@@ -90,7 +90,7 @@ class Window:
 class ConditionalScores(ABC):
     """Scores of the candidates, each given the examples chosen so far."""
 
-    def __init__(self, models: Sequence[Embeddings], given: Window) -> None:
+    def __init__(self, models: Sequence[Embeddings], given: PartQueue) -> None:
         self.models = models
         self._given = given
 
@@ -99,7 +99,7 @@ class ConditionalScores(ABC):
         """Returns the score of every candidate: `[B]` float32, in nats. Not to be modified."""
 
     def condition_on(self, chosen: Sequence[Embeddings]) -> None:
-        """Takes note of a chunk that was chosen: for each of `models`, its `[C, D]` embeddings."""
+        """Adds a chosen chunk to the sums: for each of `models`, its `[C, D]` embeddings."""
         self._given.add(self._part(chosen))
 
     def condition_on_all(self) -> None:
@@ -123,7 +123,7 @@ class _PairSums(ConditionalScores):
 
     def __init__(self, models: Sequence[Embeddings], *, forgets: bool) -> None:
         zeros = torch.zeros_like(models[0].image[:, 0])
-        super().__init__(models, Window(zeros, torch.add, forgets=forgets))
+        super().__init__(models, PartQueue(zeros, torch.add, forgets=forgets))
         self._own = zeros.clone()
         self._add_own_pairs(self._own, 1, are_matches=True)
 
@@ -148,7 +148,7 @@ class _PairSums(ConditionalScores):
 
     @abstractmethod
     def _add_own_pairs(self, scores: Tensor, factor: int, *, are_matches: bool) -> None:
-        """Adds `factor` times the score of each own pair, in place: S_kk if it is taken to match."""
+        """Adds `factor` times the score of each own pair, in place: S_kk if they are matches."""
 
 
 class SigmoidScores(_PairSums):
@@ -205,7 +205,7 @@ class _LogSums(ConditionalScores):
     def __init__(
         self, models: Sequence[Embeddings], weights: Sequence[float], *, forgets: bool = False
     ) -> None:
-        super().__init__(models, Window(_no_sums(models), _added_sums, forgets=forgets))
+        super().__init__(models, PartQueue(_no_sums(models), _added_sums, forgets=forgets))
         self._weights = weights
         self._own = [own_logits(model, with_bias=False) for model in models]
 

@@ -36,7 +36,7 @@ from jest_stream.types import Selection
 
 @dataclass(frozen=True)
 class DrawRule:
-    """How examples of one super-batch are drawn by their scores."""
+    """The rule by which examples of one super-batch are drawn by their scores."""
 
     gain: float = 1.0
     """Factor on the scores before sampling. Larger is greedier; infinity takes the best."""
@@ -60,7 +60,7 @@ PLAIN = DrawRule()
 
 
 class Urn:
-    """The candidates, drawn from without replacement. Remembers each draw and how likely it was."""
+    """Draws candidates without replacement; remembers each draw and its probabilities."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class Urn:
         return drawn
 
     def put_back(self, draw: int) -> None:
-        """Puts back the candidates of a draw, once all draws were made; it is to be made again."""
+        """Puts back the candidates of a draw, to make it again. Only after all draws were made."""
         assert len(self.drawn) == len(self._sizes)
         drawn = self.drawn[draw]
         if self._bounds is not None:

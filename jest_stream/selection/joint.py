@@ -118,7 +118,9 @@ def joint_selection(
     batch_size = check_batch_size(batch_size, candidates.num_examples)
     sizes = chunk_sizes(batch_size, as_integer("num_chunks", num_chunks, 1))
     num_sweeps = as_integer("num_sweeps", num_sweeps, 0)
-    if len(sizes) == 1:  # a sweep draws a chunk given the others, and one chunk has none
+    # A sweep draws each chunk given the others. A single chunk has none: it would only be drawn
+    # again from the same distribution.
+    if len(sizes) == 1:
         num_sweeps = 0
     conditional = conditional_scores(
         candidates, exact_marginal=exact_marginal, forgets=num_sweeps > 0

@@ -53,7 +53,7 @@ def resolve_score(score: str | ScoreFunction) -> ScoreFunction:
     """Returns the function of a name; a function is returned as it is.
 
     Raises:
-      ConfigError: if the name is none of ours.
+      ConfigError: if no score has that name.
     """
     if callable(score):
         return score

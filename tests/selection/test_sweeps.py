@@ -20,9 +20,9 @@ from jest_stream.config.selection import Quota
 from jest_stream.selection.conditional import (
     ExactSoftmaxScores,
     OwnSigmoidScores,
+    PartQueue,
     SigmoidScores,
     SoftmaxScores,
-    Window,
     take,
 )
 from jest_stream.selection.drawing import DrawRule, Urn
@@ -322,7 +322,7 @@ def test_what_is_forgotten_leaves_no_trace(kind):
 @settings(deadline=None, max_examples=100)
 @given(steps=st.lists(st.booleans(), max_size=60))
 def test_a_window_joins_what_was_added_and_not_forgotten(steps):
-    window = Window(torch.zeros(1, dtype=torch.int64), torch.add, forgets=True)
+    window = PartQueue(torch.zeros(1, dtype=torch.int64), torch.add, forgets=True)
     kept: list[int] = []
     for number, is_added in enumerate(steps):
         if is_added or not kept:

@@ -1,6 +1,6 @@
-"""The few calls that scoring beside training makes of a device that queues its work.
+"""Protocols for a device that queues its work: the few calls that scoring beside training makes.
 
-`streams` works by these calls alone: a test puts a model of a device in their place, which reports
+`streams` works by these calls alone: a test replaces the device by a model of one, which reports
 every access that no wait orders.
 """
 
@@ -20,7 +20,7 @@ class Event(Protocol):
         """Returns whether the device has got there."""
 
     def synchronize(self) -> None:
-        """Has the host wait until the device has got there."""
+        """Makes the host wait until the device has got there."""
 
     def elapsed_time(self, end_event: Any) -> float:
         """Returns the milliseconds up to a later event; both made by `Backend.mark`."""
@@ -30,10 +30,10 @@ class Stream(Protocol):
     """Work that a device does in order, as `torch.cuda.Stream`."""
 
     def wait_event(self, event: Any) -> None:
-        """Has all that is queued from now on wait for the event."""
+        """Makes all work that is queued from now on wait for the event."""
 
     def record_event(self) -> Any:
-        """Returns an `Event` that comes when all that is queued now is done."""
+        """Returns an `Event` that comes when all work queued so far is done."""
 
 
 class Backend(Protocol):
@@ -43,13 +43,13 @@ class Backend(Protocol):
         """Returns a new stream of the device."""
 
     def current_stream(self, device: torch.device | None = None) -> Stream:
-        """Returns the caller's stream on `device`, if that has streams, else on this device."""
+        """Returns the caller's stream on `device`; on the backend's device if that has none."""
 
     def use(self, stream: Stream) -> AbstractContextManager[Any]:
         """Queues the block's work on the stream."""
 
     def mark(self, stream: Stream) -> Event:
-        """Returns an event of now that times can be taken between."""
+        """Returns an event of the present, which measures the time to other such events."""
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Returns host memory that the device can copy to and from."""

@@ -53,7 +53,7 @@ class CudaBackend:
         return stream
 
     def current_stream(self, device: torch.device | None = None) -> Stream:
-        """Returns the caller's stream on `device`, if that is a CUDA device, else on ours."""
+        """Returns the caller's stream on `device`; on the backend's device if that is not CUDA."""
         is_cuda = device is not None and device.type == "cuda"
         return torch.cuda.current_stream(device if is_cuda else self._device)
 
@@ -63,7 +63,7 @@ class CudaBackend:
         return torch.cuda.stream(stream)
 
     def mark(self, stream: Stream) -> Event:
-        """Returns an event of now that times can be taken between."""
+        """Returns an event of the present, which measures the time to other such events."""
         assert isinstance(stream, torch.cuda.Stream)
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(stream)
@@ -229,7 +229,7 @@ class Slot:
 
     @contextmanager
     def handing_out(self) -> Iterator[None]:
-        """Has the consumer's current stream wait for the selection, and the slot for the block.
+        """Makes the consumer's current stream wait for the selection, and the slot for the block.
 
         Memory that the block allocates belongs to the consumer.
         """
