@@ -1,4 +1,4 @@
-"""The embeddings of one shard by key: in the order of its examples at no cost, else looked up.
+"""Finds embeddings of one shard by key: in the order of its examples at no cost, else looked up.
 
 A reader goes through a shard from some example on. The next example's row is nearly always the next
 one in the file, perhaps a few further on where examples were left out; only where it is neither is
@@ -54,6 +54,7 @@ class ShardRows:
 
         The tensors are the mapped file itself: gather rows while the shard is at hand.
         """
+        # Nearly always the next row has the key: one comparison of strings, and no search.
         row = self._row
         if row >= len(self._keys) or self._keys[row] != key:
             if not self._find(key):
@@ -78,6 +79,7 @@ class ShardRows:
         if key in self._keys[low:high]:
             self._row = self._keys.index(key, low, high)
             return True
+        # The index knows hashes: another key may have the same one, so the key itself decides.
         before = self._place, self._row
         for part, row in self._index_of_keys().places(key):
             self._go_to(part, row)
@@ -104,6 +106,7 @@ class ShardRows:
             self._row += 1
 
     def _go_to(self, part: int, row: int) -> None:
+        # Batches that start at rows 0, 8192 and 16384: row 9000 is row 808 of batch 1.
         starts = self._file(part).starts
         number = int(np.searchsorted(starts, row, side="right")) - 1
         if self._place != (part, number):

@@ -1,4 +1,4 @@
-"""The settings of a build, checked once: `ReferenceCache.build` makes them of its keywords.
+"""Checks the settings of a build once: `ReferenceCache.build` makes them of its keywords.
 
 They go down unchanged to all that takes part in a build: the header, the reader and the progress.
 """

@@ -1,4 +1,4 @@
-"""`HuggingFaceSource`: repositories of the Hugging Face Hub, and objects of `datasets`.
+"""Reads repositories of the Hugging Face Hub, and objects of `datasets`.
 
 In: `"hf://datasets/org/name"`, a `datasets.IterableDataset` or a `datasets.Dataset`. Out: examples
 as every source gives them, undecoded. Chooses the reader, in the training process: ours for the
@@ -83,6 +83,7 @@ class HuggingFaceSource(WrappedSource):
         text_key: str | None = None,
         storage: StorageConfig | None = None,
     ) -> None:
+        # An object of `datasets` is read by `datasets`; a name means a repository, listed now.
         keys: dict[str, str | None] = {"image_key": image_key, "text_key": text_key}
         self._files: HubFiles | None = None
         if not isinstance(dataset_or_name, str | os.PathLike):
@@ -112,6 +113,8 @@ class HuggingFaceSource(WrappedSource):
     @property
     def fingerprint(self) -> str:
         """Of a repository: names, lengths and ids of the files, and the columns; not the commit."""
+        # A repository's own digest holds the object ids of the files, which name their content. Of
+        # Parquet files the columns count too: another column makes other examples of one file.
         if self._files is None:
             return self._source.fingerprint
         if self._files.kind == "tar":

@@ -1,4 +1,4 @@
-"""Checksums of image and text: they tell whether an example changed since a reference embedded it.
+"""Tells by checksums whether an example changed since a reference embedded it.
 
 Names and lengths of shards that agree say little: a tar keeps its length when its captions are
 written anew. Pure functions.
@@ -25,6 +25,7 @@ def checksums(image: Any, text: Any) -> tuple[int, int]:
 def require_same(example: Example, found: tuple[int, int]) -> None:
     """Raises `CachedShardChangedError` if a cached example had another image or text."""
     cached = example[REFERENCE_ROW][2][example[REFERENCE_ROW][-1]].tolist()
+    # An unknown checksum on either side proves nothing: the example passes.
     names = [
         name
         for name, before, now in zip(("image", "text"), cached, found, strict=True)

@@ -1,4 +1,4 @@
-"""The deterministic view that candidates are scored on. Pure; runs where the examples are read."""
+"""Makes the view that candidates are scored on. Pure; runs where the examples are read."""
 
 from __future__ import annotations
 
@@ -58,6 +58,8 @@ class ScoreView:
             add_view(row, "reference_image", _viewed(self.reference[0], image))
         if self.reference[1] is not None:
             add_view(row, "reference_text", self.reference[1](text))
+        # The image as it was read: checksums must not depend on the decoder, and a train view is
+        # made of it anew.
         raw = raw_image(example, self.keys[0], image)
         if REFERENCE_ROW in example:
             require_same(example, checksums(raw[1], text))
@@ -76,6 +78,7 @@ class ScoreView:
     def _image(self, example: Example, decoded: Decoded) -> Any:
         """Returns the picture; `Reduced` only where no function of the user's is given it."""
         key = self.keys[0]
+        # A function may measure the image that it is given: only a member's name allows to reduce.
         if self.reduction is not None and isinstance(key, str):
             name = present_member(example, key)
             if name is not None:
