@@ -26,7 +26,7 @@ class CurvePoint:
     trained: int
     """Pairs that were trained on."""
     flops: float
-    """For training, scoring and selection; tests are not counted."""
+    """Of training, scoring and selection; tests are not counted."""
     seconds: float
     """Wall time likewise, reading included."""
     accuracy: Mapping[str, Recall]

@@ -113,7 +113,7 @@ class VisionTransformer(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention and a two-layer perceptron, each added to its input."""
+    """Adds attention, and then a two-layer perceptron, to its input."""
 
     def __init__(self, width: int, head_width: int = 32) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class TransformerLayer(nn.Module):
 
 
 class BagOfTokens(nn.Module):
-    """The mean of the token embeddings, and a perceptron on it."""
+    """Turns token ids into one embedding: a perceptron on the mean of their embeddings."""
 
     def __init__(self, *, width: int, embedding_dim: int) -> None:
         super().__init__()

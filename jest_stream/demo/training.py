@@ -26,7 +26,7 @@ WEIGHT_DECAY = 0.1
 
 @dataclass(frozen=True)
 class Recall:
-    """How often the right partner is the best match, or among the best five. In percent."""
+    """Shares of pairs whose partner is the best match, or among the best five. In percent."""
 
     at_1: float
     at_5: float

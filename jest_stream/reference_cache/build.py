@@ -36,7 +36,7 @@ from jest_stream.reference_cache.manifest import (
     write_whole,
 )
 from jest_stream.reference_cache.progress import BuildProgress
-from jest_stream.reference_cache.reading import ShardSlice, read_slices
+from jest_stream.reference_cache.reading import read_slices
 from jest_stream.reference_cache.settings import BuildSettings
 from jest_stream.reference_cache.shard import FinishedParts, ShardWork
 from jest_stream.scoring import ReferenceModel, two_tower
@@ -77,7 +77,7 @@ def make_header(source: Source, reference: nn.Module, settings: BuildSettings) -
 
 
 class Build:
-    """One process's part of building a cache.
+    """Builds one process's share of a cache.
 
     Args:
       folder: folder of the cache.
@@ -167,7 +167,15 @@ class Build:
                         embed=partial(_embedded, model, self._settings),
                         begun=begun.get(shard, FinishedParts()),
                     )
-                self._take(rows, progress)
+                work = self._works[shard]
+                progress.add(work.add(rows))
+                if rows.is_end:
+                    record, num_embedded = work.finish(
+                        rows.num_read[0], self._source.shard_content(shard)
+                    )
+                    self._records[record_file(shard)] = record
+                    progress.add(num_embedded, num_shards=1)
+                    del self._works[shard]
 
     def _view(self) -> ScoreView:
         settings = self._settings
@@ -180,16 +188,6 @@ class Build:
             for_cache=True,
         )
 
-    def _take(self, rows: ShardSlice, progress: BuildProgress) -> None:
-        work = self._works[rows.shard]
-        progress.add(work.add(rows))
-        if rows.is_end:
-            content = self._source.shard_content(rows.shard)
-            record, num_embedded = work.finish(rows.num_read[0], content)
-            self._records[record_file(rows.shard)] = record
-            progress.add(num_embedded, num_shards=1)
-            del self._works[rows.shard]
-
     def _name(self, shard: int) -> str:
         """Returns the shard's name in the cache: without its folder on this machine."""
         name = self._source.shard_name(shard)
@@ -197,21 +195,21 @@ class Build:
 
     def _begun(self, shard: int, names: set[str]) -> FinishedParts:
         """Returns the finished parts of a shard that is cached in parts."""
-        progress = FinishedParts()
+        finished = FinishedParts()
         part_size = self._header.part_size
-        while (name := part_file(shard, len(progress.parts), part_size)) + ".json" in names:
+        while (name := part_file(shard, len(finished.parts), part_size)) + ".json" in names:
             record = self._read_record(f"{name}.json")
             (part,) = record.parts
             # The file is opened for its keys: one that comes twice, in two parts, must be noticed.
             data = self._storage.mapped(f"{self._folder}/{part.file}")
             file = EmbeddingsFile(data, part.file, part, self._header.build)
-            progress = FinishedParts(
-                parts=(*progress.parts, part),
+            finished = FinishedParts(
+                parts=(*finished.parts, part),
                 num_read=record.num_read,
                 skipped=record.skipped,
-                hashes=(*progress.hashes, key_hashes(file.keys())),
+                hashes=(*finished.hashes, key_hashes(file.keys())),
             )
-        return progress
+        return finished
 
     def _complete(self) -> None:
         """Writes the manifest, if all shards are done."""

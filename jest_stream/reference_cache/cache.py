@@ -49,7 +49,7 @@ from jest_stream.types import Embeddings, ObjectInfo, Source
 
 
 class ReferenceCache:
-    """The embeddings that a reference gave of every example of a source.
+    """Holds the embeddings that a reference gave of every example of a source.
 
     `JESTDataset(reference=cache)` scores with them instead of running a reference. Each shard has
     one Arrow file with `key`, `image` and `text` (float16) and checksums of the embedded image and

@@ -25,8 +25,8 @@ ROWS_PER_BATCH = 8192
 """Rows of a record batch. A reader holds the keys of one at a time."""
 
 
-class Batch(NamedTuple):
-    """One record batch."""
+class RecordBatch(NamedTuple):
+    """The columns of one record batch."""
 
     keys: list[str]
     image: Tensor
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     text: Tensor
     """`[n, D]` float16 likewise."""
     checksums: Tensor
-    """`[n, 2]` int64: of the image and of the text; see `views.checksums`."""
+    """`[n, 2]` int64: of the image and of the text; see `views.score`."""
 
 
 class EmbeddingsWriter:
@@ -104,7 +104,7 @@ class EmbeddingsWriter:
 
 
 class EmbeddingsFile:
-    """One Arrow file, mapped.
+    """Reads one Arrow file, which is mapped.
 
     Args:
       data: its bytes, as `Storage.mapped` returns them.
@@ -149,7 +149,7 @@ class EmbeddingsFile:
         """Returns the keys of all rows."""
         return [key for number in range(self.num_batches) for key in self.batch(number).keys]
 
-    def batch(self, number: int) -> Batch:
+    def batch(self, number: int) -> RecordBatch:
         """Returns one record batch; its rows are the mapped file.
 
         Raises:
@@ -168,7 +168,9 @@ class EmbeddingsFile:
             raise damaged(self._url, f"is damaged in record batch {number}: {error}") from error
         crcs = [self._values(found.column(at), np.uint32, len(keys)) for at in (3, 4)]
         checksums = torch.from_numpy(np.stack(crcs, axis=1).astype(np.int64))
-        return Batch(keys, self._tower(found.column(1)), self._tower(found.column(2)), checksums)
+        return RecordBatch(
+            keys, self._tower(found.column(1)), self._tower(found.column(2)), checksums
+        )
 
     def _tower(self, column: Any) -> Tensor:
         num_values = len(column) * self._dimension

@@ -23,7 +23,7 @@ from jest_stream.types import REFERENCE_ROW, Example, Source, WrappedSource
 
 
 class EmbeddingStore(Protocol):
-    """The members of a `ReferenceCache` that a join reads; explained there."""
+    """The members of a `ReferenceCache` that a join reads; the class explains them."""
 
     @property
     def path(self) -> str:
@@ -52,10 +52,10 @@ class EmbeddingStore(Protocol):
 
 
 class JoinedSource(WrappedSource):
-    """The examples of a source, each with its reference embeddings from a cache.
+    """Reads the examples of a source, each with its reference embeddings from a cache.
 
-    They lie beside it as `__reference__`. For an example that the cache lacks, the error that says
-    so is yielded.
+    An example holds them as `__reference__`. In place of an example that the cache lacks, a
+    `NotCachedError` is yielded.
 
     Args:
       source: the source to read.

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from jest_stream.reference_cache.files import Batch, EmbeddingsFile
+from jest_stream.reference_cache.files import EmbeddingsFile, RecordBatch
 from jest_stream.reference_cache.index import KeyIndex, key_hashes, make_index
 from jest_stream.types import ReferenceRow
 
@@ -45,7 +45,8 @@ class ShardRows:
         self._files: OrderedDict[int, EmbeddingsFile] = OrderedDict()
         self._index: KeyIndex | None = None
         self._place: tuple[int, int] | None = None  # part and number of the batch at hand
-        self._keys, *self._values = Batch([], Tensor(), Tensor(), Tensor())  # of the batch at hand
+        # Columns of the record batch at hand; before the first, none.
+        self._keys, *self._values = RecordBatch([], Tensor(), Tensor(), Tensor())
         self._row = 0  # the next in it
         self._go_to_example(first)
 

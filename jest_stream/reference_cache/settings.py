@@ -26,7 +26,7 @@ from jest_stream.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildSettings:
-    """How a cache is built; `ReferenceCache` explains the fields.
+    """Settings of a build; `ReferenceCache` explains the fields.
 
     Raises:
       ConfigError: for values that cannot work, such as a device that this machine lacks.

@@ -37,7 +37,7 @@ Embed = Callable[[Columns], Embeddings]
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedParts:
-    """The finished parts of a shard."""
+    """The finished parts of a shard, by an earlier build or by this one."""
 
     parts: tuple[PartRecord, ...] = ()
     num_read: int = 0

@@ -25,7 +25,7 @@ class SkippedShard(NamedTuple):
     """A shard whose rest was left out of an epoch."""
 
     shard: str
-    """Its name."""
+    """The name of the shard."""
     reason: str
     """A short name under which it is counted: `truncated`, `unavailable`, ..., or `damaged`."""
     message: str
@@ -58,7 +58,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSettings:
-    """Settings that all lanes of a `BlockReader` share, explained there. Travels to workers."""
+    """Settings that all lanes of a `BlockReader` share, which explains them. Travels to workers."""
 
     source: Source
     num_lanes: int

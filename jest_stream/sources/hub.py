@@ -125,7 +125,7 @@ def find_files(
 
 
 class _Api:
-    """Asks the Hub about one repository, again and again within the storage's time limits."""
+    """Asks the Hub about one repository; repeats requests within the storage's time limits."""
 
     def __init__(self, repository: str, storage: StorageConfig) -> None:
         # Its submodules are attributes of the package only once they have been imported.

@@ -75,7 +75,7 @@ def is_source(value: Any) -> bool:
 
 
 class _ForeignSource(WrappedSource):
-    """An object with the members of a source but another class; optional members may be absent."""
+    """Makes a source of an object that has its members but not its class; some may be absent."""
 
     _source: Any
 

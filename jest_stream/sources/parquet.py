@@ -33,7 +33,7 @@ _HARMLESS_BYTES = 64 << 20
 
 
 class ParquetFile(NamedTuple):
-    """One shard."""
+    """A Parquet file, read as one shard."""
 
     url: str
     """Path or address."""
@@ -44,7 +44,7 @@ class ParquetFile(NamedTuple):
 
 
 class ParquetSource(StoredSource):
-    """Parquet files with a column of images and one of texts, each file a shard.
+    """Reads Parquet files with a column of images and one of texts, each file as a shard.
 
     Args:
       files: the shards.

@@ -70,7 +70,7 @@ class ReadTask:
 
 
 class _Outbox:
-    """Messages on their way to the training process. Owns the thread that writes them.
+    """Sends messages to the training process. Owns the thread that writes them.
 
     Writing waits while the training process computes; reading and decoding go on meanwhile.
     """

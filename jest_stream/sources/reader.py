@@ -208,7 +208,7 @@ class BlockReader:
                 del message  # its error's traceback holds this frame
         assert isinstance(message, Block) and message.lane == lane
         counts = dict(message.counts)
-        # The worker counted its own reads; opening the source was counted in this process.
+        # The worker counted the requests of reading; this process those of opening the source.
         for name, amount in self._settings.source.take_counts().items():
             counts[name] = counts.get(name, 0) + amount
         return replace(message, counts=counts)

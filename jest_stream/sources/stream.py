@@ -1,4 +1,4 @@
-"""Reads a streaming `datasets.IterableDataset`: its shards, in its order, by its own reader.
+"""Reads a streaming `datasets.IterableDataset` shard by shard, as `datasets` reads it.
 
 In: an `IterableDataset`. Out: examples with undecoded images. Resumes by position within a shard:
 `datasets` reads the shard from its start and passes over the examples before, undecoded. No threads
@@ -29,7 +29,7 @@ _PER_SHARD = frozenset(
 
 
 class StreamSource(Source):
-    """The shards of a `datasets.IterableDataset`; one shard where its steps cannot be split.
+    """Reads the shards of a `datasets.IterableDataset`; one where its steps cannot be split.
 
     Args:
       dataset: the dataset, neither shuffled nor split by node.

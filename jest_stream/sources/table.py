@@ -21,7 +21,7 @@ _MIN_PARTS, _MAX_PARTS = 64, 4096
 
 
 class TableSource(Source):
-    """The rows of a `datasets.Dataset`, in up to 4,096 contiguous parts, each a shard.
+    """Reads the rows of a `datasets.Dataset`, in up to 4,096 contiguous parts, each a shard.
 
     Args:
       dataset: the dataset; its order, selection and columns count, its output format does not.

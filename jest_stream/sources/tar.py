@@ -27,7 +27,7 @@ _REGULAR = {tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE}
 
 
 class TarSource(StoredSource):
-    """Tar shards on local disk, in an object store, on a web server or on the Hub; as written.
+    """Reads tar shards on local disk, in an object store, on a web server or on the Hub.
 
     Every local shard must exist when the source is made, and the first remote one; the others are
     checked when they are opened. A shard must keep the length and version that were seen first. A

@@ -38,7 +38,7 @@ _LOGGER = logging.getLogger("jest_stream")
 
 
 class Connections:
-    """Drivers of this process, by kind of store, and the tasks that use them.
+    """Keeps the drivers of this process, by kind of store, and the tasks that use them.
 
     Args:
       config: time limits and options.

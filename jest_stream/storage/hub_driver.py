@@ -78,7 +78,7 @@ def parse(url: str) -> HubPath:
 
 
 class HubDriver(WebDriver):
-    """Reads files of repositories over HTTP; their addresses by huggingface_hub.
+    """Reads files of repositories over HTTP, at addresses that huggingface_hub gives.
 
     The Hub redirects to a signed address, which is kept and used until it is refused: one request
     to the Hub for each file, not for each range. The token goes to the Hub only.

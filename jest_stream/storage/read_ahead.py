@@ -31,7 +31,7 @@ _MAX_RUNNING = 32
 
 
 class Segment:
-    """Bytes of a file that one request asks for, and further ones where it fails."""
+    """Bytes of a file that are asked for together, again for the rest where a request fails."""
 
     def __init__(self, window: Window, start: int, num_bytes: int) -> None:
         self.window = window
@@ -45,7 +45,7 @@ class Segment:
 
     @property
     def num_bytes(self) -> int:
-        """Its share of the budget, from the moment it is planned."""
+        """Bytes that it takes of the budget, from the moment it is planned."""
         return self.end - self.start
 
     def num_ready(self, position: int) -> int:
@@ -54,7 +54,7 @@ class Segment:
 
 
 class Window:
-    """The segments of one open file, in order, without overlaps."""
+    """Holds the segments of one open file, in order, without overlaps."""
 
     def __init__(self, url: str, expected: ObjectInfo) -> None:
         self.url = url

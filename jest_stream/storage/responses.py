@@ -26,7 +26,7 @@ class RangeResponse(Protocol):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """Its headers, names in lower case."""
+        """The headers, names in lower case."""
 
     async def read(self) -> bytes:
         """Returns the next bytes of the body, waiting for at least one; b"" at its end."""

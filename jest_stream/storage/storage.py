@@ -33,7 +33,7 @@ _DOWNLOAD_BYTES = 1 << 20
 
 
 class _ProcessResources:
-    """Connections, requests, read-ahead and open files of one process."""
+    """Holds the connections, requests, read-ahead and open files of one process."""
 
     def __init__(self, config: StorageConfig) -> None:
         self.connections = Connections(config, before_fork=lambda: self.read_ahead.stop())

@@ -85,7 +85,7 @@ class Reduction:
 
 
 class PixelTable:
-    """The last steps of a transform, as a table with an entry for each uint8 value.
+    """Applies the last steps of a transform by a table with an entry for each uint8 value.
 
     Args:
       steps: in order; each maps values one by one.

@@ -38,7 +38,7 @@ _MAX_SENT = 16
 
 @dataclass(frozen=True, kw_only=True)
 class ViewRequest:
-    """One worker's share of a batch: on the way there examples, on the way back their views."""
+    """One worker's share of a batch: examples on their way to it, views on their way back."""
 
     step: int
     """Step of the batch."""

@@ -30,7 +30,7 @@ class Recipe:
     train_view_from: Literal["encoded", "score_view"] | None
     """The image that the train view is made of. None: the score view itself is trained on."""
     reduction: Reduction | None
-    """How far images may be reduced while they are decoded for scoring. None: not at all."""
+    """Tells how far images may be reduced while they are decoded for scoring. None: not at all."""
 
     def pixel_tables(self) -> dict[str, PixelTable]:
         """Returns the tables that finish views of uint8 pixels, by the name of the view."""

@@ -18,7 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.multiprocessing
@@ -41,7 +41,7 @@ class Task(Protocol):
 
 
 class Job(NamedTuple):
-    """A task, and how messages call it."""
+    """A task, and the words for it in messages."""
 
     name: str
     """The worker's name in messages, such as "worker 0 of 2"."""
@@ -75,7 +75,7 @@ class Worker:
         self._process.daemon = True  # multiprocessing ends it at exit, if nobody did before
 
     def start(self) -> None:
-        """Starts the process. Its owner must know it by then, to `join` it even if this fails.
+        """Starts the process. Its owner must know it before, to `join` it even if this fails.
 
         Raises:
           WorkerDiedError: if it cannot be started.
@@ -162,16 +162,14 @@ class Worker:
         return f"{self._name} (process {self._process.pid}), which {occupation},"
 
     def _check(self, cause: BaseException) -> None:
-        """Raises if the process is gone; else the error is ours."""
+        """Raises `WorkerDiedError` if the process is gone; else the error is ours."""
         self._process.join(_STOP_TIMEOUT_S)
-        if self._process.exitcode is not None:
-            self._raise_died(cause)
-
-    def _raise_died(self, cause: BaseException) -> NoReturn:
+        status = self._process.exitcode
+        if status is None:
+            return
         # The reason is guessed by how the process ended. There are five cases:
         # 1. It exited by itself. 2. A signal ended it. 3. It never ran our code: a main script
         # without a guard. 4. SIGKILL: the system's memory killer sends it. 5. SIGSEGV: a crash.
-        status = self._process.exitcode
         how, why = f"ended with status {status}", "A transform that calls exit?"
         if status < 0:
             how = f"was killed by {signal.Signals(-status).name}"

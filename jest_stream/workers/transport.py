@@ -74,7 +74,7 @@ class Message:
             pieces += [piece, bytes(-memoryview(piece).nbytes % _ALIGNMENT)]
         self._num_parts = len(parts)
         self.num_bytes = sum(memoryview(piece).nbytes for piece in pieces)
-        """How much memory it takes."""
+        """Bytes of all pieces together."""
         self._pieces = pieces
         self._memory: io.FileIO | None = None
         if self.num_bytes > _MAX_INLINE_BYTES or not is_inline:
@@ -237,7 +237,7 @@ class _Pickler(pickle.Pickler):
     """
 
     def reducer_override(self, value: Any) -> Any:
-        """Returns how a tensor is made again; all else goes its own way.
+        """Returns how a tensor is made again; all else is pickled as usual.
 
         There are three cases:
         1. A tensor on another device, and a quantized one, travel as torch pickles them.

@@ -37,7 +37,7 @@ _QUIET_S = 0.2  # without another byte: the stacks are complete
 
 
 class Activity(NamedTuple):
-    """The example that a worker is busy with, in the numbers of its task."""
+    """Two numbers that tell the example that a worker is busy with."""
 
     number: int
     """Of the shard that is read, or of the step whose train views are made."""
@@ -46,7 +46,7 @@ class Activity(NamedTuple):
 
 
 class WorkerStatus:
-    """The example that a worker reads, and its stacks on request. Owns shared memory.
+    """Shows the example that a worker reads, and its stacks on request. Owns shared memory.
 
     The first 24 bytes hold the numbers of the example, those from 4,096 on the stacks, written by
     faulthandler. There is no lock: 24 bytes are written in one call, by one writer.
