@@ -287,7 +287,7 @@ def test_a_storage_in_use_works_in_a_child_process(method: str) -> None:
             theirs.close()
             assert ours.poll(30) and ours.recv() == (True, len(DATA))
             assert file.read() == DATA[10:], "the parent reads on"
-            child.join(10)
+            child.join(30)
             assert child.exitcode == 0
             child.close()
             ours.close()
