@@ -1,4 +1,4 @@
-"""Examples to tensors: the score view of every candidate, the train view of the chosen.
+"""Makes tensors of examples: the score view of every candidate, the train view of the chosen.
 
 `ScoreView` turns one example into a row, `collate` stacks rows into columns; both run where the
 examples are read, in worker processes if there are any. `TrainView` makes the random view of the

@@ -1,4 +1,4 @@
-"""Worker processes: they are started, watched and ended here; their messages are packed here."""
+"""Starts, watches and ends worker processes, and packs the messages to and from them."""
 
 from jest_stream.workers.process import (
     Finalizer,
