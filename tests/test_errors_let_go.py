@@ -2,9 +2,9 @@
 
 pytest tests/test_errors_let_go.py
 
-What passes through a loop refers to its frame by its traceback. Where a frame of ours that is in
-the traceback refers to the error, all of it waits for the garbage collector: models on the GPU,
-workers, files. Here the collector is off.
+An error that passes through a loop refers to the loop's frame by its traceback. Where a frame of
+ours that is in the traceback refers to the error, all of it waits for the garbage collector: models
+on the GPU, workers, files. Here the collector is off.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every run says what it paid: counted by hand here, on real models and shards.
+"""Every run reports its true cost, which is counted by hand here, on real models and shards.
 
 pytest tests/metrics/test_accounting.py
 """

@@ -40,7 +40,7 @@ def bucket(request: pytest.FixtureRequest) -> str:
     server: S3Server = request.getfixturevalue("s3")
     name = server.make_bucket()
     source = TarSource(server.put(name, "first.tar", b""), storage=server.config)
-    source.close()  # what stays of the first use, such as helper threads of fsspec, is no leak
+    source.close()  # helper threads of fsspec stay after its first use and are no leak
     return name
 
 
