@@ -134,7 +134,7 @@ class Members:
             if chunk.strip(b"\0"):
                 raise self._broken(
                     self.position,
-                    "goes on behind its end-of-archive marker (joined archives?); "
+                    "goes on after its end-of-archive marker (joined archives?); "
                     "the rest would never be read",
                 )
         # Zeros at the end have two causes:

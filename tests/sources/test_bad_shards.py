@@ -283,7 +283,7 @@ def text_of(example: Example) -> str:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_rate_of_bad_examples_above_the_limit_is_an_error_behind_probation(
+def test_a_rate_of_bad_examples_above_the_limit_is_an_error_after_probation(
     tmp_path: Path, num_workers: int
 ) -> None:
     paths = [mixed(tmp_path / f"{i}.tar", 582, 18) for i in range(2)]  # 3 % of 1,200

@@ -164,7 +164,7 @@ def test_closing_between_any_two_blocks_changes_nothing(source: Source, num_work
     assert reader.read() is None
 
 
-def test_cursors_lie_behind_the_last_block_of_each_lane(source: Source) -> None:
+def test_cursors_lie_after_the_last_block_of_each_lane(source: Source) -> None:
     reader = open_reader(source, num_workers=2)
     assert reader.cursors == start()
     blocks = [reader.read() for _ in range(7)]

@@ -80,7 +80,7 @@ def decode_all(example: Example) -> str:
 
 
 @pytest.mark.parametrize("num_workers", WORKERS)
-def test_a_bad_example_is_raised_behind_the_examples_before_it(
+def test_a_bad_example_is_raised_after_the_examples_before_it(
     paths: list[str], num_workers: int
 ) -> None:
     key = broken_at(paths, 2, 4, "jpg", b"no image")
