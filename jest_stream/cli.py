@@ -1,4 +1,4 @@
-"""The command line: `jest-stream demo`, `jest-stream index`, `jest-stream cache`.
+"""Runs the command line: `jest-stream demo`, `jest-stream index`, `jest-stream cache`.
 
 Exit status 0 only on success, 1 on an error of ours (its message on standard error), 2 on a wrong
 command line, 130 on Ctrl-C.

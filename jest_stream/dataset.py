@@ -1,4 +1,4 @@
-"""`JESTDataset`: the dataset that users put in place of theirs.
+"""Defines `JESTDataset`, which users put in place of their dataset.
 
 Arguments go in, checked settings and batches come out. This file wires the rooms and decides
 nothing: settings are checked in `config`, the run is built and run in `pipeline`. All of it runs in
@@ -61,7 +61,7 @@ _HOW_TO_KNOW = (
 
 
 class JESTDataset(IterableDataset[Any]):
-    """Streams jointly selected sub-batches, for `DataLoader(dataset, batch_size=None)`.
+    """Streams jointly selected sub-batches to a training loop.
 
     Each step reads a super-batch of B candidates, scores the image-text pairs in it by the
     learner's loss minus the reference's, and hands out b of them, chosen for the most that the
@@ -70,7 +70,7 @@ class JESTDataset(IterableDataset[Any]):
 
         dataset = JESTDataset("pairs-*.tar", learner=model, reference="open_clip:ViT-B-32/openai",
                               transform=preprocess_val, tokenizer=tokenizer, batch_size=256)
-        for images, texts in DataLoader(dataset, batch_size=None):
+        for images, texts in dataset:  # or DataLoader(dataset, batch_size=None)
             ...
 
     Here b is `batch_size`, and B is b / (1 - `filter_ratio`), rounded; both count the examples of

@@ -1,4 +1,4 @@
-"""Errors that a user can meet, by name.
+"""Names every error that a user can meet.
 
 A message names the fault, the value found, its consequence and the remedy. `ConfigError` is about
 arguments; the others are about the data, the models or a checkpoint. All survive pickling with

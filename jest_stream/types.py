@@ -1,4 +1,4 @@
-"""The nouns that the rooms hand to each other.
+"""Defines the nouns that the rooms hand to each other.
 
 Shapes: B: super-batch size, b: batch size, D: embedding dimension, C: number of chunks,
 G: number of groups with a quota.

@@ -112,6 +112,17 @@ def test_things_are_called_by_their_nouns() -> None:
     assert 1000 * num_whats <= MOST_WHATS_PER_1000_WORDS * num_words, f"{num_whats} of {num_words}"
 
 
+PACKAGE_MODULES = [path for path in MODULES if path.is_relative_to(ROOT / "jest_stream")]
+
+
+@pytest.mark.parametrize("path", PACKAGE_MODULES, ids=name_of)
+def test_every_module_begins_with_a_verb(path: Path) -> None:
+    """The module is the subject: "Reads tar shards: ...", "Finds the files that ...\""""
+    first = (ast.get_docstring(ast.parse(path.read_text())) or "").split()[:2]
+    verb = first[1] if first[0] == "jest_stream" else first[0]
+    assert re.fullmatch(r"[A-Za-z]+s", verb), f"{name_of(path)} begins with {' '.join(first)!r}"
+
+
 def test_the_rules_see_what_they_should() -> None:
     """The three rules find these, and only these."""
     bad = ["What is read.", "Reads.\n\nWhich of them.", "Args:\n  a: who asks.", "- What else."]

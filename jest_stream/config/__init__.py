@@ -1,4 +1,4 @@
-"""The settings, each frozen and checked when it is made.
+"""Holds every setting, frozen and checked when it is made.
 
 Users make `SelectionConfig`, `ScoringConfig`, `StorageConfig` and `Limits`; `JESTDataset` makes the
 rest of its arguments and puts all of them into `RunSettings`. `checks` are shared by all.
@@ -7,9 +7,9 @@ rest of its arguments and puts all of them into `RunSettings`. `checks` are shar
 from jest_stream.config.checks import (
     as_config,
     as_device,
+    as_finite,
     as_integer,
     as_number,
-    finite,
     require_one_of,
 )
 from jest_stream.config.presets import preset
@@ -80,9 +80,9 @@ __all__ = [
     "ViewConfig",
     "as_config",
     "as_device",
+    "as_finite",
     "as_integer",
     "as_number",
-    "finite",
     "preset",
     "quota_sizes",
     "require_one_of",

@@ -1,4 +1,4 @@
-"""Checks of single settings, shared by all configs.
+"""Checks single settings: each check returns the value in its one form, or raises.
 
 A value goes in, and the name that the user knows it by. `as_...` returns the value in its one form,
 `require_...` returns nothing; both raise `ConfigError` with the name, the rule and the value.
@@ -48,7 +48,7 @@ def as_number(name: str, value: object) -> float:
         raise ConfigError(f"{name} must be a number, got {value!r}") from None
 
 
-def finite(name: str, value: object) -> float:
+def as_finite(name: str, value: object) -> float:
     """Returns `value` as a float that is neither NaN nor infinite."""
     number = as_number(name, value)
     if not math.isfinite(number):

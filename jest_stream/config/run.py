@@ -1,4 +1,4 @@
-"""All settings of one run, as `JESTDataset` makes them of its arguments.
+"""Gathers all settings of one run, as `JESTDataset` makes them of its arguments.
 
 `RunSettings` holds the configs that users make themselves (selection, scoring, storage) and those
 that gather single arguments: `ViewConfig`, and here `StreamConfig` and `BatchConfig`. Each is
@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 
 from jest_stream.config.checks import (
+    as_finite,
     as_integer,
     as_number,
     as_optional_integer,
-    finite,
     require_bool,
     require_one_of,
     require_share,
@@ -99,7 +99,7 @@ class BatchConfig:
                 "with_reference=True adds an entry to the batch, but as_dict=False yields a pair "
                 "(images, texts). Pass as_dict=True."
             )
-        share = finite("score_view_fraction", self.score_view_fraction)
+        share = as_finite("score_view_fraction", self.score_view_fraction)
         set_field(self, "score_view_fraction", share)
 
 

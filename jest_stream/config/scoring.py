@@ -1,4 +1,4 @@
-"""`ScoringConfig`: the settings for embedding candidates, of learner copy and reference alike."""
+"""Defines `ScoringConfig`: how learner copy and reference embed candidates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`SelectionConfig`: the rule by which sub-batches are chosen, and its parts.
+"""Defines `SelectionConfig`, the rule by which sub-batches are chosen, and its parts.
 
 `Term` and `TargetSimilarity` add to an example's score, `Quota` bounds a group. Frozen and checked
 when made. Scores are in nats, as losses are.
@@ -14,10 +14,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from jest_stream.config.checks import (
+    as_finite,
     as_integer,
     as_number,
     as_optional_integer,
-    finite,
     require_one_of,
     require_share,
     set_field,
@@ -45,7 +45,7 @@ class Term:
     """Factor on it; the product counts as nats, before the gain."""
 
     def __post_init__(self) -> None:
-        set_field(self, "weight", finite("Term.weight", self.weight))
+        set_field(self, "weight", as_finite("Term.weight", self.weight))
         if not isinstance(self.value, str) and not callable(self.value):
             raise ConfigError(
                 f"Term.value must be a metadata key or a function of the decoded example, got "
@@ -71,7 +71,7 @@ class TargetSimilarity:
     """Infinity: the similarity to the nearest target. 2: the root of the sum of their squares."""
 
     def __post_init__(self) -> None:
-        set_field(self, "weight", finite("TargetSimilarity.weight", self.weight))
+        set_field(self, "weight", as_finite("TargetSimilarity.weight", self.weight))
         require_one_of("TargetSimilarity.tower", self.tower, ("image", "text"))
         if self.norm not in (2, math.inf):
             raise ConfigError(f"TargetSimilarity.norm must be 2 or infinity, got {self.norm}")

@@ -1,4 +1,4 @@
-"""Sizes of super-batches, batches and quotas: ratios of the user in, integers out, made once.
+"""Turns the user's ratios into sizes of super-batches, batches and quotas: integers, made once.
 
 Shapes: B: super-batch size, b: batch size. b never changes within a run; B may, from given steps
 on. `Layout` tells the lanes of each rank.

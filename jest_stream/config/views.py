@@ -1,4 +1,4 @@
-"""Views of an example: where its image and text are, which functions make tensors of them.
+"""Tells where an example has its image and text, and which functions make tensors of them.
 
 `ViewConfig` holds these settings of a `JESTDataset`; `Limits` bounds the members that are decoded.
 """

@@ -1,4 +1,4 @@
-"""Metrics of a run: counters, last values and times go in, one flat dict and a cost come out.
+"""Counts, times and prices a run: one flat dict and a cost come out.
 
     metrics.py     counters, last values, times
     accounting.py  rows that models took, counted and priced in FLOPs

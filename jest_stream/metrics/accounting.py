@@ -1,4 +1,4 @@
-"""Accounting of a run's FLOPs: rows are counted as they pass, and priced when somebody asks.
+"""Counts the FLOPs of a run: rows are counted as they pass, and priced when somebody asks.
 
 Counting remembers the number of rows of each shape that a model took: a few integers, no tensors.
 The price of a row is measured once for each model and shapes, by one forward pass of a row of ones.
@@ -29,8 +29,8 @@ as `reusable`: the paper's loader runs their forward pass once."""
 Model = Literal["learner", "reference", "trained"]
 """The owner of a measured forward pass: the learner copy, which may be altered to be cheap, the
 reference, or the learner itself."""
-View = Tensor | Mapping[str, Tensor]
-Pass = Callable[[View, View], object]
+Rows = Tensor | Mapping[str, Tensor]
+Pass = Callable[[Rows, Rows], object]
 """One forward pass of a model without gradients: images and texts in."""
 Shapes = tuple[tuple[str, str, tuple[int, ...]], ...]
 """Name, dtype and size of a row of each tensor; a size of -1 for values that are no tensors."""
@@ -69,7 +69,7 @@ class Accounting:
         """Whether a training step is taken to cost three forward passes."""
         return self._training_flops is None
 
-    def count_scored(self, model: Literal["learner", "reference"], image: View, text: View) -> None:
+    def count_scored(self, model: Literal["learner", "reference"], image: Rows, text: Rows) -> None:
         """Notes that a model embedded the rows of these views."""
         shapes = shapes_of(image, text)
         self._rows[model, shapes] += _num_rows(image)
@@ -235,7 +235,7 @@ def _price(model: Model, forward: Pass, shapes: Shapes) -> float:
         return math.nan
 
 
-def _ones(shapes: Shapes, view: str) -> View:
+def _ones(shapes: Shapes, view: str) -> Rows:
     """Returns a row that stands for the view: only its shape counts, and 1 is a valid token."""
     entries = {}
     for name, dtype, size in shapes:

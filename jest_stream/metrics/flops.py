@@ -1,4 +1,4 @@
-"""FLOPs of training and scoring: measured once per model, then multiplied.
+"""Measures the FLOPs of training and scoring once per model, and multiplies them.
 
 A multiply-add counts as 2. Counted are matrix products and convolutions, attention included, as
 the mathematics has it: a fused kernel that computes something twice is not charged for it.

@@ -1,4 +1,4 @@
-"""Metrics of a stream so far: counters, last values, times, FLOPs, as one flat dict for loggers.
+"""Keeps the counters, last values, times and FLOPs of a stream, as one flat dict for loggers.
 
 Fed by the training thread. Tensors are kept as they come and read only by `as_dict`: no step waits
 for the device. Keys are public: there, examples are called samples.

@@ -1,4 +1,4 @@
-"""`RunCost`: the cost of a run and the savings that pay for it, as numbers and in plain lines."""
+"""Compares the cost of a run with the savings that pay for it, in numbers and in plain lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run, step by step: examples are read, scored, selected and handed out as batches.
+"""Carries a run out, step by step: examples are read, scored, selected and handed out as batches.
 
 `build` wires the stages for one rank and `schedule` runs them: `super_batches` reads, `selector`
 scores and selects, `batches` hands out, `state` says where the run is. All of it runs in the

@@ -1,4 +1,4 @@
-"""A scored super-batch in, the batch that the loop trains on out; and the booking of both.
+"""Makes the batch that the loop trains on of a scored super-batch, and counts both in the metrics.
 
 Gathers the selected rows on the stream that the training loop uses: the batch's memory is its own.
 Runs in the training thread; train views may be made in processes, ahead of time.

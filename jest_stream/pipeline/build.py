@@ -1,4 +1,4 @@
-"""Building a run: settings, source and models in, a `Pipeline` out.
+"""Opens the inputs of a run, and builds its `Pipeline` from settings, source and models.
 
 `open_inputs` opens the source and the reference when the dataset is made: mistakes show at once.
 `build` wires the stages at the first use, when the ranks are known. Runs in the training

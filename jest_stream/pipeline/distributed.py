@@ -1,4 +1,4 @@
-"""The ranks' only common work: the states of all ranks in, one merged state out.
+"""Gathers the states of all ranks into one: the only work that ranks do together.
 
 Everything else is local to a rank. Collectives run on the CPU, in the thread that calls, in a group
 made for them with a time limit, and only where the user asks for one.

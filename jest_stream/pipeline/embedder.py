@@ -1,4 +1,4 @@
-"""Columns in, `Embeddings` out: the learner copy and the reference of a run.
+"""Embeds the columns of a super-batch with the learner copy and the reference of a run.
 
 Owns the learner copy, and the reference model or the reading of its cache. Runs in the training
 thread, without gradients. Shapes: B: super-batch size, b: batch size, D: embedding dimension.

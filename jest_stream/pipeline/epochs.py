@@ -1,4 +1,4 @@
-"""The number of examples in each shard in, the number of batches that a pass gives out.
+"""Computes how many batches a pass gives, from the number of examples in each shard.
 
 With `repeat=False` lanes end with their data. Ranks own different lanes, and one may hold a batch
 more than another; in a data-parallel run it would wait for the others for ever. Where the counts

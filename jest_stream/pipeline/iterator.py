@@ -1,4 +1,4 @@
-"""One loop over a dataset's stream: batches out, until the epoch ends or the loop is dropped.
+"""Iterates once over a dataset's stream, until the epoch ends or the loop is dropped.
 
 Runs in the training thread. Worker processes and open files are the stream's; an iterator stops and
 closes them when it is dropped, unless a newer one uses them.
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from jest_stream.errors import ClosedError, UserCodeError
 
 
-class Stream(Protocol):
+class BatchStream(Protocol):
     """The stream that an iterator draws from: a `JESTDataset`."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class JESTIterator(Iterator[Any]):
     `iter(dataset)` goes on where it stopped.
     """
 
-    def __init__(self, stream: Stream, token: object) -> None:
+    def __init__(self, stream: BatchStream, token: object) -> None:
         self._stream = stream
         self._token = token  # not the iterator itself: dropping it must be noticed
         self._has_ended = False

@@ -1,4 +1,4 @@
-"""A super-batch in, its sub-batch selected: all that scoring owns, in one place.
+"""Scores a super-batch and selects its sub-batch.
 
 Owns the device of scoring with its streams and slots (`Ring`), the models that embed (`Embedder`)
 and the rule. Runs in the training thread, without gradients; on CUDA it only queues work. Shapes:
@@ -75,7 +75,7 @@ class Selector:
             pixel_tables=pixel_tables,
         )
         self._targets: dict[int, Tensor] = {}  # of terms, on the device
-        self._has_failed = False  # the learner may have been mended since: copy it anew
+        self._has_failed = False  # the learner may have been repaired since: copy it anew
 
     @property
     def groups(self) -> list[str]:
@@ -194,8 +194,9 @@ class Selector:
         )
         select: Callable[..., Selection] = independent_selection
         if config.method == "joint":
-            num_chunks = min(config.num_chunks, batch_size)
-            select = partial(joint_selection, num_chunks=num_chunks, num_sweeps=config.num_sweeps)
+            select = partial(
+                joint_selection, num_chunks=config.num_chunks, num_sweeps=config.num_sweeps
+            )
         with self._metrics.timed("selecting"), slot.timed("selecting"):
             return select(
                 learner,

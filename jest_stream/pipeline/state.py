@@ -1,4 +1,4 @@
-"""Where a run is, and the checkpoint that says so: made, merged over ranks, dealt to any number.
+"""Keeps where a run is, and makes checkpoints of it: merged over ranks, dealt to any number.
 
 `RunState` changes as batches are handed out; the functions turn it into a checkpoint and back. A
 checkpoint is made of plain dicts, lists, strings and numbers, which `torch.load(weights_only=True)`

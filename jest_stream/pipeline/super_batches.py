@@ -1,4 +1,4 @@
-"""Examples in, super-batches out, each with the position in the stream where it starts.
+"""Cuts the stream of examples into super-batches, each with the position where it starts.
 
 Blocks come lane by lane; their examples are dealt out one of each lane in turn, which makes the
 order independent of block sizes and worker processes. Examples that were read and not yet dealt out

@@ -1,4 +1,4 @@
-"""Batches of two sizes: a selection in, its part for the train view and its small part out.
+"""Cuts a selection in two: a part for the train view, and a part that stays at the score view.
 
 Flexi-JEST (Evans et al. 2024, https://arxiv.org/abs/2406.17711) trains a part of every sub-batch at
 the size that the learner copy scores at, which makes the model good at both. Runs in the training

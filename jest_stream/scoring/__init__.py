@@ -1,4 +1,4 @@
-"""Scoring: two-tower models and tensors of pairs go in, `Embeddings` come out.
+"""Embeds tensors of pairs with two-tower models: `Embeddings` come out.
 
     two_tower.py        every library's models, seen in one way
     learner.py          the copy of the module being trained, refreshed by step count

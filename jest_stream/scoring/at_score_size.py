@@ -1,4 +1,4 @@
-"""`at_score_size`: the model being trained, at the size that its copy scores at.
+"""Runs the model being trained at the size that its copy scores at: `at_score_size`.
 
 For training at two sizes with one set of weights. Nothing is copied: the returned model, a shell,
 holds the learner's own modules, parameters and buffers; only the few modules around its patch and

@@ -1,4 +1,4 @@
-"""The image towers that can score at another size, and how each library's is changed to do so.
+"""Changes each library's image tower to score at another size.
 
 A model goes in, its towers come out (`known_towers`): the vision transformers of open_clip and
 timm, and CLIP's and SigLIP's of transformers, known by the names of their classes; none of these

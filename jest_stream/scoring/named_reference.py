@@ -1,4 +1,4 @@
-"""References by name: open_clip's models, with the transform and tokenizer that belong to them.
+"""Loads references by name: open_clip's models, with their own transform and tokenizer.
 
 In: `open_clip:NAME/TAG`, `open_clip:NAME` where open_clip knows one tag only,
 `open_clip:NAME/PATH.safetensors`, or a folder in open_clip's own layout.

@@ -1,4 +1,4 @@
-"""A vision transformer's weights at another size, as linear maps of the weights that it has.
+"""Resamples a vision transformer's weights to another size, by linear maps.
 
 A map is one matrix, made once; applying it is one product, on the device, and differentiable. The
 learner copy is refreshed through it, and a training step at the score size reaches the learner's

@@ -1,4 +1,4 @@
-"""Scoring with fewer image tokens: one setting, fitted to one model.
+"""Fits the setting of fewer image tokens to one model.
 
 `fit` changes a copy of a model for a `ScoringConfig` and returns how its weights are made from the
 model's own; the learner copy, the live reference and `at_score_size` all use it. `FrozenModel` is

@@ -1,4 +1,4 @@
-"""The image tokens that are kept where only some are scored, and the layer that drops the others.
+"""Chooses the image tokens to keep where only some are scored, and drops the others.
 
 Pure functions and layers without weights. Shapes: B: images, P: tokens that stand before those of
 the image (class, registers), N: image tokens, K: image tokens kept, W: width.

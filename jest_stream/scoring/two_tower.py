@@ -1,4 +1,4 @@
-"""Two-tower models of any library, seen in one way: images and texts in, `Embeddings` out.
+"""Embeds images and texts with the two-tower model of any library, in one way.
 
 `two_tower(module)` looks through wrappers and finds the methods; `embed_in_micro_batches` scores a
 super-batch. Nothing here imports open_clip or transformers: a model is known by its methods.

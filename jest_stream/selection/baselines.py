@@ -1,4 +1,4 @@
-"""The baselines of joint selection: each example scored alone, and no scoring at all.
+"""Selects by the baselines: each example scored alone, or no scoring at all.
 
 Both take the arguments of the joint functions and draw with the same kind of noise. B: super-batch
 size, b: batch size.

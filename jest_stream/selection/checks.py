@@ -1,4 +1,4 @@
-"""Checks of all that users pass to a selection; brings embeddings to float32, once.
+"""Checks all that users pass to a selection, and brings embeddings to float32, once.
 
 Shapes, sizes and devices are checked everywhere. Values are checked at once on a CPU; on a GPU
 that would make the host wait, so a flag on the device tells of NaN and infinity instead.

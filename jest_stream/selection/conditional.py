@@ -1,4 +1,4 @@
-"""Scores of all candidates given the chunks drawn so far: one running vector, no `[B, B]`.
+"""Scores all candidates given the chunks drawn so far: one running vector, no `[B, B]`.
 
 Each class holds the sums that must survive from chunk to chunk and adds the pairs that a new chunk
 forms with every candidate; those made to forget can let go of the oldest chunk again. The scores of

@@ -1,4 +1,4 @@
-"""FLOPs of a choice: the products of embeddings. A multiply-add counts as 2."""
+"""Counts the FLOPs of a choice: the products of embeddings. A multiply-add counts as 2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop over chunks: how examples are drawn once their scores are known.
+"""Draws examples chunk by chunk, once their scores are known.
 
 Scores that can be conditioned on drawn examples and a `DrawRule` go in; a `Selection` comes out.
 Every chunk is made by up to two draws, first its uniform picks, then those by score, all without

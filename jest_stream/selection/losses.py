@@ -1,4 +1,4 @@
-"""Losses of image-text pairs, in tiles that stay in cache: never the `[B, B]` matrix.
+"""Computes losses of image-text pairs in tiles that stay in cache: never the `[B, B]` matrix.
 
 A tile holds the logits of a block of candidates and a block of chosen examples, in units of ln 2:
 `exp2` (2.5 times as fast as `exp` on a CPU) then turns them into odds. Everything is computed in

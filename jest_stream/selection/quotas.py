@@ -1,4 +1,4 @@
-"""Floors, caps and shares of groups, kept within the loop over chunks.
+"""Keeps floors, caps and shares of groups within the loop over chunks.
 
 The group of every candidate and the quotas go in. Labels are known on the host, so all numbers are
 worked out there, before the first draw (`plan_bounds`): how many of each group must and may have

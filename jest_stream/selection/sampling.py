@@ -1,4 +1,4 @@
-"""Drawing without replacement, in proportion to exp(logits), with noise that is named not drawn.
+"""Draws without replacement, in proportion to exp(logits), with noise that is named, not drawn.
 
 Gumbel-top-k (Kool et al. 2019, https://arxiv.org/abs/1903.06059): add Gumbel noise to the logits
 and take the k largest. It works on logarithms: nothing under- or overflows, and candidates of logit

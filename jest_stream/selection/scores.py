@@ -1,4 +1,4 @@
-"""Scores: the value of each image-text pair to training, from its losses under two models.
+"""Scores image-text pairs: their value to training, from their losses under two models.
 
 A score is a function of two tiles, the learner's and the reference's pair losses in nats. Those
 known by name are weighted sums; for these no tile of scores is ever made, and a model of weight

@@ -1,4 +1,4 @@
-"""NormSim: how close candidates are to examples of the model's purpose, a term of their scores.
+"""Computes NormSim: how close candidates are to examples of the model's purpose.
 
 Wang et al., NeurIPS 2024 (https://arxiv.org/abs/2405.19547). Pure functions.
 

@@ -28,8 +28,8 @@ from jest_stream.views.train import TrainView
 
 __all__ = [
     "Columns",
-    "PixelTable",
     "LateViews",
+    "PixelTable",
     "REFERENCE",
     "Recipe",
     "Row",

@@ -17,15 +17,15 @@ from jest_stream.workers.transport import (
 from jest_stream.workers.watch import Activity, Watchdog, WorkerStatus
 
 __all__ = [
+    "Activity",
     "Failure",
     "Finalizer",
     "Job",
     "Message",
-    "WorkerStatus",
     "ParentConnection",
-    "Activity",
     "Watchdog",
     "Worker",
+    "WorkerStatus",
     "WorkerTraceback",
     "failure_message",
     "start_workers",

@@ -1,4 +1,4 @@
-"""The few calls that scoring beside training makes of a device that queues its work.
+"""Lists the few calls that scoring makes of a device that queues its work.
 
 `streams` works by these calls alone: a test puts a model of a device in their place, which reports
 every access that no wait orders.

@@ -1,4 +1,4 @@
-"""Scoring beside training on CUDA: streams, events and the buffers that they guard. All of it.
+"""Orders scoring beside training on CUDA: streams, events and the buffers that they guard.
 
 A `Ring` holds slots, each with room for one super-batch that is never given back. Work is queued on
 a slot, stream by stream:
