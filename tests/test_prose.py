@@ -117,7 +117,7 @@ PACKAGE_MODULES = [path for path in MODULES if path.is_relative_to(ROOT / "jest_
 
 @pytest.mark.parametrize("path", PACKAGE_MODULES, ids=name_of)
 def test_every_module_begins_with_a_verb(path: Path) -> None:
-    """The module is the subject: "Reads tar shards: ...", "Finds the files that ...\""""
+    """The module is the subject: `Reads tar shards: ...`, `Finds the files that ...`."""
     first = (ast.get_docstring(ast.parse(path.read_text())) or "").split()[:2]
     verb = first[1] if first[0] == "jest_stream" else first[0]
     assert re.fullmatch(r"[A-Za-z]+s,?", verb), f"{name_of(path)} begins with {' '.join(first)!r}"
