@@ -7,7 +7,6 @@ rest of its arguments and puts all of them into `RunSettings`. `checks` are shar
 from jest_stream.config.checks import (
     as_config,
     as_device,
-    as_finite,
     as_integer,
     as_number,
     require_one_of,
@@ -80,7 +79,6 @@ __all__ = [
     "ViewConfig",
     "as_config",
     "as_device",
-    "as_finite",
     "as_integer",
     "as_number",
     "preset",

@@ -8,9 +8,9 @@
 Fed by the training thread.
 """
 
-from jest_stream.metrics.accounting import Accounting, Model, Pass
+from jest_stream.metrics.accounting import Model, Pass
 from jest_stream.metrics.flops import training_flops
 from jest_stream.metrics.metrics import Metrics, shared_out
 from jest_stream.metrics.run_cost import RunCost
 
-__all__ = ["Accounting", "Metrics", "Model", "Pass", "RunCost", "shared_out", "training_flops"]
+__all__ = ["Metrics", "Model", "Pass", "RunCost", "shared_out", "training_flops"]

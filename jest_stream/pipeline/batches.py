@@ -101,9 +101,8 @@ class Batches:
         batch.update(self._reference(super_batch, selection, device, "reference"))
         image = batch.get("image")
         if self._pixel_table is not None and isinstance(image, Tensor):
-            batch["image"] = self._pixel_table(
-                image
-            )  # of b rows instead of B, on the batch's device
+            # Of b rows instead of B, on the batch's device.
+            batch["image"] = self._pixel_table(image)
         if self._two_sizes is not None:
             batch.update(small)
             self._two_sizes.check(batch)

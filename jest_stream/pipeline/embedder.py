@@ -223,10 +223,8 @@ class Embedder:
         image_name: str,
         text_name: str,
     ) -> Embeddings:
-        image, text = (
-            self._scored_view(columns, image_name),
-            tensors_of(columns, text_name, "scoring"),
-        )
+        image = self._scored_view(columns, image_name)
+        text = tensors_of(columns, text_name, "scoring")
         found = model.embed(
             image,
             text,

@@ -5,9 +5,7 @@
 """
 
 from jest_stream.reference_cache.cache import ReferenceCache
-from jest_stream.reference_cache.join import JoinedSource
 
 __all__ = [
-    "JoinedSource",
     "ReferenceCache",
 ]
