@@ -253,7 +253,8 @@ def _tower_of(model: nn.Module, scoring: ScoringConfig, role: str) -> Tower | No
         kind = type(getattr(visual, "trunk", visual))
         raise ConfigError(
             f"scoring.{name}={getattr(scoring, name)}, but the {role}'s image tower, a "
-            f"{kind.__module__}.{kind.__name__}, is no vision transformer known here. {_KNOWN}. "
+            f"{kind.__name__}, is no vision transformer that is known here: it is of "
+            f"{kind.__module__}. {_KNOWN}. "
             f"Use scoring.image_size instead, if the model takes smaller images."
         )
     return None
