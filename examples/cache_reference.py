@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from jest_stream import JESTDataset, ReferenceCache
-from jest_stream.demo.data import full_view, load_reference, unpack
+from jest_stream.demo.data import half_view, load_reference, shifted_view, unpack
 from jest_stream.demo.model import HashTokenizer, TwoTowerModel
 
 shards = unpack()[:2]  # tar shards; yours could be "/data/pairs/{00000..00999}.tar"
@@ -26,7 +26,7 @@ cache = ReferenceCache.build(
     shards,
     load_reference(),
     folder,
-    transform=full_view,
+    transform=half_view,  # the view that this reference was trained at
     tokenizer=tokenizer,
     show_progress=True,
 )
@@ -39,7 +39,8 @@ dataset = JESTDataset(
     shards,
     learner=model,
     reference=cache,  # or its path
-    transform=full_view,
+    transform=half_view,
+    train_transform=shifted_view,
     tokenizer=tokenizer,
     batch_size=64,
     filter_ratio=0.8,

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from jest_stream import JESTDataset
-from jest_stream.demo.data import full_view, load_reference, unpack
+from jest_stream.demo.data import half_view, load_reference, shifted_view, unpack
 from jest_stream.demo.model import HashTokenizer, TwoTowerModel
 
 torch.manual_seed(0)
@@ -21,7 +21,8 @@ dataset = JESTDataset(
     unpack(),  # tar shards; yours could be "/data/pairs/{00000..00999}.tar"
     learner=model,
     reference=load_reference(),  # frozen, trained on emoji: these will be learned first
-    transform=full_view,
+    transform=half_view,  # scored: the view that this reference was trained at
+    train_transform=shifted_view,
     tokenizer=HashTokenizer(),
     text_key="txt",
     batch_size=128,

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from jest_stream import HuggingFaceSource, JESTDataset
-from jest_stream.demo.data import full_view, load_reference
+from jest_stream.demo.data import half_view, load_reference, shifted_view
 from jest_stream.demo.model import HashTokenizer, TwoTowerModel
 
 name = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("HUB_DATASET")
@@ -35,7 +35,8 @@ dataset = JESTDataset(
     source,
     learner=model,
     reference=load_reference(),
-    transform=full_view,
+    transform=half_view,  # scored: the view that this reference was trained at
+    train_transform=shifted_view,
     tokenizer=HashTokenizer(),
     batch_size=8,
     filter_ratio=0.5,

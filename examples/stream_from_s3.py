@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from jest_stream import JESTDataset
-from jest_stream.demo.data import full_view, load_reference
+from jest_stream.demo.data import half_view, load_reference, shifted_view
 from jest_stream.demo.model import HashTokenizer, TwoTowerModel
 
 PAIRS = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("PAIRS")
@@ -28,7 +28,8 @@ def make_dataset(learner: TwoTowerModel) -> JESTDataset:
         PAIRS,
         learner=learner,
         reference=load_reference(),
-        transform=full_view,
+        transform=half_view,  # scored: the view that this reference was trained at
+        train_transform=shifted_view,
         tokenizer=HashTokenizer(),
         batch_size=8,
         filter_ratio=0.5,

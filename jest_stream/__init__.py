@@ -1,4 +1,4 @@
-"""jest_stream: joint example selection (JEST) inside the training loop, as a dataset.
+"""jest_stream selects training data inside the training loop, by joint example selection (JEST).
 
 shards -> lanes -> super-batch -> score views -> embeddings -> chosen rows -> batch
 

@@ -1,4 +1,4 @@
-"""The command line: `jest-stream demo`, `jest-stream index`, `jest-stream cache`.
+"""Runs the command line: `jest-stream demo`, `jest-stream index`, `jest-stream cache`.
 
 The exit status is 0 on success only, 1 on an error of this package (its message on standard error),
 2 on a wrong command line, 130 on Ctrl-C.

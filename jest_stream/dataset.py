@@ -1,4 +1,4 @@
-"""`JESTDataset`, the public class: takes the place of the user's own dataset.
+"""Defines `JESTDataset`, which users put in place of their dataset.
 
 Arguments go in, batches come out. The class checks its settings by `config` and passes all work on
 to `pipeline`. It runs in the training process and in the training thread, because scoring needs the

@@ -1,4 +1,4 @@
-"""The types that the rooms hand to each other: examples, sources, embeddings, selections.
+"""Defines the types that the rooms hand to each other: examples, sources, embeddings, selections.
 
 Shapes: B: super-batch size, b: batch size, D: embedding dimension, C: number of chunks,
 G: number of groups with a quota.

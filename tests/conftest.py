@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""These settings hold for every test."""
 
 import gc
 import signal

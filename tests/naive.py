@@ -1,4 +1,4 @@
-"""The paper's algorithm written down plainly, with `[B, B]` matrices and loops: the oracle.
+"""The oracle is the paper's algorithm written down plainly, with `[B, B]` matrices and loops.
 
 Nothing here is fast or careful with memory. Everything is float64 unless asked otherwise. Noise is
 passed in, so that choices can be compared one by one with those of `jest_stream.selection`.
@@ -103,8 +103,8 @@ def draw_within(
     """Returns the `size` candidates with the largest keys that keep to the bounds, in draw order.
 
     Args:
-      keys: of the candidates; -inf for what cannot be drawn.
-      members: which group each candidate is of.
+      keys: of the candidates; -inf for candidates that cannot be drawn.
+      members: the group of each candidate.
       least: how many of each group must be drawn.
       most: how many of each group may be drawn.
     """

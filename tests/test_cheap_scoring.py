@@ -1,4 +1,4 @@
-"""Cheap scoring in the dataset: what it hands out, and what it refuses before the first batch.
+"""Cheap scoring keeps its promises in the dataset, and bad settings fail before the first batch.
 
 pytest tests/test_cheap_scoring.py
 """

@@ -156,7 +156,7 @@ def together(world_size: int, folder: Path, work: Any, *arguments: Any) -> list[
 def read_on(
     world_size: int, folder: Path, shards: list[str], state: Any, num_steps: int
 ) -> dict[str, Any]:
-    """Continues the stream for some steps; returns its keys and the merged state behind them."""
+    """Continues the stream for some steps; returns its keys and the merged state after them."""
     with jest(shards, GLOBAL_BATCH // world_size) as dataset:
         if state is not None:
             dataset.load_state_dict(state)
@@ -194,7 +194,7 @@ def test_one_two_and_four_ranks_continue_each_others_stream(
         assert len({str(each["state"]) for each in found}) == 1
         assert {each["counters"]["steps"] for each in found} == {read}
         assert sum(each["counters"]["samples_read"] for each in found) == read * GLOBAL_BATCH
-    one = jest(shards, GLOBAL_BATCH)  # what torch's checkpoint of four ranks holds, on one
+    one = jest(shards, GLOBAL_BATCH)  # loads torch's checkpoint of four ranks on one
     torch.distributed.checkpoint.load({"data": one}, checkpoint_id=tmp_path / "dcp-4", no_dist=True)
     assert sorted(next(iter(one))["key"]) == expected[3]
 

@@ -1,4 +1,4 @@
-"""Epochs: their lengths are known where they can be, all ranks end together, trainers may seek.
+"""Epochs have known lengths where data allow it; all ranks end together, and trainers may seek.
 
 pytest tests/test_epochs.py
 """
@@ -187,7 +187,7 @@ def test_every_rank_can_keep_what_the_counts_promise(data: st.DataObject) -> Non
         cursors[lane] = data.draw(st.sampled_from([Cursor(2, at, 0, within), Cursor(3, 0, 0, 0)]))
 
     def batches_of(rank: int) -> int:
-        """By hand: what is left, taken super-batch by super-batch."""
+        """Counts by hand: takes the examples left, super-batch by super-batch."""
         left = 0
         for lane in layout.lanes_of(rank):
             if cursors[lane].epoch == 2:

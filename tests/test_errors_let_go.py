@@ -2,9 +2,9 @@
 
 pytest tests/test_errors_let_go.py
 
-What passes through a loop refers to its frame by its traceback. Where a frame of ours that is in
-the traceback refers to the error, all of it waits for the garbage collector: models on the GPU,
-workers, files. Here the collector is off.
+An error that passes through a loop refers to the loop's frame by its traceback. Where a frame of
+ours that is in the traceback refers to the error, all of it waits for the garbage collector: models
+on the GPU, workers, files. Here the collector is off.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def test_of_a_shard_that_was_cut(own_shards: list[str], num_workers: int, lookah
     assert_lets_go(lambda: jest(own_shards, **options), ShardTruncatedError)
 
 
-def test_that_waits_behind_a_batch_when_the_dataset_is_closed(own_shards: list[str]) -> None:
+def test_that_waits_after_a_batch_when_the_dataset_is_closed(own_shards: list[str]) -> None:
     cut(own_shards)
 
     def broken_off() -> weakref.ref[Any]:

@@ -173,7 +173,7 @@ def test_ending_workers_does_not_tell_an_event_loop_to_terminate(shards: list[st
         loop.add_signal_handler(signal.SIGUSR1, arrived.set)
         with tiny_dataset(shards, num_workers=2) as dataset:
             next(iter(dataset))
-        os.kill(os.getpid(), signal.SIGUSR1)  # comes behind what the workers may have sent
+        os.kill(os.getpid(), signal.SIGUSR1)  # comes after any signal from the workers
         await arrived.wait()
 
     asyncio.run(train())

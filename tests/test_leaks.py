@@ -1,4 +1,4 @@
-"""What tests of errors leave behind is noticed, and no such test goes without the check.
+"""Tests of errors fail if they leave anything behind, and no such test goes without the check.
 
 pytest tests/test_leaks.py
 """
@@ -19,7 +19,7 @@ from support.leaks import nothing_left_behind
 TESTS = Path(__file__).parent
 MODULES = sorted(TESTS.rglob("test_*.py"))
 
-# What opens files, connections or processes. Tests of what is computed need no check.
+# These names open files, connections or processes. Tests of pure computation need no check.
 OPENS = (
     "JESTDataset TarSource IterableSource HuggingFaceSource open_source sources storage testing "
     "ReferenceCache reference_cache dataset pipeline workers demo cli"

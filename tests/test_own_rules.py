@@ -1,4 +1,4 @@
-"""A team's own rule, through `JESTDataset`: terms, targets, quotas, uniform picks and presets.
+"""A team's own rule works in `JESTDataset`: terms, targets, quotas, uniform picks and presets.
 
 pytest tests/test_own_rules.py
 """

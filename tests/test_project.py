@@ -1,4 +1,4 @@
-"""The promises around the code: lint, types, imports, examples, READMEs.
+"""The project keeps the promises around its code: lint, types, imports, examples, READMEs.
 
 pytest tests/test_project.py
 """
@@ -83,7 +83,10 @@ def test_mypy_strict_finds_nothing() -> None:
 
 
 def test_importing_the_package_imports_nothing_optional_or_heavy() -> None:
-    heavy = "open_clip timm transformers torchvision webdataset datasets pyarrow matplotlib PIL"
+    heavy = (
+        "open_clip timm transformers torchvision webdataset datasets pyarrow matplotlib PIL "
+        "huggingface_hub fsspec aiohttp"
+    )
     program = (
         "import sys, torch; before = set(sys.modules); import jest_stream;"
         f"print(sorted(set('{heavy}'.split()) & (set(sys.modules) - before)))"

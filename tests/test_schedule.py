@@ -1,4 +1,4 @@
-"""Which weights choose which batch: the schedule that `lookahead` and `refresh_every` promise.
+"""`lookahead` and `refresh_every` set the schedule: the weights that choose each batch.
 
 pytest tests/test_schedule.py
 """

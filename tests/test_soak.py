@@ -1,4 +1,4 @@
-"""The long ones: memory, descriptors and threads stay flat; the demo runs from nothing.
+"""Memory, descriptors and threads stay flat in long runs; the demo runs from nothing.
 
 pytest -m slow tests/test_soak.py
 """
@@ -44,7 +44,7 @@ def test_memory_descriptors_and_threads_stay_flat(tmp_path: Path, num_workers: i
     ) as dataset:
         seen = []
         for step, batch in enumerate(islice(dataset, NUM_STEPS), start=1):
-            if step % 10 == 0:  # what is trained on is always the same, and this is half the time
+            if step % 10 == 0:  # training is always the same work, and half the time of the test
                 train_step(learner, batch)
             if step % 1000 == 0:
                 dataset.state_dict()

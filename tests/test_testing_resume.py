@@ -87,8 +87,8 @@ class KeysOnly(Memory):
     """Gives the same picture and text each time."""
 
     def read(self, shard: int, *, offset: int = 0, index: int = 0) -> Iterator[tuple[Example, int]]:
-        for example, behind in super().read(shard, offset=offset, index=index):
-            yield {**make_example(0, size=8), "__key__": example["__key__"]}, behind
+        for example, offset_after in super().read(shard, offset=offset, index=index):
+            yield {**make_example(0, size=8), "__key__": example["__key__"]}, offset_after
 
 
 def test_a_view_that_is_not_deterministic_is_named() -> None:

@@ -1,4 +1,4 @@
-"""Batches of two sizes: a part of each sub-batch comes as it was scored, for training there too.
+"""Batches have two sizes: a part of each sub-batch comes as it was scored, for training there too.
 
 pytest tests/test_two_sizes.py
 """

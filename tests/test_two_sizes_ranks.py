@@ -1,4 +1,4 @@
-"""Training at two sizes on two ranks: both sizes' gradients are averaged by one backward pass.
+"""Training at two sizes on two ranks averages both sizes' gradients by one backward pass.
 
 pytest tests/test_two_sizes_ranks.py
 """

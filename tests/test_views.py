@@ -1,4 +1,4 @@
-"""Rows of the score view: outputs of transforms and processors, one example at a time.
+"""Rows of the score view are outputs of transforms and processors, one example at a time.
 
 pytest tests/test_views.py
 """

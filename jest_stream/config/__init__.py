@@ -1,4 +1,4 @@
-"""Settings of a run: frozen dataclasses, each checked when it is made.
+"""Holds every setting, frozen and checked when it is made.
 
 Users make `SelectionConfig`, `ScoringConfig`, `StorageConfig` and `Limits`. `JESTDataset` makes the
 other configs from its arguments, and puts all of them into `RunSettings`. `checks.py` holds the

@@ -1,4 +1,4 @@
-"""Checks of single settings, shared by all configs.
+"""Checks single settings: each check returns the value in its one form, or raises.
 
 A value goes in, and the name that the user knows it by. `as_...` returns the value in its one form,
 `require_...` returns nothing; both raise `ConfigError` with the name, the rule and the value.

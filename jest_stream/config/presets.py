@@ -1,4 +1,4 @@
-"""Published methods of selection, as settings: `JESTDataset(..., **preset("jest"))`.
+"""Names published methods of selection, as settings: `JESTDataset(..., **preset("jest"))`.
 
 Each holds its paper's rule and ratio. Batch sizes, learning rates and models are the user's; where
 they are part of the recipe, the comment names them.

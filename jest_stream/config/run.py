@@ -1,4 +1,4 @@
-"""All settings of one run, made by `JESTDataset` from its arguments.
+"""Gathers all settings of one run, as `JESTDataset` makes them of its arguments.
 
 `RunSettings` holds the configs that users make themselves (selection, scoring, storage) and those
 that gather single arguments: `ViewConfig`, and here `StreamConfig` and `BatchConfig`. Each config

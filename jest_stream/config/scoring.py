@@ -1,4 +1,4 @@
-"""`ScoringConfig`: how learner copy and reference embed candidates."""
+"""Defines `ScoringConfig`: how learner copy and reference embed candidates."""
 
 from __future__ import annotations
 

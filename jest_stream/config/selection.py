@@ -1,4 +1,4 @@
-"""`SelectionConfig`: the rule by which sub-batches are chosen, and its parts.
+"""Defines `SelectionConfig`, the rule by which sub-batches are chosen, and its parts.
 
 `Term` and `TargetSimilarity` add to an example's score, `Quota` bounds a group. Frozen and checked
 when made. Scores are in nats, as losses are.

@@ -1,4 +1,4 @@
-"""Sizes of super-batches, batches and quotas: the user's ratios go in, integers come out.
+"""Turns the user's ratios into sizes of super-batches, batches and quotas: integers, made once.
 
 b never changes within a run; B may, from given steps on. `Layout` tells the lanes of each rank.
 Shapes: B: super-batch size, b: batch size.

@@ -1,4 +1,4 @@
-"""`StorageConfig`: the settings for reading remote shards, and the schemes of their addresses."""
+"""Defines `StorageConfig`: how remote shards are read, and the schemes of their addresses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of views: the members that hold image and text, and the functions that make tensors.
+"""Tells where an example has its image and text, and which functions make tensors of them.
 
 `ViewConfig` gathers these arguments of a `JESTDataset`; `Limits` bounds the members that are
 decoded.

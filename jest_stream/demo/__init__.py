@@ -1,4 +1,4 @@
-"""The demo: real icons and emoji that ship with the package, a small model, a comparison.
+"""Runs the demo: real icons and emoji that ship with the package, a small model, a comparison.
 
 `data` unpacks the pictures into tar shards; `model` and `training` are a user's own code; `run`
 trains with uniform batches and with JEST; `comparison` and `plot` report the outcome.

@@ -1,4 +1,4 @@
-"""Comparison of two runs: a table, and a verdict that claims no more than the figures carry.
+"""Compares two runs: a table, and a verdict that claims no more than the figures carry.
 
 Only measured points are compared: the end of the uniform run with the JEST run at as many steps,
 and at its last test before it had cost more FLOPs, or more time. Pure functions.
@@ -26,7 +26,7 @@ class CurvePoint:
     trained: int
     """Pairs that were trained on."""
     flops: float
-    """For training, scoring and selection; tests are not counted."""
+    """Of training, scoring and selection; tests are not counted."""
     seconds: float
     """Wall time likewise, reading included."""
     accuracy: Mapping[str, Recall]
@@ -92,6 +92,7 @@ def clear_sign(recall: float, other: float, num_pairs: int) -> int:
     Clear is a difference of more than `CLEAR` standard errors of two binomial shares.
     """
     # Both directions of retrieval share the pairs: each pair counts once, not twice.
+    # 60 % against 50 % of 1,000 pairs: the error is 2.2, so 10 is clear; of 100 pairs it is 7.0.
     error = math.sqrt(sum(share * (100 - share) for share in (recall, other)) / num_pairs)
     difference = recall - other
     return 0 if abs(difference) <= CLEAR * error else int(math.copysign(1, difference))

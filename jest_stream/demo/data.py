@@ -1,4 +1,4 @@
-"""The pictures that ship with the package, as tar shards and as tensors.
+"""Gives the pictures that ship with the package as tar shards and as tensors.
 
 `icons.parquet` holds 43,000 icons and emoji at 32 px with their names: a pool to train on, and
 five more sets to test on. `ATTRIBUTION.md` beside it names the authors and licences;

@@ -1,4 +1,4 @@
-"""The plot of the demo: accuracy against steps, FLOPs and wall time, one row per domain."""
+"""Plots accuracy against steps, FLOPs and wall time, one row per domain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's two runs: the same model on the same pictures, with uniform batches and with JEST.
+"""Trains the same model on the same pictures twice: with uniform batches and with JEST.
 
 Both read the same shards and train on as many pairs per step; the JEST run chooses them from more
 candidates. The runs take turns, in the calling thread. Writes `summary.md`, `curves.png` and
@@ -209,6 +209,7 @@ def _shared_cores(device: str) -> Iterator[int]:
     cores = os.cpu_count() or 1
     num_workers = max(1, min(4, cores // 2))
     num_threads = torch.get_num_threads()
+    # With 8 cores 4 processes read and torch gets 4 threads; with 2 cores, 1 and 1.
     if device == "cpu":
         torch.set_num_threads(max(1, cores - num_workers))
     try:

@@ -1,4 +1,4 @@
-"""The training loop of the demo and its test: a user's own code, the same with and without JEST.
+"""Trains and tests the demo's model as a user's own code would, the same with and without JEST.
 
 The test is zero-shot retrieval: among all pictures of a set that no model has trained on, the one
 that belongs to a caption must be found, and the other way round.
@@ -26,7 +26,7 @@ WEIGHT_DECAY = 0.1
 
 @dataclass(frozen=True)
 class Recall:
-    """How often the right partner is the best match, or among the best five. In percent."""
+    """Shares of pairs whose partner is the best match, or among the best five. In percent."""
 
     at_1: float
     at_5: float
@@ -103,6 +103,8 @@ def recall(model: TwoTowerModel, pairs: Pairs, micro_batch_size: int = 512) -> R
             images.append(model.encode_image(pairs.images[rows].to(device)))
             texts.append(model.encode_text(pairs.tokens[rows].to(device)))
     logits = F.normalize(torch.cat(images), dim=-1) @ F.normalize(torch.cat(texts), dim=-1).T
+    # The rank of a caption is the number of captions that match its picture better: 0 is the best.
+    # Both directions, from the rows and from the columns of one matrix.
     right = logits.diagonal()
     ranks = torch.cat([(logits > right[:, None]).sum(1), (logits > right).sum(0)])  # [2 n]
     return Recall(*(100 * (ranks < k).float().mean().item() for k in (1, 5)))

@@ -8,17 +8,9 @@
 Fed by the training thread.
 """
 
-from jest_stream.metrics.accounting import Accounting, ForwardPass, Model
+from jest_stream.metrics.accounting import ForwardPass, Model
 from jest_stream.metrics.flops import training_flops
 from jest_stream.metrics.metrics import Metrics, shared_out
 from jest_stream.metrics.run_cost import RunCost
 
-__all__ = [
-    "Accounting",
-    "ForwardPass",
-    "Metrics",
-    "Model",
-    "RunCost",
-    "shared_out",
-    "training_flops",
-]
+__all__ = ["ForwardPass", "Metrics", "Model", "RunCost", "shared_out", "training_flops"]

@@ -29,9 +29,9 @@ as `reusable`: the paper's loader runs their forward pass once."""
 Model = Literal["learner", "reference", "trained"]
 """The model of a measured forward pass: the learner copy, which may be altered to be cheap, the
 reference, or the learner itself (`trained`)."""
-Tensors = Tensor | Mapping[str, Tensor]
-"""Images or texts, as a model takes them."""
-ForwardPass = Callable[[Tensors, Tensors], object]
+Rows = Tensor | Mapping[str, Tensor]
+"""Rows of a view, as a model takes them: a tensor, or named tensors."""
+ForwardPass = Callable[[Rows, Rows], object]
 """One forward pass of a model without gradients: images and texts in."""
 Shapes = tuple[tuple[str, str, tuple[int, ...]], ...]
 """Name, dtype and row size of each tensor; a size of -1 for values that are no tensors."""
@@ -71,9 +71,7 @@ class Accounting:
         """Whether a training step is taken to cost three forward passes."""
         return self._training_flops is None
 
-    def count_scored(
-        self, model: Literal["learner", "reference"], image: Tensors, text: Tensors
-    ) -> None:
+    def count_scored(self, model: Literal["learner", "reference"], image: Rows, text: Rows) -> None:
         """Notes that a model embedded the rows of these views."""
         shapes = shapes_of(image, text)
         self._rows[model, shapes] += _num_rows(image)
@@ -239,7 +237,7 @@ def _price(model: Model, forward: ForwardPass, shapes: Shapes) -> float:
         return math.nan
 
 
-def _ones(shapes: Shapes, view: str) -> Tensors:
+def _ones(shapes: Shapes, view: str) -> Rows:
     """Returns a row that stands for the view: only its shape counts, and 1 is a valid token."""
     entries = {}
     for name, dtype, size in shapes:

@@ -1,4 +1,4 @@
-"""`Metrics`: the counters, last values, times and FLOPs of a run, as one flat dict for loggers.
+"""Keeps the counters, last values, times and FLOPs of a stream, as one flat dict for loggers.
 
 Fed by the training thread. Tensors are kept as they come and read only by `as_dict`: no step waits
 for the device. The keys are public, and call examples samples.

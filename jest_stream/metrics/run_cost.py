@@ -1,4 +1,4 @@
-"""`RunCost`: the cost of a run and the savings that would pay for it, as numbers and in words."""
+"""Compares the cost of a run with the savings that would pay for it, in numbers and in words."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class RunCost:
     def _verdict(self) -> str:
         ratio, with_reuse = self.flops.ratio, self.flops.ratio_with_reuse
         if math.isnan(ratio):
-            return "cost against uniform training: unknown"
+            return "cost against uniform training: unknown (ask before close(); see metrics())"
         found = f"{ratio:.2f} times the FLOPs of uniform training"
         if with_reuse < ratio:
             found += f" ({with_reuse:.2f} as the paper counts, which scores and trains in one pass)"

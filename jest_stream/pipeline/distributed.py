@@ -1,4 +1,4 @@
-"""The only communication between ranks: their states go in, one merged state comes out.
+"""Gathers the states of all ranks into one: the only work that ranks do together.
 
 Everything else is local to a rank. The collective runs on the CPU, in the caller's thread, in a
 process group made for it with a time limit, and only where the user calls `gather_state_dict`.

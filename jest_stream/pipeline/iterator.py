@@ -1,4 +1,4 @@
-"""`JESTIterator`: one loop over a dataset, until its epoch ends or the loop is dropped.
+"""Iterates once over a dataset's stream, until the epoch ends or the loop is dropped.
 
 Runs in the training thread. Worker processes and open files belong to the dataset; an iterator that
 is dropped has them stopped and closed, unless a newer iterator uses them.

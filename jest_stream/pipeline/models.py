@@ -1,4 +1,4 @@
-"""The models of a run: the learner, and the reference as a module, by its name, or from a cache.
+"""Opens and checks the models of a run: the learner, and a reference by module, name or cache.
 
 `open_reference` turns the user's `reference=` into a model with its views; `Models` keeps the
 modules that the selection rule needs. Both only check, when the dataset is made: nothing is moved,

@@ -1,4 +1,4 @@
-"""The schedule: decides at each step which super-batch is read, scored and handed out.
+"""Decides which super-batch is read, scored and handed out at each step, and keeps their state.
 
 The call that hands out batch t also scores super-batch t + lookahead, with the learner's weights as
 they are at that call. The order is the same on every device: a test on the CPU sees the one that a
@@ -115,7 +115,7 @@ class Pipeline:
             self._batches.open()
             self._start_views()
             # 2. Super-batches are read and scored until `lookahead` follow the one to hand out.
-            self._read_ahead()
+            self._score_ahead()
             if not self.run.in_flight:
                 self._end_pass()
                 return None
@@ -147,7 +147,7 @@ class Pipeline:
             if number < num_awaited or scored.selection.is_known():
                 self._batches.start(scored, step=self.run.step + number)
 
-    def _read_ahead(self) -> None:
+    def _score_ahead(self) -> None:
         """Reads and scores until `lookahead` super-batches follow the one to hand out.
 
         An error waits until the batches before it are handed out. The next call then reads the

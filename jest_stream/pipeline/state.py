@@ -1,4 +1,4 @@
-"""The progress of a run, and its checkpoints: made, merged over ranks, dealt to any number of them.
+"""Keeps the progress of a run, and makes checkpoints: merged over ranks, dealt to any number.
 
 `RunState` changes as batches are handed out; the functions turn it into a checkpoint and back. A
 checkpoint is made of plain dicts, lists, strings and numbers, which `torch.load(weights_only=True)`
@@ -204,9 +204,15 @@ def layout_to_resume(state: Mapping[str, Any], settings: Mapping[str, Any], rank
             _require_same_total(name, saved, settings)
         # 3. All others must be equal.
         elif saved[name] != value:
+            hint = ""
+            if name == "source":  # named by a hash, from which nobody can tell the difference
+                hint = (
+                    f"The shards, {saved['num_shards']} then and {settings['num_shards']} now, "
+                    f"differ in name or order. "
+                )
             raise ResumeMismatchError(
                 f"the checkpoint was taken with {name}={saved[name]!r}, this dataset has "
-                f"{name}={value!r}. Resume with the former value, or start a new run."
+                f"{name}={value!r}. {hint}Resume with the former value, or start a new run."
             )
     if saved["lanes"] % world_size:
         raise ResumeMismatchError(

@@ -1,4 +1,4 @@
-"""Splits sub-batches in two: one part is trained at the train view, one at the small score view.
+"""Cuts a selection in two: a part for the train view, and a part that stays at the score view.
 
 Flexi-JEST (Evans et al. 2024, https://arxiv.org/abs/2406.17711) trains a part of every sub-batch at
 the size that the learner copy scores at, which makes the model good at both. Runs in the training

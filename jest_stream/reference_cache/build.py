@@ -36,9 +36,9 @@ from jest_stream.reference_cache.manifest import (
     write_whole,
 )
 from jest_stream.reference_cache.progress import BuildProgress
-from jest_stream.reference_cache.reading import Group, read_groups
+from jest_stream.reference_cache.reading import read_slices
 from jest_stream.reference_cache.settings import BuildSettings
-from jest_stream.reference_cache.shard import ShardProgress, ShardWork
+from jest_stream.reference_cache.shard import FinishedParts, ShardWork
 from jest_stream.scoring import ReferenceModel, two_tower
 from jest_stream.sources import IterableSource
 from jest_stream.storage import Storage, redacted
@@ -77,7 +77,7 @@ def make_header(source: Source, reference: nn.Module, settings: BuildSettings) -
 
 
 class Build:
-    """One process's part of building a cache.
+    """Builds one process's share of a cache.
 
     Args:
       folder: folder of the cache.
@@ -102,6 +102,7 @@ class Build:
             names = self._begin()
             if COMPLETE in names:
                 return
+            # Ranks need not agree on anything: 7 shards and 3 ranks are (0, 3, 6), (1, 4), (2, 5).
             own = range(self._settings.rank, self._header.num_shards, self._settings.world_size)
             if todo := [shard for shard in own if record_file(shard) not in names]:
                 self._embed(todo, names)
@@ -149,13 +150,13 @@ class Build:
         num_examples = None if counts is None else sum(counts[shard] for shard in todo)
         # Only a source of one shard is cached in parts.
         start = begun[todo[0]].num_read if is_in_parts else 0
-        groups = read_groups(
+        slices = read_slices(
             self._source, todo, start=start, view=self._view(), settings=self._settings
         )
         is_shown = self._settings.show_progress
         with BuildProgress(len(todo), num_examples, is_shown=is_shown) as progress:
-            for group in groups:
-                shard = group.shard
+            for rows in slices:
+                shard = rows.shard
                 if shard not in self._works:
                     self._works[shard] = ShardWork(
                         shard,
@@ -164,9 +165,17 @@ class Build:
                         folder=self._folder,
                         storage=self._storage,
                         embed=partial(_embedded, model, self._settings),
-                        begun=begun.get(shard, ShardProgress()),
+                        begun=begun.get(shard, FinishedParts()),
                     )
-                self._take(group, progress)
+                work = self._works[shard]
+                progress.add(work.add(rows))
+                if rows.is_end:
+                    record, num_embedded = work.finish(
+                        rows.num_read[0], self._source.shard_content(shard)
+                    )
+                    self._records[record_file(shard)] = record
+                    progress.add(num_embedded, num_shards=1)
+                    del self._works[shard]
 
     def _view(self) -> ScoreView:
         settings = self._settings
@@ -179,40 +188,32 @@ class Build:
             for_cache=True,
         )
 
-    def _take(self, group: Group, progress: BuildProgress) -> None:
-        work = self._works[group.shard]
-        progress.add(work.add(group))
-        if group.is_end:
-            content = self._source.shard_content(group.shard)
-            record, num_embedded = work.finish(group.num_read[0], content)
-            self._records[record_file(group.shard)] = record
-            progress.add(num_embedded, num_shards=1)
-            del self._works[group.shard]
-
     def _name(self, shard: int) -> str:
         """Returns the shard's name in the cache: without its folder on this machine."""
         name = self._source.shard_name(shard)
         return name if "://" in name else short_name(name)
 
-    def _begun(self, shard: int, names: set[str]) -> ShardProgress:
+    def _begun(self, shard: int, names: set[str]) -> FinishedParts:
         """Returns the finished parts of a shard that is cached in parts."""
-        progress = ShardProgress()
+        finished = FinishedParts()
         part_size = self._header.part_size
-        while (name := part_file(shard, len(progress.parts), part_size)) + ".json" in names:
+        while (name := part_file(shard, len(finished.parts), part_size)) + ".json" in names:
             record = self._read_record(f"{name}.json")
             (part,) = record.parts
+            # The file is opened for its keys: one that comes twice, in two parts, must be noticed.
             data = self._storage.mapped(f"{self._folder}/{part.file}")
             file = EmbeddingsFile(data, part.file, part, self._header.build)
-            progress = ShardProgress(
-                parts=(*progress.parts, part),
+            finished = FinishedParts(
+                parts=(*finished.parts, part),
                 num_read=record.num_read,
                 skipped=record.skipped,
-                hashes=(*progress.hashes, key_hashes(file.keys())),
+                hashes=(*finished.hashes, key_hashes(file.keys())),
             )
-        return progress
+        return finished
 
     def _complete(self) -> None:
         """Writes the manifest, if all shards are done."""
+        # Listed anew: other ranks have finished shards meanwhile. The last to come here finds all.
         names = set(self._storage.names_in(self._folder))
         files = [record_file(shard) for shard in range(self._header.num_shards)]
         if not names.issuperset(files):

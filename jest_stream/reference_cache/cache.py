@@ -1,4 +1,4 @@
-"""`ReferenceCache`: the reference embeddings of a source, on local disk or in an object store.
+"""Reads the reference embeddings of a source, on local disk or in an object store.
 
 Opens the files that `build` made: checks the manifest, hands out the rows of a shard, and joins
 them to the examples of a source. Files are opened by the process that reads them, when it does.
@@ -49,7 +49,7 @@ from jest_stream.types import Embeddings, ObjectInfo, Source
 
 
 class ReferenceCache:
-    """The embeddings that a reference gave of every example of a source.
+    """Holds the embeddings that a reference gave of every example of a source.
 
     `JESTDataset(reference=cache)` scores with them instead of running a reference. Each shard has
     one Arrow file with `key`, `image` and `text` (float16) and checksums of the embedded image and
@@ -253,6 +253,7 @@ class ReferenceCache:
         """
         header = self.manifest.header
         return Embeddings(
+            # float16 has 11 bits: rows of unit norm leave it by up to 2**-11 of their length.
             image=F.normalize(image.float(), dim=-1),
             text=F.normalize(text.float(), dim=-1),
             logit_scale=header.logit_scale,

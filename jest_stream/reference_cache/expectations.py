@@ -1,5 +1,7 @@
-"""Compares a cache with the user's expectations: returns, or raises the error that names the
-difference. Pure functions."""
+"""Compares a cache with the user's expectations, and raises the error that names the difference.
+
+Pure functions.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arrow files of embeddings: written row by row, read without copying.
+"""Writes Arrow files of embeddings row by row, and reads them without copying.
 
 Columns: `key` (string), `image` and `text` (fixed-size lists of D float16), `image_crc32` and
 `text_crc32` (uint32), the checksums of the embedded image and text; record batches of fixed size,
@@ -25,8 +25,8 @@ ROWS_PER_BATCH = 8192
 """Rows of a record batch. A reader holds the keys of one at a time."""
 
 
-class Batch(NamedTuple):
-    """One record batch."""
+class RecordBatch(NamedTuple):
+    """The columns of one record batch."""
 
     keys: list[str]
     image: Tensor
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     text: Tensor
     """`[n, D]` float16 likewise."""
     checksums: Tensor
-    """`[n, 2]` int64: of the image and of the text; see `views.checksums`."""
+    """`[n, 2]` int64: of the image and of the text; see `views.score`."""
 
 
 class EmbeddingsWriter:
@@ -64,6 +64,8 @@ class EmbeddingsWriter:
         self._keys += keys
         self._rows.append((image, text, checksums))
         self.num_examples += len(keys)
+        # Always full batches, so that the bytes do not depend on how rows came: 10,000 rows write
+        # 8,192, and 1,808 wait.
         while len(self._keys) >= ROWS_PER_BATCH:
             self._write(ROWS_PER_BATCH)
 
@@ -102,7 +104,7 @@ class EmbeddingsWriter:
 
 
 class EmbeddingsFile:
-    """One Arrow file, mapped.
+    """Reads one Arrow file, which is mapped.
 
     Args:
       data: its bytes, as `Storage.mapped` returns them.
@@ -147,7 +149,7 @@ class EmbeddingsFile:
         """Returns the keys of all rows."""
         return [key for number in range(self.num_batches) for key in self.batch(number).keys]
 
-    def batch(self, number: int) -> Batch:
+    def batch(self, number: int) -> RecordBatch:
         """Returns one record batch; its rows are the mapped file.
 
         Raises:
@@ -157,6 +159,7 @@ class EmbeddingsFile:
 
         try:
             found = self._reader.get_batch(number)
+            # Of strings Arrow checks offsets and UTF-8 only when asked; wrong ones lead elsewhere.
             found.column(0).validate(full=True)
             if any(column.null_count for column in found.columns):
                 raise damaged(self._url, "has rows without values")
@@ -165,7 +168,9 @@ class EmbeddingsFile:
             raise damaged(self._url, f"is damaged in record batch {number}: {error}") from error
         crcs = [self._values(found.column(at), np.uint32, len(keys)) for at in (3, 4)]
         checksums = torch.from_numpy(np.stack(crcs, axis=1).astype(np.int64))
-        return Batch(keys, self._tower(found.column(1)), self._tower(found.column(2)), checksums)
+        return RecordBatch(
+            keys, self._tower(found.column(1)), self._tower(found.column(2)), checksums
+        )
 
     def _tower(self, column: Any) -> Tensor:
         num_values = len(column) * self._dimension

@@ -1,4 +1,4 @@
-"""Fingerprints of a model and its views: a hash of the weights, and outputs for fixed probes.
+"""Makes fingerprints of a model and its views: a hash of the weights, and outputs for fixed probes.
 
 A transform or tokenizer may be any function, of which only outputs can be compared: here those for
 a few pictures of different sizes and a few texts, sampled. Numbers are compared with a small
@@ -25,6 +25,7 @@ ViewFingerprint = list[dict[str, Any]]
 """Per probe its `probe` name and `outputs`: name, shape, dtype and sampled values of each tensor;
 or the `error` that it raised. Empty without a view: the values are tensors already."""
 
+# Wide and high, square, large, and one with odd sides: resizing and cropping differ by them.
 _SIZES = ((64, 48), (48, 80), (224, 224), (500, 375), (37, 211))
 _TEXTS = (
     "a photo of a cat",
@@ -35,7 +36,7 @@ _TEXTS = (
 )
 _NUM_VALUES = 256  # sampled of each tensor of floats,
 _NUM_INTEGERS = 512  # and of each tensor of integers
-_TOLERANCE = 5e-3
+_TOLERANCE = 5e-3  # absolute, of values that are a few units large after Normalize
 _PASSIVE = (nn.Identity, nn.Dropout)  # releases put one or the other in the same place
 
 
@@ -89,6 +90,7 @@ def tokenizer_fingerprint(tokenizer: Transform | None) -> ViewFingerprint:
 
 def view_difference(cached: ViewFingerprint, found: ViewFingerprint) -> str:
     """Returns in words how two views differ, by the first probe where they do; empty if nowhere."""
+    # An empty fingerprint stands for no view at all.
     if bool(cached) != bool(found):
         one, other = ("a function", "none") if cached else ("none", "a function")
         return f"the cache was built with {one}, here is {other}"
@@ -138,6 +140,7 @@ def _sampled(name: str, value: Any) -> dict[str, Any]:
         return {"name": name, "shape": [], "dtype": type(value).__name__, "values": [str(value)]}
     flat = value.detach().cpu().flatten()
     most = _NUM_VALUES if flat.is_floating_point() else _NUM_INTEGERS
+    # Evenly over the tensor, ends included; 6 digits, which JSON gives back unchanged.
     at = torch.linspace(0, max(len(flat) - 1, 0), min(most, len(flat))).long()
     values = [float(f"{number:.6g}") for number in flat[at].double().tolist()]
     return {

@@ -1,4 +1,4 @@
-"""Index of a shard's keys: key in, part and row out. Pure functions but for the files.
+"""Finds the part and row of a key by an index of the shard. Pure functions but for the files.
 
 A shard in several parts brings its index as an Arrow file with the columns `hash`, `part` and
 `row`, sorted by hash and mapped. For one part it is made of the keys, where it is needed at all.
@@ -52,7 +52,7 @@ class KeyIndex(NamedTuple):
 def make_index(hashes: Sequence[Any]) -> KeyIndex:
     """Returns the index of a shard, of the hashes of the keys in each of its parts."""
     # Parts of 2 and 3 keys: parts is [0, 0, 1, 1, 1], rows is [0, 1, 0, 1, 2].
-    found = np.concatenate([key_hashes([]), *hashes])
+    found = np.concatenate([key_hashes([]), *hashes])  # also of no parts
     sizes = [len(part) for part in hashes]
     parts = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     rows = np.concatenate([np.arange(size, dtype=np.int32) for size in (0, *sizes)])

@@ -1,4 +1,4 @@
-"""A source whose examples bring their cached reference embeddings: source in, source out.
+"""Adds to each example of a source its cached reference embeddings: source in, source out.
 
 Reads the cache's file of a shard while it reads the shard. Works in worker processes: it holds the
 manifest and a `Storage`, and each process maps the files that it reads. Nothing outlives the
@@ -23,7 +23,7 @@ from jest_stream.types import REFERENCE_ROW, Example, Source, WrappedSource
 
 
 class EmbeddingStore(Protocol):
-    """The members of a `ReferenceCache` that a join reads; explained there."""
+    """The members of a `ReferenceCache` that a join reads; the class explains them."""
 
     @property
     def path(self) -> str:
@@ -52,10 +52,10 @@ class EmbeddingStore(Protocol):
 
 
 class JoinedSource(WrappedSource):
-    """The examples of a source, each with its reference embeddings from a cache.
+    """Reads the examples of a source, each with its reference embeddings from a cache.
 
-    They lie beside it as `__reference__`. For an example that the cache lacks, the error that says
-    so is yielded.
+    An example holds them as `__reference__`. In place of an example that the cache lacks, a
+    `NotCachedError` is yielded.
 
     Args:
       source: the source to read.
@@ -82,6 +82,8 @@ class JoinedSource(WrappedSource):
         """
         record = self._cache.shards[self._places[shard]]
         name = self.shard_name(shard)
+        # A changed shard is noticed three times: by length and version here, by checksums where an
+        # example is decoded, and by the number of examples at the end.
         content = self._source.shard_content(shard)
         if content is not None and (difference := _difference(record, content, name)):
             raise _changed(name, self._cache.path, difference)

@@ -1,9 +1,9 @@
-"""The JSON files that describe a reference cache. Pure functions but for reading.
+"""Writes and reads the JSON files that describe a reference cache.
 
 `build.json` is written first: it names the reference, the views and the source. One `NNNNN.json`
 per shard appears when the shard is done, and `manifest.json`, which joins them all, when every
 shard is. The bytes of each depend on the embedded data alone: it does not matter which process
-writes them, or how often.
+writes them, or how often. Pure functions but for reading and writing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jest_stream.errors import CacheDamagedError, ReferenceMismatchError
 from jest_stream.reference_cache.fingerprints import ViewFingerprint, view_difference
 from jest_stream.storage import Storage, redacted
 
-VERSION = 2
+VERSION = 2  # of the format; files of any other are refused
 BEGUN, COMPLETE = "build.json", "manifest.json"
 RECORD = re.compile(r"\d{5,}\.json")
 """Matches the names of the records of finished shards."""

@@ -1,4 +1,4 @@
-"""How far a build is: a bar on a terminal, plain lines elsewhere, both on standard error."""
+"""Shows how far a build is: a bar on a terminal, lines elsewhere, both on standard error."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-_EVERY_S = 10.0
+_EVERY_S = 10.0  # between lines
 
 
 class BuildProgress:

@@ -1,7 +1,7 @@
-"""Examples of some shards, prepared to be embedded, with a mark where each shard ends.
+"""Reads the examples of some shards, to be embedded, with a mark where each shard ends.
 
-In: a source and the shards to read. Out: groups of stacked rows of one shard, in its order, from
-this process or from workers. Each group names the examples that were left out before its own.
+In: a source and the shards to read. Out: slices of stacked rows of one shard, in its order, from
+this process or from workers. Each slice names the examples that were left out before its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BLOCK_SIZE = 64
 _SHARD, _END = "__cached_shard__", "__end__"
 
 
-class Group(NamedTuple):
+class ShardSlice(NamedTuple):
     """Some examples of one shard, or the news that it has ended."""
 
     shard: int
@@ -31,13 +31,13 @@ class Group(NamedTuple):
     """Per example, how many of the shard were read with it, unusable ones too; at the end of the
     shard one number: all."""
     skipped: list[tuple[int, str]]
-    """Examples that were left out: the position in the group before which, and the reason."""
+    """Examples that were left out: the position in the slice before which, and the reason."""
     is_end: bool
 
 
-def read_groups(
+def read_slices(
     source: Source, shards: Sequence[int], *, start: int, view: ScoreView, settings: BuildSettings
-) -> Iterator[Group]:
+) -> Iterator[ShardSlice]:
     """Yields the examples of some shards, those of a shard in order.
 
     Args:
@@ -67,23 +67,25 @@ def read_groups(
     late: dict[int, list[str]] = {}  # by lane: left out after the last example of a block
     try:
         while (block := reader.read()) is not None:
-            yield from _groups(block, late)
+            yield from _slices(block, late)
     finally:
         reader.close()
 
 
-def _groups(block: Block, late: dict[int, list[str]]) -> Iterator[Group]:
-    """Yields the groups of a block.
+def _slices(block: Block, late: dict[int, list[str]]) -> Iterator[ShardSlice]:
+    """Yields the slices of a block.
 
-    Examples that were left out at its very end belong to the group that follows in its lane: they
+    Examples that were left out at its very end belong to the slice that follows in its lane: they
     are kept in `late` until then. The mark at the end of each shard takes up the last ones.
     """
+    # Skipped examples carry a position in the block. Slices of 4 and 3 rows: the reason at position
+    # 5 belongs to the second slice, at its position 1; one at position 7 waits for the next block.
     skipped = [(0, reason) for reason in late.pop(block.lane, [])] + list(block.skipped)
     first = 0
     for shard, size, columns in block.items or ():
         is_end = columns is None
         cursors = block.cursors[first : first + size]
-        yield Group(
+        yield ShardSlice(
             shard,
             columns or {},
             # The reader counted the mark of the end as an example, too.
@@ -138,8 +140,8 @@ def _prepared(view: ScoreView, example: Example) -> tuple[int, Row | None]:
 def _collate(items: list[tuple[int, Row | None]]) -> list[tuple[int, int, Columns | None]]:
     """Returns shard, number of items and stacked rows of each run; None for the rows of a mark."""
     # Items of shards 4, 4, the mark of 4, 7 become (4, 2, rows), (4, 1, None), (7, 1, rows).
-    groups: list[tuple[int, int, Columns | None]] = []
+    slices: list[tuple[int, int, Columns | None]] = []
     for (shard, is_mark), run in groupby(items, key=lambda item: (item[0], item[1] is None)):
         rows = [row or {} for _, row in run]
-        groups.append((shard, len(rows), None if is_mark else collate(rows)))
-    return groups
+        slices.append((shard, len(rows), None if is_mark else collate(rows)))
+    return slices

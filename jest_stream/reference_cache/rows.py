@@ -1,4 +1,4 @@
-"""The embeddings of one shard by key: in the order of its examples at no cost, else looked up.
+"""Finds embeddings of one shard by key: in the order of its examples at no cost, else looked up.
 
 A reader goes through a shard from some example on. The next example's row is nearly always the next
 one in the file, perhaps a few further on where examples were left out; only where it is neither is
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from jest_stream.reference_cache.files import Batch, EmbeddingsFile
+from jest_stream.reference_cache.files import EmbeddingsFile, RecordBatch
 from jest_stream.reference_cache.index import KeyIndex, key_hashes, make_index
 from jest_stream.types import ReferenceRow
 
@@ -45,7 +45,8 @@ class ShardRows:
         self._files: OrderedDict[int, EmbeddingsFile] = OrderedDict()
         self._index: KeyIndex | None = None
         self._place: tuple[int, int] | None = None  # part and number of the batch at hand
-        self._keys, *self._values = Batch([], Tensor(), Tensor(), Tensor())  # of the batch at hand
+        # Columns of the record batch at hand; before the first, none.
+        self._keys, *self._values = RecordBatch([], Tensor(), Tensor(), Tensor())
         self._row = 0  # the next in it
         self._go_to_example(first)
 
@@ -54,6 +55,7 @@ class ShardRows:
 
         The tensors are the mapped file itself: gather rows while the shard is at hand.
         """
+        # Nearly always the next row has the key: one comparison of strings, and no search.
         row = self._row
         if row >= len(self._keys) or self._keys[row] != key:
             if not self._find(key):
@@ -78,6 +80,7 @@ class ShardRows:
         if key in self._keys[low:high]:
             self._row = self._keys.index(key, low, high)
             return True
+        # The index knows hashes: another key may have the same one, so the key itself decides.
         before = self._place, self._row
         for part, row in self._index_of_keys().places(key):
             self._go_to(part, row)
@@ -104,6 +107,7 @@ class ShardRows:
             self._row += 1
 
     def _go_to(self, part: int, row: int) -> None:
+        # Batches that start at rows 0, 8192 and 16384: row 9000 is row 808 of batch 1.
         starts = self._file(part).starts
         number = int(np.searchsorted(starts, row, side="right")) - 1
         if self._place != (part, number):

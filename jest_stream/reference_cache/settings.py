@@ -1,4 +1,4 @@
-"""The settings of a build, checked once: `ReferenceCache.build` makes them of its keywords.
+"""Checks the settings of a build once: `ReferenceCache.build` makes them of its keywords.
 
 They go down unchanged to all that takes part in a build: the header, the reader and the progress.
 """
@@ -26,7 +26,7 @@ from jest_stream.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildSettings:
-    """How a cache is built; `ReferenceCache` explains the fields.
+    """Settings of a build; `ReferenceCache` explains the fields.
 
     Raises:
       ConfigError: for values that cannot work, such as a device that this machine lacks.

@@ -1,4 +1,4 @@
-"""One shard on its way into the cache: groups of rows in, Arrow files and the shard's record out.
+"""Embeds one shard into the cache: slices of rows in, Arrow files and the shard's record out.
 
 Rows are embedded in micro-batches that begin with the shard (or with the part). The content of a
 file depends therefore neither on where an earlier build was interrupted, nor on the processes that
@@ -27,7 +27,7 @@ from jest_stream.reference_cache.manifest import (
     record_file,
     write_whole,
 )
-from jest_stream.reference_cache.reading import Group
+from jest_stream.reference_cache.reading import ShardSlice
 from jest_stream.storage import Storage
 from jest_stream.types import Embeddings
 from jest_stream.views import Columns
@@ -36,8 +36,8 @@ Embed = Callable[[Columns], Embeddings]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardProgress:
-    """The finished parts of a shard."""
+class FinishedParts:
+    """The finished parts of a shard, by an earlier build or by this one."""
 
     parts: tuple[PartRecord, ...] = ()
     num_read: int = 0
@@ -70,7 +70,7 @@ class ShardWork:
         folder: str,
         storage: Storage,
         embed: Embed,
-        begun: ShardProgress,
+        begun: FinishedParts,
     ) -> None:
         self._shard, self._name, self._header = shard, name, header
         self._folder, self._storage, self._embed = folder, storage, embed
@@ -83,16 +83,18 @@ class ShardWork:
         self._writer: EmbeddingsWriter | None = None
         self._hashes: list[Any] = []  # of the keys in the part at hand
 
-    def add(self, group: Group) -> int:
+    def add(self, rows: ShardSlice) -> int:
         """Takes rows; returns how many were embedded by that."""
-        for position, num_read in enumerate(group.num_read):
-            for reason in (why for at, why in group.skipped if at == position):
+        # A slice may end within a micro-batch, and a micro-batch within a part: with slices of 64
+        # and micro-batches of 256, the fourth slice embeds 256 rows, the others none.
+        for position, num_read in enumerate(rows.num_read):
+            for reason in (why for at, why in rows.skipped if at == position):
                 # A new dict: rows that came before keep the counts of their time.
                 self._skipped = {**self._skipped, reason: self._skipped.get(reason, 0) + 1}
-            if not group.is_end:
+            if not rows.is_end:
                 self._read.append((num_read, self._skipped))
-        if not group.is_end:
-            self._columns.append(group.columns)
+        if not rows.is_end:
+            self._columns.append(rows.columns)
         num_embedded = 0
         while self._read and len(self._read) >= self._next_size():
             num_embedded += self._embed_next()
@@ -106,7 +108,7 @@ class ShardWork:
           content: its length and version; None for a shard that is no file.
         """
         num_embedded = 0
-        while self._read:
+        while self._read:  # the last micro-batch may be a short one
             num_embedded += self._embed_next()
         if self._writer is not None:
             self._end_part(num_read, self._skipped)
@@ -178,14 +180,15 @@ class ShardWork:
             dimension=writer.dimension,
         )
         hashes, self._hashes = np.concatenate(self._hashes), []
-        self._begun = ShardProgress(
+        self._begun = FinishedParts(
             parts=(*self._begun.parts, part),
             num_read=num_read,
             skipped=skipped,
             hashes=(*self._begun.hashes, hashes),
         )
         if self._header.part_size is not None:
-            # A later build goes on from here, should this one be stopped.
+            # A later build goes on from here, should this one be stopped. The Arrow file was first:
+            # a record without its file would be damage.
             partial = ShardRecord(
                 name=self._name,
                 num_bytes=None,

@@ -1,4 +1,4 @@
-"""Scoring: two-tower models and tensors of pairs go in, `Embeddings` come out.
+"""Embeds tensors of pairs with two-tower models: `Embeddings` come out.
 
     two_tower.py        one interface to the models of all libraries
     learner.py          the copy of the module being trained, refreshed by step count

@@ -1,4 +1,4 @@
-"""`at_score_size`: the learner as a second model, at the size that its copy scores at.
+"""Runs the model being trained at the size that its copy scores at: `at_score_size`.
 
 It serves training at two sizes with one set of weights. No weight is copied: the returned model, a
 shell, holds the learner's modules, parameters and buffers. Only the few modules around its patch

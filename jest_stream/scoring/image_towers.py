@@ -1,4 +1,4 @@
-"""The image towers that can score at another size, with the way to change those of each library.
+"""Changes each library's image tower to score at another size.
 
 A model goes in, its towers come out (`known_towers`): the vision transformers of open_clip and
 timm, and those of CLIP and SigLIP in transformers. They are known by the names of their classes;

@@ -1,4 +1,4 @@
-"""The learner copy scores with the learner's weights of a known step, a few steps behind training.
+"""Keeps the learner copy: weights that score, a known number of steps behind those that train.
 
 The module being trained goes in; the copy embeds super-batches and is refreshed by step count,
 never by the clock. Copying is enqueued by the thread that calls `refresh`, on its current stream:

@@ -1,4 +1,4 @@
-"""The reference model: a frozen two-tower module that tells which pairs can be learned.
+"""Keeps the reference model: a frozen two-tower module that says which pairs can be learned.
 
 Its dimension, resolution and tokenizer may differ from the learner's, since only losses of pairs
 are compared. It runs in the thread that calls it.

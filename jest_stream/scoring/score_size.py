@@ -247,10 +247,11 @@ def _tower_of(model: nn.Module, scoring: ScoringConfig, role: str) -> Tower | No
     if scoring.changes_tokens:
         name = "patch_size" if scoring.patch_size is not None else "token_fraction"
         visual = getattr(model, "visual", model)
-        visual = getattr(visual, "trunk", visual)
+        kind = type(getattr(visual, "trunk", visual))
         raise ConfigError(
             f"scoring.{name}={getattr(scoring, name)}, but the {role}'s image tower, a "
-            f"{type(visual).__name__}, is no vision transformer that is known here. {_KNOWN}. "
+            f"{kind.__name__}, is no vision transformer that is known here: it is of "
+            f"{kind.__module__}. {_KNOWN}. "
             f"Use scoring.image_size instead, if the model takes smaller images."
         )
     return None

@@ -1,4 +1,4 @@
-"""Selection: embeddings of B candidates go in, the indices of the b chosen examples come out.
+"""Selects examples: embeddings of B candidates go in, the indices of the b chosen come out.
 
 `select_jointly` is JEST: every chunk is drawn given the chunks before. The other two `select_...`
 functions are its baselines. They take a `torch.Generator` and return indices in draw order; their

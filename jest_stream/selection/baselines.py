@@ -1,4 +1,4 @@
-"""The baselines of joint selection: examples are scored one by one, or not at all.
+"""Selects by the baselines: each example scored alone, or no scoring at all.
 
 Embeddings, or a number of examples, go in; indices or a `Selection` come out. Both baselines draw
 with the same kind of noise as joint selection. B: super-batch size, b: batch size.

@@ -1,4 +1,4 @@
-"""Joint example selection: chunks of a sub-batch, each drawn given the chunks before it.
+"""Selects jointly: chunks of a sub-batch, each drawn given the chunks before it.
 
 Algorithm 1 of Evans et al. 2024 (https://arxiv.org/abs/2406.17711) without its `[B, B]` matrix.
 The score of an example given the chosen ones is a sum over pairs, so one running vector of B values

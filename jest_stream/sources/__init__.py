@@ -1,4 +1,4 @@
-"""Where examples come from: shards, dealt to lanes, read here or in worker processes.
+"""Reads examples from shards, which are dealt to lanes, here or in worker processes.
 
 `open_source` turns the user's argument into a `Source`. `lanes` deals its shards, `blocks` reads
 one lane, and `BlockReader` reads all lanes of a rank block by block. Examples stay encoded: the

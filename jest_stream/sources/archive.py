@@ -93,6 +93,8 @@ class Members:
         # The offset is that of the first extension: a reader that starts at the plain header would
         # miss the long name.
         offset, name, size = self.position, None, None
+        # A member may have several extensions, such as a long name and a pax header. Their values
+        # replace those of the plain header, whose size ends at 8 GiB and whose name at 100 bytes.
         while True:
             header = self._header()
             header_name, header_size, kind = self._parse(header)
@@ -126,13 +128,13 @@ class Members:
         Args:
           is_counted: whether the archive is known to hold as many examples as it should.
         """
-        end = self.position + 2 * _UNIT
+        end = self.position + 2 * _UNIT  # the first byte after the marker
         self._file.seek(end)
         while chunk := self._file.read(1 << 20):
             if chunk.strip(b"\0"):
                 raise self._broken(
                     self.position,
-                    "goes on behind its end-of-archive marker (joined archives?); "
+                    "goes on after its end-of-archive marker (joined archives?); "
                     "the rest would never be read",
                 )
         # Zeros at the end have two causes:

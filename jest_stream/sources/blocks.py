@@ -1,4 +1,4 @@
-"""Blocks: examples of one lane that are prepared and handed over together.
+"""Makes blocks: examples of one lane that are prepared and handed over together.
 
 In: a lane. Out: blocks of prepared examples, each with the cursor that follows it; bad examples and
 bad shards are left out and named. Runs where lanes are read, in the training process or in a
@@ -17,6 +17,7 @@ from jest_stream.randomness import isolated_rng, seed_globally
 from jest_stream.sources.lanes import Lane
 from jest_stream.types import Cursor, Example, Source
 
+# With 1 % of bad examples, 100 in a row come by chance once in 10**200.
 _MAX_BAD_IN_A_ROW = 100
 
 
@@ -24,7 +25,7 @@ class SkippedShard(NamedTuple):
     """A shard whose rest was left out of an epoch."""
 
     shard: str
-    """Its name."""
+    """The name of the shard."""
     reason: str
     """A short name under which it is counted: `truncated`, `unavailable`, ..., or `damaged`."""
     message: str
@@ -57,7 +58,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSettings:
-    """Settings that all lanes of a `BlockReader` share, explained there. Travels to workers."""
+    """Settings that all lanes of a `BlockReader` share, which explains them. Travels to workers."""
 
     source: Source
     num_lanes: int
@@ -164,6 +165,8 @@ class LaneBlocks:
 
         Bad examples and shards on the way are added to `skipped` and `skipped_shards`.
         """
+        # There are three cases: 1. a shard whose rest was left out. 2. An example that is bad, as
+        # it was read or by `prepare`: left out, or raised. 3. A good one.
         for example, cursor in self._lane:
             if isinstance(example, ShardError):
                 skip = SkippedShard(example.shard, _reason(example), str(example))

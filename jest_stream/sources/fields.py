@@ -2,8 +2,8 @@
 
 In: an Arrow schema, with the features that Hugging Face's libraries write into it, and the columns
 that the user named. Out: `Fields`; then, row by row, examples with `image` (encoded bytes) and
-`text` beside the columns of metadata. Pure functions; imports no Arrow, since the schema brings its
-types.
+`text` beside the columns of metadata. Imports no Arrow, since the schema brings its types. Pure
+functions, but for image files that a row names by path.
 """
 
 from __future__ import annotations
@@ -14,8 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from jest_stream.config import DEFAULT_LIMITS
-from jest_stream.errors import BadExampleError, ConfigError, UnsafeExampleError
-from jest_stream.sources.images import load_image
+from jest_stream.errors import (
+    BadExampleError,
+    ConfigError,
+    ShardUnavailableError,
+    UnsafeExampleError,
+)
+from jest_stream.storage import Storage, scheme_of
 from jest_stream.types import REFERENCE_ROW, Example
 
 # Usual names of columns, best first. They decide where several columns could be meant.
@@ -25,6 +30,7 @@ _TEXT_NAMES = "text caption txt captions alt_text alt title description prompt".
 # Names that `JESTDataset` looks for by default. A column of such a name that was not chosen is left
 # out: it would be taken for the chosen one.
 _ROLE_NAMES = frozenset("image jpg jpeg png webp gif text txt".split())
+_MAX_IMAGE_BYTES = 256 << 20  # of a file that a row names by path
 # Entries of an example that are ours.
 _OWN_NAMES = frozenset(("__key__", "__shard__", REFERENCE_ROW))
 
@@ -185,13 +191,15 @@ def example_of(
             )
         example["text"] = text
     image = _value(row, fields.image)
+    # An image is 1. the bytes themselves, 2. a struct that holds them, 3. a struct with a path
+    # only, 4. null, which leaves the example without an image.
     if isinstance(image, Mapping):
         data, path = image.get("bytes"), image.get("path")
         if data is None and path:
             if not opens_paths:
                 return _path_only(key, shard, path)
             try:
-                data = load_image(str(path))
+                data = _load_image(str(path))
             except BadExampleError as error:
                 return error
         image = data
@@ -211,8 +219,30 @@ def _path_only(key: str, shard: str, path: str) -> BadExampleError:
     )
 
 
+def _load_image(path: str) -> bytes:
+    """Returns the bytes of a local file. Addresses are refused, since a row may name any host."""
+    fault, cause = "is not a local file; the row should hold the image's bytes", None
+    if "://" not in path and "::" not in path and not scheme_of(path):
+        try:
+            with Storage().open(path) as file:
+                data = file.read(_MAX_IMAGE_BYTES + 1)
+            if len(data) <= _MAX_IMAGE_BYTES:
+                return data
+            fault = f"is larger than {_MAX_IMAGE_BYTES:,} bytes"
+        except ShardUnavailableError as error:
+            fault, cause = "cannot be opened", error
+    raise BadExampleError(
+        f"image {path!r}, which the dataset names, {fault}. Embed the images in the dataset, or "
+        "skip bad examples.",
+        key=path,
+        reason="image_not_embedded",
+    ) from cause
+
+
 def _choose(names: list[str], role: str, shown: str) -> str:
     """Returns the one column that can be meant."""
+    # Of "url", "caption" and "alt" the caption is chosen, since it is the first usual name. Of "a"
+    # and "b" none is: the user has to name one.
     known = _IMAGE_NAMES if role == "image" else _TEXT_NAMES
     if len(names) > 1:
         names = [name for name in known if name in names][:1] or names
@@ -277,6 +307,7 @@ def _looks_like_image(value: Any) -> bool:
 
 
 def _is_struct(type_: Any) -> bool:
+    # This and the next functions tell Arrow's types by their names: no Arrow is imported here.
     return type_ is not None and str(type_).startswith("struct<")
 
 

@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face Hub: the files that hold a split, found once, at one commit.
+"""Finds the files that hold a split in a repository of the Hugging Face Hub, at one commit.
 
 In: `org/name`, a split, perhaps a configuration and a revision. Out: the tars or Parquet files that
 `datasets` would read for it, in its order, with their sizes. The rules are those of `datasets` (the
@@ -91,6 +91,7 @@ def find_files(
     api = _Api(repository, storage)
     commit = api.commit(revision)
     files = api.list_files(commit)
+    # A script of the repository's name is run by releases of `datasets` before 4.0.
     script = f"{repository.partition('/')[2]}.py"
     if script in files:
         raise ConfigError(
@@ -124,7 +125,7 @@ def find_files(
 
 
 class _Api:
-    """Asks the Hub about one repository, again and again within the storage's time limits."""
+    """Asks the Hub about one repository; repeats requests within the storage's time limits."""
 
     def __init__(self, repository: str, storage: StorageConfig) -> None:
         # Its submodules are attributes of the package only once they have been imported.
@@ -156,6 +157,7 @@ class _Api:
         """Returns length and object id of every file at a commit, by path."""
         url: str | None = f"/api/datasets/{self._repository}/tree/{commit}?recursive=true"
         files: dict[str, ObjectInfo] = {}
+        # The listing comes in pages; each but the last names the address of the next.
         while url is not None:
             answer = self._get(url, commit)
             for entry in answer.json():

@@ -1,4 +1,4 @@
-"""`HuggingFaceSource`: repositories of the Hugging Face Hub, and objects of `datasets`.
+"""Reads repositories of the Hugging Face Hub, and objects of `datasets`.
 
 In: `"hf://datasets/org/name"`, a `datasets.IterableDataset` or a `datasets.Dataset`. Out: examples
 as every source gives them, undecoded. Chooses the reader, in the training process: ours for the
@@ -25,14 +25,14 @@ from jest_stream.types import Source, WrappedSource
 
 
 class HuggingFaceSource(WrappedSource):
-    """Image-text pairs of the Hugging Face Hub, or of a dataset of the `datasets` library.
+    """Reads image-text pairs of the Hugging Face Hub, or of a dataset of the `datasets` library.
 
     A repository of tars (webdataset) or Parquet files is resolved once, where the source is made:
     the revision becomes a commit, the files of the split are listed, and workers are sent the
     result. From then on it is read like any shards: strictly (a file that was cut is an error) and
     resumed exactly, tars by byte offset, Parquet files by row. Nothing of a repository is executed.
 
-    An object of `datasets` is read by `datasets`. Where exactness ends:
+    An object of `datasets` is read by `datasets`, and resumes as exactly as that allows:
 
     - A `Dataset` is read by row, and resumes exactly.
     - An `IterableDataset` resumes at the position within each of its shards, by passing over the
@@ -83,18 +83,27 @@ class HuggingFaceSource(WrappedSource):
         text_key: str | None = None,
         storage: StorageConfig | None = None,
     ) -> None:
+        # An object of `datasets` is read by `datasets`; a name means a repository, listed now.
         keys: dict[str, str | None] = {"image_key": image_key, "text_key": text_key}
         self._files: HubFiles | None = None
         if not isinstance(dataset_or_name, str | os.PathLike):
             super().__init__(_source_of(dataset_or_name, keys))
             return
-        name, written_revision = _repository(str(dataset_or_name))
+        if (found := parse_repository(address := str(dataset_or_name))) is None:
+            raise ConfigError(
+                f"{address!r} is no repository of datasets: it is written hf://datasets/org/name, "
+                "or hf://datasets/org/name@revision. Single tars are read by TarSource."
+            )
+        name, written_revision = found
         if revision and written_revision and revision != written_revision:
             raise ConfigError(
                 f"revision={revision!r} contradicts the address, which says {written_revision!r}. "
                 "Name it once."
             )
-        storage = _with_token(storage or StorageConfig(), token)
+        storage = storage or StorageConfig()
+        if token is not None:
+            hub = {**storage.options.get("hf", {}), "token": token}
+            storage = replace(storage, options={**storage.options, "hf": hub})
         self._files = find_files(
             name,
             split=split,
@@ -112,6 +121,8 @@ class HuggingFaceSource(WrappedSource):
     @property
     def fingerprint(self) -> str:
         """Of a repository: names, lengths and ids of the files, and the columns; not the commit."""
+        # A repository's own digest holds the object ids of the files, which name their content. Of
+        # Parquet files the columns count too: another column makes other examples of one file.
         if self._files is None:
             return self._source.fingerprint
         if self._files.kind == "tar":
@@ -182,20 +193,3 @@ def _source_of(dataset: Any, keys: Mapping[str, str | None]) -> Source:
     if isinstance(dataset, datasets.IterableDataset):
         return StreamSource(dataset, image_key=keys["image_key"], text_key=keys["text_key"])
     return TableSource(dataset, image_key=keys["image_key"], text_key=keys["text_key"])
-
-
-def _repository(address: str) -> tuple[str, str | None]:
-    found = parse_repository(address)
-    if found is None:
-        raise ConfigError(
-            f"{address!r} is no repository of datasets: it is written hf://datasets/org/name, or "
-            "hf://datasets/org/name@revision. Single tars are read by TarSource."
-        )
-    return found
-
-
-def _with_token(storage: StorageConfig, token: str | None) -> StorageConfig:
-    if token is None:
-        return storage
-    hub = {**storage.options.get("hf", {}), "token": token}
-    return replace(storage, options={**storage.options, "hf": hub})

@@ -1,4 +1,4 @@
-"""`write_manifest`: counts shards and writes the manifest that `manifest` reads.
+"""Counts the examples of shards and writes the manifest that `manifest` reads.
 
 In: a `TarSource`. Out: a JSON file on this disk. Runs in the calling thread; reads each shard once.
 """
@@ -39,6 +39,8 @@ def write_manifest(source: TarSource, path: str | os.PathLike[str]) -> None:
     for shard in range(source.num_shards):
         entry = source.count(shard)
         url = entry.url
+        # There are three cases: 1. a local shard beneath the manifest's folder: relative to it. 2.
+        # One elsewhere: its whole path. 3. A remote shard: its address.
         if not has_scheme(url):
             whole = Path(url).resolve()
             url = whole.relative_to(folder).as_posix() if folder in whole.parents else str(whole)

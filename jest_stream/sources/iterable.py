@@ -1,4 +1,4 @@
-"""Any iterable of examples as a source: one shard, one lane, read in the iterable's order.
+"""Reads any iterable of examples as one shard and one lane, in the iterable's order.
 
 In: dicts (`__key__` optional) or ready `(image, text)` pairs. Out: examples. Sequences and
 map-style datasets resume by index, everything else by skipping; an iterator that cannot start over
@@ -112,6 +112,8 @@ class IterableSource(Source):
 
 def _example(item: Any, index: int) -> Example:
     """Returns an item as an example; never the same dict, which belongs to the user."""
+    # There are three cases: 1. a dict. 2. A pair, unless its second half is a list of texts: then
+    # the iterable gives batches. 3. Anything else is no example.
     if isinstance(item, Mapping):
         return {**item, "__key__": str(item.get("__key__", index))}
     if isinstance(item, (tuple, list)) and len(item) == 2:

@@ -1,4 +1,4 @@
-"""Lanes: the fixed logical streams that shards are dealt to.
+"""Deals shards to lanes, the fixed logical streams, and reads a lane.
 
 In: a source and the number of lanes. Out: per lane, an endless stream of examples and cursors. The
 deal depends on the seed and the number of lanes alone: any number of ranks and worker processes
@@ -63,7 +63,7 @@ def num_lanes(
     # 107 candidates, 1 rank and 50 shards: at most 50, but only 1 divides a prime: 50 lanes. Super-
     # batches take unequal numbers of the lanes then, but mixing shards matters more.
     most = min(num_shards, _MAX_LANES, global_super_batch_size)
-    most = max(most // world_size, 1) * world_size
+    most = max(most // world_size, 1) * world_size  # equally many for each rank, and at least one
     largest = max([number for number in fitting if number <= most], default=0)
     return largest if 2 * largest > most else most
 
@@ -167,6 +167,8 @@ class Lane(Iterator[tuple[Example | BadExampleError | ShardError, Cursor]]):
                 self.close()  # a failed generator looks like one that has ended
                 raise
             if step is not None:
+                # After example 7 of the shard that stands third in epoch 2: Cursor(2, 2, offset of
+                # example 8, 8).
                 self._cursor = Cursor(epoch, position, step[1], index + 1)
                 self._has_given = True
                 return step[0], self._cursor
@@ -183,6 +185,7 @@ class Lane(Iterator[tuple[Example | BadExampleError | ShardError, Cursor]]):
             close()
 
     def _begin(self, epoch: int) -> None:
+        """Begins an epoch; raises `ShardError` if the one before gave no example."""
         if not self._has_given:
             name = self._source.shard_name(self._order[0])
             more = ", ..." if len(self._order) > 1 else ""

@@ -1,4 +1,4 @@
-"""Manifests: a JSON file that names the shards, with the examples and bytes of each.
+"""Reads manifests: JSON files that name the shards, with the examples and bytes of each.
 
 In: the address of a manifest, written by webdataset, wids or `write_manifest`. Out: shards in the
 order written, with the numbers promised of each. A remote manifest names shards beside it or other
@@ -89,9 +89,12 @@ def read_manifest(storage: Storage, url: str) -> list[ShardEntry]:
             f"manifest {shown!r} names {len(entries):,} shards, the limit is {MAX_SHARDS:,}. "
             "Use larger shards."
         )
+    # Addresses are relative to the manifest, or to the "base" of a wids index, which is itself
+    # relative to the manifest.
     base = content.get("base", "") if "shardlist" in content else ""
     folder = _resolved(_text(base, "base", shown), url, shown) if base else url
     where = folder + "/" if base else url
+    # `expand` checks them like the user's own; braces in a name must not make a pattern.
     urls = [_escaped(_resolved(entry.url, where, shown)) for entry in entries]
     found = storage.expand(urls)
     if len(found) != len(entries):

@@ -1,4 +1,4 @@
-"""`open_source`: the user's argument in, a `Source` out.
+"""Opens the source that the user's argument stands for.
 
 The kinds are told apart here, once, in the training process; no data is read.
 """
@@ -37,6 +37,8 @@ def open_source(source: Any, *, storage: StorageConfig | None = None) -> Source:
       UnsafeDataError: for an address outside the allow-list.
       ShardUnavailableError: for a shard that does not exist.
     """
+    # The order matters: a repository is also a string, a `Dataset` is also iterable, and a
+    # `DataLoader` too. Anything that is left is taken for an iterable of examples.
     if is_repository(source):
         return HuggingFaceSource(source, storage=storage)
     if isinstance(source, (str, os.PathLike)) or _is_list_of_paths(source):
@@ -73,7 +75,7 @@ def is_source(value: Any) -> bool:
 
 
 class _ForeignSource(WrappedSource):
-    """An object with the members of a source but another class; optional members may be absent."""
+    """Makes a source of an object that has its members but not its class; some may be absent."""
 
     _source: Any
 

@@ -1,4 +1,4 @@
-"""Parquet files: rows by number; resuming reads the row group it stopped in and no earlier one.
+"""Reads Parquet files row by row; resuming reads the row group it stopped in and no earlier one.
 
 In: addresses of Parquet files with a column of images and one of texts. Out: examples; the offset
 after each is the number of the next row. Runs where lanes are read. No threads, ours or Arrow's;
@@ -33,7 +33,7 @@ _HARMLESS_BYTES = 64 << 20
 
 
 class ParquetFile(NamedTuple):
-    """One shard."""
+    """A Parquet file, read as one shard."""
 
     url: str
     """Path or address."""
@@ -44,7 +44,7 @@ class ParquetFile(NamedTuple):
 
 
 class ParquetSource(StoredSource):
-    """Parquet files with a column of images and one of texts, each file a shard.
+    """Reads Parquet files with a column of images and one of texts, each file as a shard.
 
     Args:
       files: the shards.
@@ -220,6 +220,8 @@ def rows_of(batch: Any) -> Iterator[Any]:
 
 def _check_expansion(group: Any, fields: Fields, name: str) -> None:
     """Refuses a row group that by its own footer unpacks to more than memory can hold."""
+    # A page of one repeated byte packs to next to nothing: a small file could fill the memory.
+    # The footer tells before a page is unpacked.
     packed = unpacked = metadata_bytes = 0
     for i in range(group.num_columns):
         column = group.column(i)
@@ -250,7 +252,7 @@ def _arrow_errors(file: BinaryIO, name: str) -> Iterator[None]:
         raise
     except (pyarrow.ArrowException, OSError, EOFError, ValueError) as error:
         if isinstance(error, pyarrow.ArrowMemoryError):
-            raise
+            raise  # no fault of the file
         raise _damaged(file, name, error) from error
 
 
@@ -261,6 +263,9 @@ def _damaged(file: BinaryIO, name: str, error: Exception) -> ShardError:
     num_bytes = file.seek(0, 2)
     file.seek(max(0, num_bytes - len(_MAGIC)))
     tail = file.read(len(_MAGIC))
+    # A Parquet file begins and ends with "PAR1". There are three cases: 1. it lacks the second, or
+    # is too short for two and a footer: cut off. 2. It has both: damaged within. 3. It lacks the
+    # first: another format.
     if head == _MAGIC and tail != _MAGIC or num_bytes < 3 * len(_MAGIC):
         return ShardTruncatedError(
             f"parquet file {name!r} ends at byte {num_bytes:,} without its footer: it was cut off. "

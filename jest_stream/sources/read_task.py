@@ -1,4 +1,4 @@
-"""The task of a reading worker: blocks of some lanes in turn, ahead of time.
+"""Reads blocks of some lanes in turn and ahead of time: the task of a reading worker.
 
 In: the settings, some lanes, and the place where each goes on. Out, over the socket: blocks. The
 worker reads ahead within a number of blocks and of bytes; one block may always be on its way, so
@@ -54,6 +54,7 @@ class ReadTask:
                 if not block.is_end:
                     turns.append(lane)
             outbox.put(message)
+        # All is read, but not all is taken: to end now would close the socket on the rest.
         while parent.wants_more:
             outbox.wait()
 
@@ -69,7 +70,7 @@ class ReadTask:
 
 
 class _Outbox:
-    """Messages on their way to the training process. Owns the thread that writes them.
+    """Sends messages to the training process. Owns the thread that writes them.
 
     Writing waits while the training process computes; reading and decoding go on meanwhile.
     """
@@ -84,6 +85,8 @@ class _Outbox:
 
     def put(self, message: Message) -> None:
         """Sends a message; waits first, until there is room for it."""
+        # With 8 lanes at most 8 messages wait, and no more bytes than the limit. A message larger
+        # than the limit goes alone: nothing waits then, so the loop ends.
         while self._waiting and (
             len(self._waiting) == self._max_messages
             or sum(self._waiting) + message.num_bytes > self._max_bytes
@@ -95,6 +98,7 @@ class _Outbox:
 
     def wait(self) -> None:
         """Returns when the training process has taken a message; exits when it is gone."""
+        # The training process sends one byte for each message that it has taken.
         self._parent.wait()
         try:
             taken = self._parent.connection.recv(1)

@@ -1,4 +1,4 @@
-"""Lanes read block by block, in this process or in worker processes: the same blocks either way.
+"""Reads lanes block by block, in this process or in worker processes: the same blocks either way.
 
 In: a source, the lanes to read and where each goes on. Out: `Block`s, one lane after the other.
 Runs in the training thread. Each worker owns some of the lanes and one socket; the reader takes the
@@ -171,6 +171,8 @@ class BlockReader:
                 lane: LaneBlocks(self._settings, lane, self.cursors[lane]) for lane in lanes
             }
             return
+        # Worker i of n reads every n-th lane from the i-th on: 5 lanes and 2 workers are (0, 2, 4)
+        # and (1, 3). Lanes take turns, so that both are asked in turn too.
         tasks = [
             ReadTask(
                 blocks=self._settings,
@@ -183,6 +185,8 @@ class BlockReader:
             Job(f"worker {number} of {num_workers}", task, task.describe)
             for number, task in enumerate(tasks)
         ]
+        # The finalizer knows the list before the first process exists: whenever an interrupt comes,
+        # every process that was started is stopped.
         workers: list[Worker] = []
         self._stop = Finalizer(self, stop_workers, workers, os.getpid())
         start_workers(workers, jobs)
@@ -204,7 +208,7 @@ class BlockReader:
                 del message  # its error's traceback holds this frame
         assert isinstance(message, Block) and message.lane == lane
         counts = dict(message.counts)
-        # The worker counted its own reads; opening the source was counted in this process.
+        # The worker counted the requests of reading; this process those of opening the source.
         for name, amount in self._settings.source.take_counts().items():
             counts[name] = counts.get(name, 0) + amount
         return replace(message, counts=counts)

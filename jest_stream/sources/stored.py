@@ -1,4 +1,4 @@
-"""`StoredSource`: the part that sources of files have in common, tars and Parquet files."""
+"""Holds the members that sources of files have in common: tars and Parquet files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jest_stream.types import Source
 
 
 class StoredSource(Source):
-    """A list of files, each a shard, read through a `Storage`, which it owns.
+    """Reads a list of files, each a shard, through a `Storage`, which it owns.
 
     Args:
       storage: how remote files are read.

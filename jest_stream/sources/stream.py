@@ -1,4 +1,4 @@
-"""A streaming `datasets.IterableDataset` as a source: its shards, its order, its way of reading.
+"""Reads a streaming `datasets.IterableDataset` shard by shard, as `datasets` reads it.
 
 In: an `IterableDataset`. Out: examples with undecoded images. Resumes by position within a shard:
 `datasets` reads the shard from its start and passes over the examples before, undecoded. No threads
@@ -29,7 +29,7 @@ _PER_SHARD = frozenset(
 
 
 class StreamSource(Source):
-    """The shards of a `datasets.IterableDataset`; one shard where its steps cannot be split.
+    """Reads the shards of a `datasets.IterableDataset`; one where its steps cannot be split.
 
     Args:
       dataset: the dataset, neither shuffled nor split by node.
@@ -49,6 +49,8 @@ class StreamSource(Source):
         dataset = dataset.with_format(None)
         features = dataset.features
         self._name = _name_of(dataset)
+        # There are two cases: 1. no schema, as of a generator: the first row tells the columns.
+        # 2. A schema: it tells them, and only the columns that are needed are read.
         if features is None:
             row = next(iter(dataset.take(1)), None)
             if row is None:
@@ -154,6 +156,7 @@ def _check_reader(dataset: Any) -> None:
 
 def _kinds(dataset: Any) -> set[str]:
     """Returns the names of the steps that a dataset goes through."""
+    # A step holds the steps before it as attributes, alone or in a list: interleaving has several.
     waiting, kinds = [getattr(dataset, "_ex_iterable", None)], set()
     while waiting:
         step = waiting.pop()

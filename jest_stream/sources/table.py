@@ -1,4 +1,4 @@
-"""A map-style `datasets.Dataset` as a source: rows by position, in contiguous parts.
+"""Reads a map-style `datasets.Dataset`: rows by position, in contiguous parts.
 
 In: a dataset, in memory or mapped from disk. Out: examples with undecoded images; the offset after
 each is the number of the next row within its part. Rows are read as they are stored. No threads.
@@ -15,13 +15,13 @@ from jest_stream.sources.fields import example_of, fields_of
 from jest_stream.sources.parquet import rows_of
 from jest_stream.types import Example, Source
 
-_BATCH_ROWS = 32
+_BATCH_ROWS = 32  # read at a time
 _ROWS_PER_PART = 256  # neighbours are often alike: short parts mix better
 _MIN_PARTS, _MAX_PARTS = 64, 4096
 
 
 class TableSource(Source):
-    """The rows of a `datasets.Dataset`, in up to 4,096 contiguous parts, each a shard.
+    """Reads the rows of a `datasets.Dataset`, in up to 4,096 contiguous parts, each a shard.
 
     Args:
       dataset: the dataset; its order, selection and columns count, its output format does not.

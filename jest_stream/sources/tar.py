@@ -1,4 +1,4 @@
-"""Tar shards: an archive that ends early is an error, never a shorter shard.
+"""Reads tar shards: an archive that ends early is an error, never a shorter shard.
 
 In: addresses of tar files in the webdataset convention (members `KEY.EXTENSION`, those of one
 example side by side), or of a manifest that lists them. Out: examples, still encoded, each with the
@@ -27,7 +27,7 @@ _REGULAR = {tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE}
 
 
 class TarSource(StoredSource):
-    """Tar shards on local disk, in an object store, on a web server or on the Hub; as written.
+    """Reads tar shards on local disk, in an object store, on a web server or on the Hub.
 
     Every local shard must exist when the source is made, and the first remote one; the others are
     checked when they are opened. A shard must keep the length and version that were seen first. A
@@ -106,7 +106,7 @@ class TarSource(StoredSource):
         name, promised = self.shard_name(shard), self._files[shard].num_examples
         with self._storage.open(self._files[shard].url, self._info(shard)) as file:
             members = Members(file, name, offset)
-            for example, next_offset in _group(members, name, self._max_example_bytes):
+            for example, next_offset in _examples(members, name, self._max_example_bytes):
                 index += 1
                 # One example too many is reported at once: a shard that was replaced by a larger
                 # one is not read to its end first.
@@ -139,6 +139,7 @@ class TarSource(StoredSource):
     def _info(self, shard: int) -> ObjectInfo:
         """Returns length and version of a shard as first seen; looks now if it was not."""
         entry = self._files[shard]
+        # First seen, not now: a shard that is replaced during a run must be noticed.
         info = self._seen.get(shard)
         if info is None:
             info = self._seen[shard] = self._storage.info(entry.url)
@@ -188,7 +189,7 @@ class TarSource(StoredSource):
         return hashlib.blake2b("".join(lines).encode(), digest_size=16).hexdigest()
 
 
-def _group(
+def _examples(
     members: Members, shard: str, max_bytes: int
 ) -> Iterator[tuple[Example | BadExampleError, int]]:
     """Joins members side by side that share a key; yields each example and the next one's offset.

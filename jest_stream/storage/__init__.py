@@ -1,6 +1,6 @@
-"""Files on local disk, in object stores, on web servers and on the Hugging Face Hub.
+"""Reads and writes files on local disk, in object stores, on web servers and on the Hub.
 
-`Storage` is the only door to files: it expands and checks addresses, opens, retries and caches.
+All other rooms go through `Storage`: it expands and checks addresses, opens, retries and caches.
 """
 
 from jest_stream.storage.addresses import MAX_SHARDS, check_address, scheme_of

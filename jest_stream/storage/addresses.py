@@ -59,6 +59,7 @@ def expand(
     # Counted first: `braceexpand` makes every number of a range before it yields the first string.
     # It is called as it is, not through `webdataset.shardlists.expand_urls`: that also splits at
     # "::" and puts environment variables in, which the count and the checks would not see.
+    # The count is a sum over patterns: 1,000 of 10,000 shards each are refused like one of 10**7.
     count = 0
     for pattern in patterns:
         count += _num_expansions(pattern)
@@ -153,6 +154,7 @@ def check_address(url: str) -> str:
 def is_remote_glob(url: str) -> bool:
     """Returns whether a remote address is a pattern; the "?" of an http query makes none."""
     scheme, path = scheme_of(url), url
+    # Of a web address only the path counts, without host and query: "?" and "[" are usual there.
     if scheme in ("http", "https"):
         return bool(re.search(r"[*\[]", url.partition("?")[0].partition("//")[2].partition("/")[2]))
     if scheme == "s3":
@@ -175,6 +177,7 @@ def _match(path: str, pattern: str) -> list[str]:
     """Returns the files of a path or glob, sorted; a path that exists is never a glob."""
     if not path:
         raise ConfigError("source is an empty path; pass the path of a tar shard.")
+    # A name such as "data[1].tar" holds the signs of a glob. It is one only if no such file exists.
     if not _GLOB.search(path) or os.path.exists(path):
         return [path]
     matches = sorted(glob.glob(path, recursive=True))
@@ -208,7 +211,7 @@ def _count(pattern: str) -> int:
     while position < len(pattern):
         character = pattern[position]
         if character == "\\":
-            position += 1
+            position += 1  # the next character is a literal
         elif character == "{":
             depth += 1
             if depth == 1:
@@ -231,6 +234,8 @@ def _count_group(pattern: str, start: int, commas: list[int], end: int) -> int:
     """Returns the number of strings for the braces at `start` and `end` and their `commas`."""
     edges = [start, *commas, end]
     parts = [pattern[a + 1 : b] for a, b in zip(edges, edges[1:], strict=False)]
+    # There are three kinds: 1. alternatives "{a,b}", or a single one: a sum. 2. Letters, such as
+    # "{a..e..2}". 3. Numbers: "{0..9..4}" are 0, 4, 8: ceil(10 / 4) = 3.
     found = _RANGE.fullmatch(parts[0]) if len(parts) == 1 else None
     if not found:
         return sum(_count(part) for part in parts)

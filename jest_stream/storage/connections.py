@@ -38,7 +38,7 @@ _LOGGER = logging.getLogger("jest_stream")
 
 
 class Connections:
-    """Drivers of this process, by kind of store, and the tasks that use them.
+    """Keeps the drivers of this process, by kind of store, and the tasks that use them.
 
     Args:
       config: time limits and options.
@@ -60,6 +60,8 @@ class Connections:
           ConfigError: if its package is missing.
         """
         kind = store_of(url)
+        # Other threads wait while one connects: two clients would ask for credentials twice, and
+        # one of them would never be closed.
         with self._lock:
             if kind not in self._drivers:
                 driver = make_driver(kind, self._config)
@@ -92,7 +94,7 @@ class Connections:
             return future.result(timeout_s)
         except concurrent.futures.TimeoutError:
             if future.done():
-                raise  # its own
+                raise  # the function itself raised it, for a limit that it has
             raise StalledError(
                 f"a storage request did not end within {timeout_s:.0f} s although it has its own "
                 "limits: is fsspec's loop (thread fsspecIO) blocked by something else?"
@@ -150,10 +152,12 @@ def _before_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
+    # The child must not touch them: not close a socket, since the parent uses it, and not take a
+    # lock, since the thread that holds it does not exist here.
     for connections in list(_LIVE):
         _INHERITED.append(connections._drivers)
         _INHERITED.append(connections._tasks)
-    _LIVE.clear()  # theirs are the parent's locks
+    _LIVE.clear()
 
 
 os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
@@ -179,6 +183,8 @@ def make_driver(store: str, config: StorageConfig) -> Driver:
         "http": WebDriver,
         "hf": HubDriver,
     }
+    # The options are the user's, and go to a constructor of fsspec: of a misspelt name it raises
+    # a TypeError.
     try:
         driver: Driver = drivers[store](config)
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""A bounded cache of whole shards on local disk, shared by any number of processes.
+"""Caches whole shards on local disk, up to a limit, for any number of processes.
 
 In: the address, length and version of a shard, and a function that downloads it. Out: an open local
 file. An entry is one file that is named by a hash and appears in one step, whole; an unfinished
@@ -33,9 +33,10 @@ from jest_stream.storage.redaction import redacted
 _ENTRY = re.compile(r"[0-9a-f]{32}\.shard")
 _PART = re.compile(r"[0-9a-f]{32}\.(\d+)\.part")
 _BUFFER_BYTES = 256 * 1024
+# A name in a shared folder may be another user's link to a file elsewhere: links are refused.
 _OPEN_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 _DOWNLOAD_POLL_S = 0.02
-_FOLDER_POLL_S = 0.002
+_FOLDER_POLL_S = 0.002  # that lock is held for moments only
 
 Download = Callable[[], Generator[bytes, None, None]]
 
@@ -111,7 +112,7 @@ class DiskCache:
                 descriptor = _open_locked(part, os.O_CREAT)
                 if descriptor is None:
                     found = os.stat(part).st_size
-                # 3. The files that others read fill the cache: read without it.
+                # 3. The entries that are being read fill the cache: read without it.
                 elif not self._has_room_for(part, descriptor):
                     self._counts["cache_bypasses"] += 1
                     return None
@@ -177,7 +178,7 @@ class DiskCache:
                     # Not atomic, but nobody evicts while the folder is locked.
                     fcntl.flock(descriptor, fcntl.LOCK_SH)
                 os.lseek(descriptor, 0, os.SEEK_SET)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: the lock must not outlive this call
             try:
                 with suppress(OSError, StalledError), self._locked_folder():
                     os.unlink(part)
@@ -202,6 +203,7 @@ class DiskCache:
                     status = item.stat(follow_symlinks=False)
                     total += status.st_size
                     entries.append((status.st_mtime_ns, status.st_size, item.path))
+        # An entry that is being read is locked, and stays; the next ones are tried then.
         for _, size, path in sorted(entries):
             if total <= self._limit_bytes:
                 break
@@ -220,6 +222,8 @@ class DiskCache:
     def _locked_folder(self) -> Iterator[None]:
         """Holds the lock under which files come, go and are locked; held for moments only."""
         path = os.path.join(self._folder, "folder.lock")
+        # The other two locks are plain flock: readers share that of an entry, which filelock's lock
+        # cannot do, and it would put a lock file beside each entry.
         lock = filelock.FileLock(path, timeout=self._stall_s)
         try:
             lock.acquire(poll_interval=_FOLDER_POLL_S)

@@ -1,7 +1,8 @@
-"""Drivers, one for each kind of store: send range requests over fsspec's connections, and list.
+"""Sends range requests to stores and lists them, by a driver for each kind of store.
 
-In: an address and a range. Out: a `RangeResponse`. fsspec's file objects are not used: they hide
-the head of the response, which gives away a changed object, a lying server and a pause asked for.
+In: an address and a range. Out: a `RangeResponse`. Connections are fsspec's. Its file objects are
+not used: they hide the head of the response, which tells that an object was replaced, that a server
+sent something else, and how long it asks to wait.
 Every `async` function runs on fsspec's loop, the others may block and run in the caller's thread.
 Retries of fsspec, botocore and aiohttp are off.
 """
@@ -24,7 +25,7 @@ _CHUNK_BYTES = 256 * 1024
 
 
 class Driver(Protocol):
-    """Sends requests to one kind of store."""
+    """Sends requests to one kind of store. Holds the answers that most stores share."""
 
     async def connect(self) -> None:
         """Makes the client, if there is none."""
@@ -33,13 +34,16 @@ class Driver(Protocol):
         """Asks for the bytes from `start` to `end` (exclusive), if the object has that version."""
 
     def version_of(self, url: str, response: RangeResponse) -> str:
-        """Returns the object's version by a response; "" if it names none."""
+        """Returns the object's version by a response, such as its ETag; "" if it names none."""
+        del url
+        return response.headers.get("etag", "")
 
     async def matches(self, pattern: str) -> list[tuple[str, ObjectInfo | None]]:
         """Returns the files that match a pattern, with length and version if listed."""
 
     def pinned(self, url: str) -> str:
         """Returns the address of this very content, where a store can name it. Blocks."""
+        return url
 
     async def put(self, url: str, path: str) -> None:
         """Makes a local file the object of that address, all of it or none."""
@@ -69,8 +73,8 @@ class WebRangeResponse:
         self._response.close()
 
 
-class WebDriver:
-    """`http://` and `https://`."""
+class WebDriver(Driver):
+    """Reads `http://` and `https://`."""
 
     def __init__(self, config: StorageConfig) -> None:
         self._files = web_files(config, dict(config.options.get("http", {})))
@@ -88,19 +92,10 @@ class WebDriver:
         condition = {"If-Match": version} if version.startswith('"') else {}
         return await self._get(url, byte_range(start, end) | condition)
 
-    def version_of(self, url: str, response: RangeResponse) -> str:
-        """Returns the ETag."""
-        del url
-        return response.headers.get("etag", "")
-
     async def matches(self, pattern: str) -> list[tuple[str, ObjectInfo | None]]:
         """Returns the matching links on the page of the folder: the web has no other listing."""
         found = await self._files._glob(pattern, detail=True)
         return [(name, None) for name, info in found.items() if info["type"] == "file"]
-
-    def pinned(self, url: str) -> str:
-        """Returns the address as it is."""
-        return url
 
     async def put(self, url: str, path: str) -> None:
         """Raises: web servers are only read."""
@@ -118,6 +113,7 @@ class WebDriver:
         session = self._files._session
         options = dict(self._files.kwargs)
         own = options.pop("headers", {})
+        # "identity": aiohttp would ask for gzip, and offsets in packed bytes mean nothing.
         response = await session.get(
             self._files.encode_url(url),
             headers={**own, "Accept-Encoding": "identity", **headers},
@@ -127,7 +123,7 @@ class WebDriver:
 
 
 class GoogleDriver(WebDriver):
-    """`gs://`: addresses and credentials by gcsfs, the objects by their media addresses."""
+    """Reads `gs://`: gcsfs gives addresses and credentials, aiohttp reads the objects."""
 
     def __init__(self, config: StorageConfig) -> None:
         # The class of gcsfs.core: the default one asks about buckets by gRPC, on threads that stay.
@@ -137,6 +133,7 @@ class GoogleDriver(WebDriver):
             "use_listings_cache": False,
             **config.options.get("gs", {}),
         }
+        # No cache of listings: it would lack the files that other processes write meanwhile.
         self._buckets = gcsfs.GCSFileSystem(skip_instance_cache=True, **options)
         self._files = web_files(config, {"client_kwargs": {"trust_env": True}})
         self._connecting = asyncio.Lock()
@@ -197,8 +194,8 @@ class S3RangeResponse:
             await closed
 
 
-class S3Driver:
-    """`s3://`, by s3fs."""
+class S3Driver(Driver):
+    """Reads `s3://`, by s3fs."""
 
     def __init__(self, config: StorageConfig) -> None:
         s3fs: Any = importlib.import_module("s3fs")
@@ -242,11 +239,6 @@ class S3Driver:
         )
         return S3RangeResponse(response)
 
-    def version_of(self, url: str, response: RangeResponse) -> str:
-        """Returns the ETag."""
-        del url
-        return response.headers.get("etag", "")
-
     async def matches(self, pattern: str) -> list[tuple[str, ObjectInfo | None]]:
         """Returns the objects that match."""
         found = await self._files._glob(pattern, detail=True)
@@ -256,10 +248,6 @@ class S3Driver:
             if info["type"] == "file"
         ]
 
-    def pinned(self, url: str) -> str:
-        """Returns the address as it is."""
-        return url
-
     async def put(self, url: str, path: str) -> None:
         """Uploads a file; a large one in parts, which become the object together."""
         await self.connect()
@@ -268,6 +256,7 @@ class S3Driver:
     async def close(self) -> None:
         """Closes the client and its sockets."""
         async with self._connecting:
+            # s3fs has no public way to close a client: its context manager does.
             if self._files._s3 is not None:
                 self._files._s3 = None
                 await self._files._s3creator.__aexit__(None, None, None)

@@ -60,7 +60,12 @@ def failure_of(error: BaseException) -> AttemptFailed:
     """Returns an exception of any library as a failure of one of the three kinds."""
     if isinstance(error, AttemptFailed):
         return error
-    # The HTTP status decides, where there is one; then the type of the exception, by its name.
+    # There are four cases:
+    # 1. An HTTP status decides, where there is one.
+    # 2. A file that is missing or forbidden: stores raise these in place of 404 and 403.
+    # 3. A class known to be hopeless, before those known to pass: a bad certificate is also a
+    #    `ClientError`, and an `OSError`.
+    # 4. Errors of the network pass. The others, such as a mistake in a program, stay.
     status, headers, code = _http_response_in(error)
     if code == "RequestTimeout":  # S3 says 400 to a connection that was too slow
         return AttemptFailed("again", _reason(error), status=status)
@@ -68,6 +73,7 @@ def failure_of(error: BaseException) -> AttemptFailed:
         return failure_of_status(status, headers, _reason(error))
     kinds = type(error).__mro__
     names = {f"{kind.__module__}.{kind.__qualname__}" for kind in kinds}
+    # Also without the module: httpx, for one, defines its classes in a private one.
     names |= {f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}" for kind in kinds}
     if isinstance(error, FileNotFoundError):
         return AttemptFailed("never", _reason(error), status=404)
@@ -104,7 +110,7 @@ def retry_after_s(value: str) -> float | None:
     value = value.strip()
     if value.isascii() and value.isdigit():
         return float(value)
-    try:
+    try:  # a date of the past means: at once
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError, OverflowError):
         return None

@@ -1,8 +1,8 @@
-"""Sends requests until they succeed or their time is up: blocks, lengths, listings, uploads.
+"""Sends requests until they succeed or their time is up: segments, lengths, listings, uploads.
 
-In: a driver and the object. Out: bytes in a `Block`, an `ObjectInfo`, a listing. A block that fails
-half-way is asked for again from the byte where it broke off, under the condition that the object is
-still the same. Coroutines run on fsspec's loop, `retried` in the caller's thread.
+In: a driver and the object. Out: bytes in a `Segment`, an `ObjectInfo`, a listing. A segment that
+fails half-way is asked for again from the byte where it broke off, under the condition that the
+object is still the same. Coroutines run on fsspec's loop, `retried` in the caller's thread.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from jest_stream.errors import ConfigError, JESTError
 from jest_stream.storage.connections import Connections
 from jest_stream.storage.drivers import Driver
 from jest_stream.storage.failures import AttemptFailed, failure_of
-from jest_stream.storage.read_ahead import Block, ReadAhead
+from jest_stream.storage.read_ahead import ReadAhead, Segment
 from jest_stream.storage.responses import info_of, num_bytes_to_read
 from jest_stream.storage.retry import RetryBudget
 from jest_stream.types import ObjectInfo
 
 _Result = TypeVar("_Result")
 
-# Lengths that are asked for at once.
-_MAX_CONCURRENT_INFOS = 32
+MAX_CONCURRENT_INFOS = 32
+"""Lengths that are asked for at once."""
 
 
 class Fetcher:
@@ -52,27 +52,25 @@ class Fetcher:
             counts, self._counts = dict(self._counts), Counter()
         return counts
 
-    async def block(
-        self, read_ahead: ReadAhead, block: Block, expected: ObjectInfo, driver: Driver
-    ) -> None:
-        """Reads a block to its end, or finishes it with the error that makes that impossible."""
-        budget = self._budget(block.window.url)
+    async def read_segment(self, read_ahead: ReadAhead, segment: Segment, driver: Driver) -> None:
+        """Reads a segment to its end, or finishes it with the error that makes that impossible."""
+        budget = self._budget(segment.window.url)
         try:
-            while block.start + block.filled < block.end and not block.is_dropped:
-                offset = block.start + block.filled
+            while segment.start + segment.filled < segment.end and not segment.is_dropped:
+                offset = segment.start + segment.filled
                 await self._attempt(
                     budget,
                     offset,
-                    lambda: self._read_response(read_ahead, block, expected, driver, budget),
+                    lambda: self._read_response(read_ahead, segment, driver, budget),
                 )
         except Exception as error:
-            read_ahead.finish(block, error)
+            read_ahead.finish(segment, error)
         else:
-            read_ahead.finish(block, None)
+            read_ahead.finish(segment, None)
 
     async def infos(self, driver: Driver, urls: list[str]) -> list[ObjectInfo]:
         """Returns length and version of each object, in order."""
-        turns = asyncio.Semaphore(_MAX_CONCURRENT_INFOS)
+        turns = asyncio.Semaphore(MAX_CONCURRENT_INFOS)
 
         async def _one(url: str) -> ObjectInfo:
             async with turns:
@@ -86,6 +84,7 @@ class Fetcher:
         try:
             return await asyncio.gather(*tasks)
         finally:
+            # `gather` raises the first error and lets the other requests run on.
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -97,8 +96,10 @@ class Fetcher:
         try:
             return await asyncio.wait_for(driver.matches(pattern), limit_s)
         except TimeoutError as error:
+            # Two limits end in this class: 1. that of one request, of which aiohttp raises a
+            # subclass: it is told like any failure. 2. The one here, for all pages together.
             if type(error) is not asyncio.TimeoutError:
-                raise  # aiohttp's, of one request
+                raise
         raise AttemptFailed("again", f"its listing has not ended after {limit_s:.0f} s")
 
     async def put(self, driver: Driver, url: str, path: str) -> None:
@@ -131,6 +132,9 @@ class Fetcher:
         """Returns the result of one attempt; None after it failed and its pause is over."""
         budget.attempts += 1
         self._count("storage_requests", 1)
+        # There are four ends: 1. a result. 2. An error that is the user's to mend, or no memory:
+        # raised at once. 3. Silence of the server. 4. Any other error: the budget tells whether
+        # another attempt may help, and raises if none can.
         try:
             return await call()
         except (ConfigError, MemoryError):
@@ -146,25 +150,25 @@ class Fetcher:
     async def _read_response(
         self,
         read_ahead: ReadAhead,
-        block: Block,
-        expected: ObjectInfo,
+        segment: Segment,
         driver: Driver,
         budget: RetryBudget,
     ) -> None:
-        """Reads a block on from where it is, as far as one response goes.
+        """Reads a segment on from where it is, as far as one response goes.
 
         There are four ends: 1. All bytes arrived. 2. The connection broke: the next attempt goes
-        on from here. 3. Nobody wants the block any more. 4. Bytes trickle so slowly that the time
+        on from here. 3. Nobody wants the segment any more. 4. Bytes trickle so slowly that the time
         is up: that is a failure, although each one comes before `stall_timeout_s`.
         """
-        url, start = block.window.url, block.start + block.filled
+        url, expected = segment.window.url, segment.window.expected
+        start = segment.start + segment.filled
         limit_s = self._config.connect_timeout_s + self._config.stall_timeout_s
         response = await asyncio.wait_for(
-            driver.request(url, start, block.end, expected.version), limit_s
+            driver.request(url, start, segment.end, expected.version), limit_s
         )
         try:
             wanted = num_bytes_to_read(
-                response, start, block.end, expected, driver.version_of(url, response)
+                response, start, segment.end, expected, driver.version_of(url, response)
             )
             left = wanted
             while left:
@@ -173,11 +177,11 @@ class Fetcher:
                     raise AttemptFailed(
                         "again", f"the response ended after {wanted - left:,} of {wanted:,} bytes"
                     )
-                data = data[:left]
+                data = data[:left]  # a server may send more than the range
                 left -= len(data)
                 budget.progressed(len(data))
                 self._count("storage_bytes", len(data))
-                if not read_ahead.fill(block, data):
+                if not read_ahead.fill(segment, data):
                     return
                 if left and budget.is_over:
                     raise AttemptFailed("again", "it is too slow to end in time")

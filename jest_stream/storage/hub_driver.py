@@ -1,4 +1,4 @@
-"""`hf://`: repositories of the Hugging Face Hub, pinned to a commit.
+"""Reads `hf://`, the repositories of the Hugging Face Hub, pinned to a commit.
 
 A branch moves while it is read; a commit does not. So addresses are rewritten once, before the
 first read: `hf://datasets/org/name/x.tar` becomes `hf://datasets/org/name@COMMIT/x.tar`. Async
@@ -70,13 +70,15 @@ def parse(url: str) -> HubPath:
             "hf://datasets/org/name/path, or hf://datasets/org/name@revision/path."
         )
     kind, repository, revision, path = (part or "" for part in found.groups())
+    # Revisions hold no slash unless it is quoted, but for these: of "@refs/convert/parquet/x.tar"
+    # the expression took "refs" for the revision and the rest for the path.
     if revision == "refs" and (reference := _REFERENCE.fullmatch(f"refs/{path}")):
         revision, path = reference.group(1), reference.group(2) or ""
     return HubPath(_TYPES.get(kind, "model"), repository, unquote(revision), path)
 
 
 class HubDriver(WebDriver):
-    """Reads files of repositories over HTTP; their addresses by huggingface_hub.
+    """Reads files of repositories over HTTP, at addresses that huggingface_hub gives.
 
     The Hub redirects to a signed address, which is kept and used until it is refused: one request
     to the Hub for each file, not for each range. The token goes to the Hub only.
@@ -99,12 +101,15 @@ class HubDriver(WebDriver):
         """Asks for a range of the file at that commit, which needs no condition."""
         del version
         answer = await self._ask(url, byte_range(start, end))
+        # There are three cases: 1. any answer but a refusal. 2. A signed address is refused for the
+        # first time: it has expired, and the Hub is asked for another. 3. The Hub refuses, or a
+        # fresh signed address is refused too: that is final.
         if answer.status not in (401, 403, 404, 410):
             self._refused.discard(url)
         elif answer.redirected_to and url not in self._refused:
             await answer.close()
             self._signed.pop(url, None)
-            self._refused.add(url)  # if a fresh one is refused too, that is final
+            self._refused.add(url)
             raise AttemptFailed("again", "the signed address of the file has expired")
         return answer
 
@@ -171,6 +176,7 @@ class HubDriver(WebDriver):
                     raise AttemptFailed("never", f"a page of the listing exceeds {_MAX_PAGE_BYTES}")
         finally:
             await answer.close()
+        # The next page may be asked for with the token, so it must be a page of the Hub itself.
         following = _NEXT.search(answer.headers.get("link", ""))
         if following and not following.group(1).startswith(f"{self._endpoint}/"):
             raise AttemptFailed("never", "the listing goes on at another server, without the token")

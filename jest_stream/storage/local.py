@@ -24,6 +24,7 @@ def local_info(path: str) -> ObjectInfo:
         status = os.stat(path)
     except OSError as error:
         raise _unavailable(path, error) from error
+    # A pipe or a device has no length, and cannot be read again from an offset.
     if stat.S_ISDIR(status.st_mode):
         raise ConfigError(
             f"source {path!r} is a folder, not a shard; "

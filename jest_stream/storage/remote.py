@@ -1,4 +1,4 @@
-"""Remote shards as files: seekable, read ahead on fsspec's loop.
+"""Makes files of remote shards: seekable, and read ahead on fsspec's loop.
 
 In: a window of `ReadAhead`. Out: a raw file. Runs in the thread that reads; holds no lock.
 """
@@ -19,7 +19,7 @@ class RemoteFile(io.RawIOBase):
     """Reads one object by range requests; `io.BufferedReader` goes on top.
 
     Args:
-      window: the blocks of the object.
+      window: the segments of the object.
       read_ahead: the planner of this process.
       connect: makes the connection, if there is none; called before each read.
       wait_s: longest wait for a byte, longer than all attempts together.
@@ -81,6 +81,7 @@ class RemoteFile(io.RawIOBase):
             return 0
         self._connect()
         num_bytes = self._read_ahead.read_into(self._window, self._position, out, self._wait_s)
+        # Not the end, which was looked at above: 0 would tell the reader that the file is over.
         if num_bytes == 0:
             raise StalledError(
                 f"shard {self.name!r}, byte {self._position:,}: nothing was heard of a request for "

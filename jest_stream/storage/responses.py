@@ -26,7 +26,7 @@ class RangeResponse(Protocol):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """Its headers, names in lower case."""
+        """The headers, names in lower case."""
 
     async def read(self) -> bytes:
         """Returns the next bytes of the body, waiting for at least one; b"" at its end."""
@@ -80,7 +80,9 @@ def info_of(response: RangeResponse, version: str) -> ObjectInfo:
     Raises:
       AttemptFailed: if it is an error, or does not say how long the object is.
     """
-    if response.status == 416:  # no first byte: the object is empty
+    # There are three cases: 1. 416: it has no first byte, so it is empty. 2. 206: Content-Range
+    # names the total. 3. 200, of a server that ignores ranges: the body is the whole object.
+    if response.status == 416:
         return ObjectInfo(0, version)
     _check_status_and_encoding(response)
     found = _content_range(response)
@@ -115,6 +117,9 @@ def _check_whole(
     length: int | None,
 ) -> int:
     """Validates a response without a Content-Range: only the whole object, if all was asked for."""
+    # There are four cases: 1. a part, of unknown place. 2. Another length: another page. 3. The
+    # whole object, as asked for. 4. The whole object for a part of it: reading on through all that
+    # comes before would read a shard of 1 GB once for each segment.
     kind = response.headers.get("content-type", "unknown type")
     if response.status == 206:
         raise AttemptFailed("again", f"the server sent a part without a Content-Range ({kind})")
@@ -138,6 +143,7 @@ def _check_whole(
 
 
 def _check_version(expected: ObjectInfo, version: str) -> None:
+    # Some web servers give no ETag: then only the length can tell that an object was replaced.
     if expected.version and version and version != expected.version:
         raise AttemptFailed(
             "changed", f"its version (ETag) is {version} now, it was {expected.version}"

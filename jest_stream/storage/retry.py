@@ -64,7 +64,7 @@ class RetryBudget:
         self._is_writing = is_writing
         self._start = time.monotonic()
         self._failures = 0  # in a row, without a byte in between
-        self._num_bytes = 0
+        self._num_bytes = 0  # that arrived: each 16 KiB add a second to the limit
 
     def progressed(self, num_bytes: int) -> None:
         """Notes bytes that arrived: the next pause is a short one again."""

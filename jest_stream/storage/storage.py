@@ -1,4 +1,4 @@
-"""`Storage`, the only door to files: shards and caches, local or remote.
+"""Gives all other rooms their files, through `Storage`: shards and caches, local or remote.
 
 In: addresses. Out: lists of shards, their lengths and versions, open files, new files. Reading runs
 in the thread that calls; remote bytes arrive on fsspec's loop.
@@ -20,9 +20,9 @@ from jest_stream.storage import addresses
 from jest_stream.storage.connections import Connections
 from jest_stream.storage.disk_cache import DiskCache
 from jest_stream.storage.drivers import Driver
-from jest_stream.storage.fetching import Fetcher
+from jest_stream.storage.fetching import MAX_CONCURRENT_INFOS, Fetcher
 from jest_stream.storage.local import BUFFER_BYTES, local_info, open_local
-from jest_stream.storage.read_ahead import MAX_BLOCK_BYTES, Block, ReadAhead, Window
+from jest_stream.storage.read_ahead import MAX_SEGMENT_BYTES, ReadAhead, Segment, Window
 from jest_stream.storage.redaction import redacted
 from jest_stream.storage.remote import RemoteFile
 from jest_stream.storage.retry import SLOWEST_BYTES_PER_S
@@ -33,13 +33,12 @@ _DOWNLOAD_BYTES = 1 << 20
 
 
 class _ProcessResources:
-    """Connections, requests, read-ahead and open files of one process."""
+    """Holds the connections, requests, read-ahead and open files of one process."""
 
     def __init__(self, config: StorageConfig) -> None:
-        self.connections = Connections(config, before_fork=self._stop)
+        self.connections = Connections(config, before_fork=lambda: self.read_ahead.stop())
         self.fetcher = Fetcher(config, self.connections)
         self.read_ahead = ReadAhead(config.read_ahead_bytes, self._fetch)
-        self.expected: dict[Window, ObjectInfo] = {}
         self.files: weakref.WeakSet[RemoteFile] = weakref.WeakSet()
         self.listed: dict[str, ObjectInfo] = {}
         self.cache = _make_cache(config)
@@ -54,13 +53,10 @@ class _ProcessResources:
             file.close()
         self.connections.close()
 
-    def _stop(self) -> None:
-        self.read_ahead.stop()
-
-    def _fetch(self, block: Block) -> Future[None]:
-        driver = self.connections.connected(block.window.url)  # by the reader, before it asked
-        expected = self.expected[block.window]
-        return self.connections.start(self.fetcher.block, self.read_ahead, block, expected, driver)
+    def _fetch(self, segment: Segment) -> Future[None]:
+        # Called under the lock of `read_ahead`, so it must not wait: the reader has connected.
+        driver = self.connections.connected(segment.window.url)
+        return self.connections.start(self.fetcher.read_segment, self.read_ahead, segment, driver)
 
 
 class Storage:
@@ -110,6 +106,8 @@ class Storage:
         """Returns length and version of each shard; remote ones are asked for side by side."""
         found: dict[str, ObjectInfo] = {}
         remote: dict[str, list[str]] = {}
+        # There are three cases: 1. a local shard: one stat. 2. A match of a glob: its store listed
+        # the length with the name. 3. Any other remote shard: a request, once for each address.
         for url in urls:
             if not addresses.scheme_of(url):
                 found[url] = local_info(url)
@@ -120,8 +118,9 @@ class Storage:
         for group in remote.values():
             resources = self._resources()
             driver = resources.driver(group[0])
-            rounds = 1 + len(group) // 32
-            limit_s = rounds * self._longest_wait_s()
+            # The fetcher asks for 32 lengths at once. 100 shards are 4 rounds, each of which may
+            # take as long as one read with all its attempts.
+            limit_s = (1 + len(group) // MAX_CONCURRENT_INFOS) * self._longest_wait_s()
             infos = resources.connections.run(
                 resources.fetcher.infos, driver, group, timeout_s=limit_s
             )
@@ -162,6 +161,7 @@ class Storage:
             expected = self.info(url)
         cache = self._resources().cache
         if cache is not None:
+            # Presigned addresses of one object differ from day to day; they share one entry.
             file = cache.open(
                 addresses.without_signature(url),
                 expected.num_bytes,
@@ -184,7 +184,7 @@ class Storage:
         with self.open(url, expected) as file:
             try:
                 number = file.fileno()
-            except OSError:
+            except OSError:  # a remote file has none: its bytes are read into memory
                 return np.frombuffer(bytearray(file.read()), np.uint8)
             num_bytes = os.fstat(number).st_size
             if num_bytes == 0:
@@ -209,6 +209,7 @@ class Storage:
 
         def _put(path: str) -> None:
             resources = self._resources()
+            # All attempts of one small request, twice over, and the body at the slowest speed.
             limit_s = 2 * self._longest_wait_s() + os.path.getsize(path) / SLOWEST_BYTES_PER_S
             driver = resources.driver(url)
             resources.connections.run(resources.fetcher.put, driver, url, path, timeout_s=limit_s)
@@ -267,6 +268,8 @@ class Storage:
 
     def _resources(self) -> _ProcessResources:
         """Returns the resources of this process; those of a parent are kept, but not touched."""
+        # After a fork the dict still holds the parent's, under its process id: dropped, they would
+        # close sockets and take locks that the parent uses.
         resources = self._by_process.get(os.getpid())
         if resources is None:
             resources = self._by_process.setdefault(os.getpid(), _ProcessResources(self.config))
@@ -275,19 +278,12 @@ class Storage:
 
     def _open_remote(self, url: str, expected: ObjectInfo) -> BinaryIO:
         resources = self._resources()
-        window = Window(url, expected.num_bytes)
-        resources.expected[window] = expected
-
-        def _forget(file: RemoteFile) -> None:
-            resources.expected.pop(window, None)
-            resources.files.discard(file)
-
         file = RemoteFile(
-            window,
+            Window(url, expected),
             resources.read_ahead,
             lambda: resources.driver(url),
             self._longest_wait_s(),
-            _forget,
+            resources.files.discard,
         )
         resources.files.add(file)
         return io.BufferedReader(file, BUFFER_BYTES)
@@ -337,8 +333,10 @@ class Storage:
 
     def _longest_wait_s(self) -> float:
         """Returns a time that no read can take: all attempts, and one that ends as they do."""
+        # By default 8 MiB at 16 KiB/s are 512 s, to which the limits of the configuration come. A
+        # longer wait means that fsspec's loop itself does not run.
         config = self.config
-        slow_s = MAX_BLOCK_BYTES / SLOWEST_BYTES_PER_S
+        slow_s = MAX_SEGMENT_BYTES / SLOWEST_BYTES_PER_S
         return config.retry_timeout_s + slow_s + config.connect_timeout_s + config.stall_timeout_s
 
 

@@ -1,4 +1,4 @@
-"""Writes files that appear whole or not at all: beside their place first, then put into it.
+"""Writes files that appear whole or not at all: beside their place first, then moved into it.
 
 In: bytes. Out: a local file, by a rename once the bytes are on disk, or an object, by a put, which
 is all or nothing. An unfinished file is removed with its `NewFile` object when a process is
@@ -54,12 +54,8 @@ def require_writable(folder: str) -> None:
 class NewFile:
     """A file that is being written: it appears whole with `commit`, or not at all.
 
-    `tempfile` makes files that only their owner may read (0600), which a cache on a shared disk is
-    not, and tells nobody that they are being written; and its finalizer would remove the file of
-    this process from a fork of it.
-
     Args:
-      url: the local path or address that it is to have.
+      url: the local path or address of the finished file.
       put: uploads the local file of a path to that address; None for a local file.
 
     Raises:
@@ -69,6 +65,9 @@ class NewFile:
     def __init__(self, url: str, put: Callable[[str], None] | None) -> None:
         self._url = url
         self._put = put
+        # Not by `tempfile`, for three reasons: 1. its files are for their owner alone (0600), but a
+        # cache on a shared disk is read by others. 2. It tells nobody that a file is being written.
+        # 3. Its finalizer would remove this process's file from a fork.
         folder, name = (tempfile.gettempdir(), "jest_stream") if put else os.path.split(url)
         self._folder = folder or "."
         unfinished = f".{name}.{secrets.token_hex(8)}{_UNFINISHED}"
@@ -78,6 +77,7 @@ class NewFile:
             # Before the file: Ctrl-C can come between any two lines, and the caller's name for
             # this object is not bound yet.
             weakref.finalize(self, _remove, self._path, os.getpid())
+            # "x": a name of 64 random bits that exists already is another writer's.
             self._file = open(self._path, "xb")
             # Held until the file is closed or the process ends: others see that it is written.
             fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -93,12 +93,13 @@ class NewFile:
             return self._file.write(data)
 
     def commit(self) -> None:
-        """Puts the file into its place."""
+        """Moves the file into its place."""
         try:
             with self._explained():
                 self._file.flush()
                 # Before the rename: a power cut leaves the former file or this one, never zeros.
                 os.fsync(self._file.fileno())
+                # Still locked, so that nobody takes it for abandoned before it has its name.
                 if self._put is None:
                     os.replace(self._path, self._url)
             if self._put is not None:
@@ -110,7 +111,7 @@ class NewFile:
                 _sync_folder(self._folder)
 
     def abort(self) -> None:
-        """Closes and removes it, unless it was put into its place."""
+        """Closes and removes the file, unless it was moved into its place. Twice does no harm."""
         with suppress(OSError):
             self._file.close()
         with suppress(OSError):

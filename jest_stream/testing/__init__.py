@@ -1,4 +1,4 @@
-"""For tests of your own sources and transforms: the resume contract. Nothing here needs pytest."""
+"""Tests your own sources and transforms by the resume contract. Nothing here needs pytest."""
 
 from jest_stream.testing.resume import assert_resumes
 

@@ -1,4 +1,4 @@
-"""The resume contract, for sources, transforms and models of your own.
+"""Holds sources, transforms and models of your own to the resume contract.
 
 `assert_resumes` runs a dataset without interruption, then stops it at several steps, sends its
 state through a file, resumes in a new dataset and demands the same batches, bit for bit. It needs
@@ -60,10 +60,12 @@ def assert_resumes(
             with make_dataset() as dataset:
                 before = _batches(dataset, step, train)
                 state = dataset.state_dict(include_learner_copy=include_learner_copy)
+            # Else every later difference would be put down to resuming.
             _require_same(before, expected, 0, "a second run from the start")
             loaded = _through_file(state)
             with make_dataset() as dataset:
                 dataset.load_state_dict(loaded)
+                # Saved again before the first batch: a run may be stopped twice in a row.
                 again = dataset.state_dict(include_learner_copy=include_learner_copy)
                 difference = _difference(again, loaded)
                 assert not difference, (

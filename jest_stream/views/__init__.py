@@ -1,4 +1,4 @@
-"""Examples to tensors: the score view of every candidate, the train view of the chosen.
+"""Makes tensors of examples: the score view of every candidate, the train view of the chosen.
 
 `ScoreView` turns one example into a row, `collate` stacks rows into columns; both run where the
 examples are read, in worker processes if there are any. `TrainView` makes the random view of the
@@ -9,10 +9,8 @@ score view. The metadata that selection needs travel along as `term` and `group`
 from jest_stream.views.columns import (
     REFERENCE,
     Columns,
-    View,
     collate,
     columns_of,
-    gather_rows,
     put_view,
     require_same_fields,
     tensors_of,
@@ -28,18 +26,16 @@ from jest_stream.views.train import TrainView
 
 __all__ = [
     "Columns",
-    "PixelTable",
     "LateViews",
+    "PixelTable",
     "REFERENCE",
     "Recipe",
     "Row",
     "ScoreView",
     "TrainView",
-    "View",
     "add_view",
     "collate",
     "columns_of",
-    "gather_rows",
     "make_recipe",
     "put_view",
     "require_same_fields",

@@ -1,4 +1,4 @@
-"""Rows of many examples, stacked to columns: few tensors to hand over. Pure functions.
+"""Stacks rows of many examples to columns: few tensors to hand over. Pure functions.
 
 `image` and `text` may each be one tensor or a mapping of tensors (as processors of transformers
 return): a mapping's entries are named `image/pixel_values`, ….
@@ -84,6 +84,7 @@ def require_same_fields(
       argument: name in messages of the transform that made the images.
     """
     first = parts[0] if parts else {}
+    # Each is compared with the first, so that the message can name two examples.
     for part in parts[1:]:
         keys = f"{first['key'][0]!r} and {part['key'][0]!r}"
         if part.keys() != first.keys():
@@ -93,6 +94,7 @@ def require_same_fields(
                 f"only. Let {argument} and tokenizer return the same names for every example."
             )
         for name, value in first.items():
+            # Strings and other plain values are listed, and may be of any kind.
             is_stacked = isinstance(value, Tensor) or isinstance(part[name], Tensor)
             kinds = _kind(value, num_dims), _kind(part[name], num_dims)
             if is_stacked and kinds[0] != kinds[1]:

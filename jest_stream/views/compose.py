@@ -1,4 +1,4 @@
-"""Known transforms, split in two: the steps that make pixels, and those that map each pixel alone.
+"""Splits known transforms in two: steps that make pixels, and steps that map each pixel alone.
 
 A `Compose` of torchvision that ends in ToTensor, Normalize and the like is split there. The first
 part gives uint8, which takes a quarter of the memory on its way to the device. The rest maps each
@@ -71,6 +71,8 @@ class Reduction:
 
     def __call__(self, full_size: tuple[int, int]) -> int:
         """Returns the largest of 1, 2, 4 and 8 that leaves enough pixels for every view."""
+        # 500 x 375 for a view of 85 x 64: a quarter leaves 93 rows, 1.46 for each of the 64, which
+        # is below 1.6; a half leaves 187, so the factor is 2.
         targets = [resize.target(full_size) for resize in self.resizes]
         for factor in (8, 4, 2):
             if all(
@@ -83,7 +85,7 @@ class Reduction:
 
 
 class PixelTable:
-    """The last steps of a transform, as a table with an entry for each uint8 value.
+    """Applies the last steps of a transform by a table with an entry for each uint8 value.
 
     Args:
       steps: in order; each maps values one by one.
@@ -101,6 +103,7 @@ class PixelTable:
         if pixels.dtype != torch.uint8:
             return pixels
         table = self.table(pixels.shape[1], pixels.device)
+        # One channel at a time: an index for all at once would take 4 bytes for each value.
         finished = table.new_empty(pixels.shape)
         for channel in range(pixels.shape[1]):
             values = table[channel].index_select(0, pixels[:, channel].reshape(-1).int())
@@ -232,6 +235,7 @@ def _resize_of(step: Any) -> Resize | None:
     sizes = (size,) if isinstance(size, int) else tuple(size or ())
     interpolation = getattr(step, "interpolation", None)
     interpolation = str(getattr(interpolation, "value", interpolation))
+    # Nearest neighbour picks single pixels, which a reduced image no longer holds.
     if len(sizes) not in (1, 2) or interpolation not in _SMOOTH:
         return None
     return Resize(tuple(int(side) for side in sizes), interpolation)

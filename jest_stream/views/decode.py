@@ -1,4 +1,4 @@
-"""Member to value, by an allow-list: data of strangers never run code.
+"""Decodes members of examples by an allow-list: data of strangers never run code.
 
 In: an example as a source yields it. Out: PIL images (RGB, loaded), strings, numbers, parsed json,
 arrays. The limits are checked before memory is taken. Values that are no bytes pass as they are.
@@ -121,6 +121,12 @@ def decode(
             **place_of(example),
             reason="missing_member",
         )
+    # There are four cases:
+    # 1. A value that is no bytes, or an entry of ours: returned as it is.
+    # 2. A kind that can hold pickles: refused by its name, before it is looked at.
+    # 3. A kind without a decoder: bytes, for the user's own function.
+    # 4. A kind with one: decoded. Its errors become those of a bad example, unless the system is to
+    #    blame.
     value = example[name]
     kind = name.rpartition(".")[2].lower()
     if not isinstance(value, bytes) or name.startswith("__"):
@@ -142,16 +148,16 @@ def decode(
             f"member {name!r} of {title_of(example)} is left undecoded: it {error}. Remove it, or "
             "skip bad examples.",
             **place_of(example),
-            reason=f"unsafe_{_group(kind)}",
+            reason=f"unsafe_{_decoder_name(kind)}",
         ) from error
     except _BROKEN_DATA as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # an error of the system (no descriptors left, say) is no fault of the data
         raise BadExampleError(
-            f"member {name!r} of {title_of(example)} cannot be decoded as {_group(kind)} "
+            f"member {name!r} of {title_of(example)} cannot be decoded as {_decoder_name(kind)} "
             f"({type(error).__name__}: {error}). Repair the data, or skip bad examples.",
             **place_of(example),
-            reason=f"unreadable_{_group(kind)}",
+            reason=f"unreadable_{_decoder_name(kind)}",
         ) from error
 
 
@@ -162,7 +168,9 @@ class _Unsafe(Exception):
 def _image(data: bytes, limits: Limits, shrink: Shrink | None = None) -> Image.Image | Reduced:
     from PIL import Image
 
-    _check_pixels(_webp_size(data), limits)  # its decoder takes memory for all when opened
+    # Size first, by the header alone: 1 MB of PNG can unpack to gigabytes. The webp decoder takes
+    # memory for all pixels when it is opened, so its header is read here.
+    _check_pixels(_webp_size(data), limits)
     bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
     box = None
     try:
@@ -260,6 +268,7 @@ def _npy(data: bytes, limits: Limits) -> np.ndarray[Any, np.dtype[Any]]:
         raise ValueError("its header cannot be parsed") from error
     if dtype.hasobject:
         raise _Unsafe("holds Python objects, which are pickles")
+    # A header of (10**9,) over 8 bytes of data must not take memory: the lengths must agree.
     count, start = math.prod(shape), stream.tell()
     if count * dtype.itemsize != len(data) - start:
         raise ValueError(f"{len(data) - start} bytes do not make {shape} of {dtype}")
@@ -281,7 +290,7 @@ def _check_length(data: bytes, limits: Limits) -> None:
         raise _Unsafe(f"has {len(data):,} bytes, the limit is {limits.max_text_bytes:,}")
 
 
-def _group(kind: str) -> str:
+def _decoder_name(kind: str) -> str:
     """Returns the decoder's name, as it stands in reasons: `image` for `jpg`."""
     return _DECODERS[kind].__name__.lstrip("_")
 

@@ -1,4 +1,4 @@
-"""Train views made ahead of time: of the chosen, as soon as the choice is known.
+"""Makes the train views of the chosen ahead of time, as soon as the choice is known.
 
 In: the chosen of a super-batch. Out, when its turn comes: their views. They are made in separate
 worker processes, each of which takes every n-th of the chosen; or, without any, in this process
@@ -38,7 +38,7 @@ _MAX_SENT = 16
 
 @dataclass(frozen=True, kw_only=True)
 class ViewRequest:
-    """One worker's share of a batch: on the way there examples, on the way back their views."""
+    """One worker's share of a batch: examples on their way to it, views on their way back."""
 
     step: int
     """Step of the batch."""
@@ -187,6 +187,8 @@ class LateViews:
             for step in sorted(self._chosen.keys() - self._sent):
                 if len(self._sent) >= _MAX_SENT:
                     return
+                # In memory of their own: sending never waits for a worker that is itself waiting
+                # until this process takes its answer.
                 for worker, request in zip(self._workers, self._requests(step), strict=True):
                     worker.send(Message(request, is_inline=False))
                 self._sent.add(step)
@@ -208,6 +210,7 @@ class LateViews:
         ]
 
     def _receive(self, step: int) -> View:
+        # Each worker answers in the order of the requests: its next message is of this step.
         messages = [worker.receive(self._timeout_s) for worker in self._workers]
         failures = [m for m in messages if isinstance(m, Failure)]
         if failures:

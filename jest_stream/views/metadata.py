@@ -1,6 +1,7 @@
-"""Look-ups in a decoded example: image and text for the views, term and group for selection.
+"""Looks up members of a decoded example.
 
-Pure functions; they run where the examples are read.
+Image and text are for the views, term and group for selection. Pure functions; they run where the
+examples are read.
 """
 
 from __future__ import annotations

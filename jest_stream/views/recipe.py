@@ -1,4 +1,4 @@
-"""The recipe of the views: their transforms and the images they start from, decided once.
+"""Decides once how views are made: their transforms, and the images that they start from.
 
 In: the transforms as the user gave them. Out: a `Recipe`, the same on every rank: transforms are
 tried on a fixed picture, not on data, so that the answer depends on them alone.
@@ -30,7 +30,7 @@ class Recipe:
     train_view_from: Literal["encoded", "score_view"] | None
     """The image that the train view is made of. None: the score view itself is trained on."""
     reduction: Reduction | None
-    """How far images may be reduced while they are decoded for scoring. None: not at all."""
+    """Tells how far images may be reduced while they are decoded for scoring. None: not at all."""
 
     def pixel_tables(self) -> dict[str, PixelTable]:
         """Returns the tables that finish views of uint8 pixels, by the name of the view."""
@@ -99,6 +99,9 @@ def make_recipe(
 def _origin(
     known: Mapping[str, Any], wanted: TrainViewFrom
 ) -> Literal["encoded", "score_view"] | None:
+    # There are five cases: 1. no train view to make. 2. The user decided. 3. A transform of unknown
+    # kind: its views may be anything. 4. Views that are no uint8, or whose size differs from the
+    # train view's: the encoded image. 5. Equal sizes: the score view.
     if known["train_transform"] is None:
         if wanted != "auto":
             raise ConfigError(
@@ -126,7 +129,7 @@ def _reduction(known: Mapping[str, Any], image_key: Key) -> Reduction | None:
     for name in ("transform", "reference_transform"):
         transform = known[name]
         if transform is None and name == "reference_transform":
-            continue
+            continue  # the reference is given the learner's view
         if not isinstance(transform, SplitCompose) or transform.resize is None:
             return None
         resizes.append(transform.resize)
@@ -137,6 +140,7 @@ def _made(transform: Transform) -> Tensor | None:
     """Returns the view of a fixed picture; None if it is no tensor, or the transform fails."""
     from PIL import Image
 
+    # A width and a height that differ, and no two rows alike; 251 is prime.
     ramp = np.arange(384 * 512 * 3, dtype=np.uint32).reshape(384, 512, 3) % 251
     with isolated_rng("train_view_from"):
         try:

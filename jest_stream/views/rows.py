@@ -1,4 +1,4 @@
-"""Row of one example: a flat dict of tensors and plain values. Pure functions."""
+"""Makes the row of one example: a flat dict of tensors and plain values. Pure functions."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ def raw_image(example: Example, key: Key, image: Any) -> tuple[str, Any]:
 
 def add_view(row: Row, name: str, view: Any, argument: str = "") -> None:
     """Puts a view into the row, without the batch dimension of one that processors add."""
+    # There are four cases: 1. a mapping of tensors, as processors return. 2. A tensor or array.
+    # 3. A text without a tokenizer: it stays a string. 4. Anything else, such as a PIL image.
     is_text = name.endswith("text")
-    single_dim = 1 if is_text else 3
+    single_dim = 1 if is_text else 3  # dimensions without a batch: [L] ids, [C, H, W] pixels
     if isinstance(view, Mapping):
         entries = {key: torch.as_tensor(value) for key, value in view.items()}
         # Processors that make patches give images of two dimensions, like a batch of texts: that

@@ -1,4 +1,4 @@
-"""Score views made smaller, on the device where they lie. Pure functions.
+"""Makes score views smaller, on the device where they lie. Pure functions.
 
 Shapes: n: images, C: channels, H, W: height and width.
 """
@@ -70,6 +70,7 @@ def _scaled(images: Tensor, side: int) -> Tensor:
 def _bicubic(images: Tensor, side: int) -> Tensor:
     with torch.autocast(images.device.type, enabled=False):
         made = F.interpolate(images.float(), size=(side, side), mode="bicubic", antialias=True)
+    # Bicubic weights may be negative: at sharp edges results leave the range 0 to 255.
     if images.is_floating_point():
         return made.to(images.dtype)
     return made.round().clamp(0, 255).to(images.dtype)

@@ -1,7 +1,8 @@
-"""The deterministic view that candidates are scored on. Pure; runs where the examples are read."""
+"""Makes the view that candidates are scored on. Pure; runs where the examples are read."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 
 from jest_stream.config import DEFAULT_LIMITS, Key, Limits, Metadata, Term, Transform
+from jest_stream.errors import CachedShardChangedError
 from jest_stream.types import REFERENCE_ROW, Example
-from jest_stream.views.checksums import checksums, require_same
 from jest_stream.views.compose import Reduction, SplitCompose
-from jest_stream.views.decode import Decoded, Reduced, decode
+from jest_stream.views.decode import Decoded, Reduced, decode, title_of
 from jest_stream.views.metadata import find, group_of, number_of, present_member
 from jest_stream.views.rows import Row, add_view, as_rgb, raw_image
+
+_UNKNOWN = 0  # checksum of an image that was decoded elsewhere, perhaps to other pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +61,14 @@ class ScoreView:
             add_view(row, "reference_image", _viewed(self.reference[0], image))
         if self.reference[1] is not None:
             add_view(row, "reference_text", self.reference[1](text))
+        # The image as it was read: checksums must not depend on the decoder, and a train view is
+        # made of it anew.
         raw = raw_image(example, self.keys[0], image)
         if REFERENCE_ROW in example:
-            require_same(example, checksums(raw[1], text))
+            _require_same(example, _checksum(raw[1]), _checksum(text))
             row[REFERENCE_ROW] = example[REFERENCE_ROW]
         if self.for_cache:
-            row["checksums"] = torch.tensor(checksums(raw[1], text))
+            row["checksums"] = torch.tensor([_checksum(raw[1]), _checksum(text)])
         if self.keep_image:
             row["raw_image"] = raw
         if self.terms:
@@ -76,6 +81,7 @@ class ScoreView:
     def _image(self, example: Example, decoded: Decoded) -> Any:
         """Returns the picture; `Reduced` only where no function of the user's is given it."""
         key = self.keys[0]
+        # A function may measure the image that it is given: only a member's name allows to reduce.
         if self.reduction is not None and isinstance(key, str):
             name = present_member(example, key)
             if name is not None:
@@ -89,3 +95,32 @@ def _viewed(transform: Transform | None, image: Any) -> Any:
         assert isinstance(transform, SplitCompose)
         return transform.of_reduced(image)
     return image if transform is None else transform(image)
+
+
+def _require_same(example: Example, image_crc32: int, text_crc32: int) -> None:
+    """Raises `CachedShardChangedError` if a cached example had another image or text."""
+    # Names and lengths of shards that agree say little: a tar keeps its length when its captions
+    # are written anew. An unknown checksum on either side proves nothing: the example passes.
+    _, _, checksums, row = example[REFERENCE_ROW]
+    names = [
+        name
+        for name, before, now in zip(
+            ("image", "text"), checksums[row].tolist(), (image_crc32, text_crc32), strict=True
+        )
+        if _UNKNOWN not in (before, now) and before != now
+    ]
+    if names:
+        raise CachedShardChangedError(
+            f"the {' and the '.join(names)} of {title_of(example)} changed since the reference "
+            f"embedded it, or image_key and text_key mean another member now, so its cached "
+            f"embeddings are of something else. Build a cache of the data as they are.",
+            shard=example.get("__shard__", ""),
+        )
+
+
+def _checksum(value: Any) -> int:
+    """Returns the CRC-32 of a text or of an image as it was read; `_UNKNOWN` of other values."""
+    if isinstance(value, str):
+        value = value.encode("utf-8", "surrogatepass")
+    # A checksum of 0 would be taken for `_UNKNOWN`; 1 stands for it.
+    return zlib.crc32(value) or 1 if isinstance(value, bytes) else _UNKNOWN

@@ -1,4 +1,4 @@
-"""The random view that is trained on, made of the few that were chosen. Pure.
+"""Makes the random view that is trained on, for the few examples that were chosen. Pure.
 
 The random state is set anew for each example, by run, rank, step and position in the batch: the
 view does not depend on the process that makes it, nor on the others that are made there.
@@ -27,7 +27,7 @@ ARGUMENT = "train_transform"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainView:
-    """Makes the random view that is trained on, for the chosen examples only."""
+    """Makes the random views of some of the chosen examples of a batch."""
 
     transform: Transform
     seed: int

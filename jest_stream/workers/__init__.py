@@ -1,4 +1,4 @@
-"""Worker processes: they are started, watched and ended here; their messages are packed here."""
+"""Starts, watches and ends worker processes, and packs the messages to and from them."""
 
 from jest_stream.workers.process import (
     Finalizer,
@@ -17,15 +17,15 @@ from jest_stream.workers.transport import (
 from jest_stream.workers.watch import Activity, Watchdog, WorkerStatus
 
 __all__ = [
+    "Activity",
     "Failure",
     "Finalizer",
     "Job",
     "Message",
-    "WorkerStatus",
     "ParentConnection",
-    "Activity",
     "Watchdog",
     "Worker",
+    "WorkerStatus",
     "WorkerTraceback",
     "failure_message",
     "start_workers",

@@ -1,4 +1,4 @@
-"""A worker process, from both sides: how it is started, watched and ended.
+"""Starts, watches and ends worker processes; holds both sides of each.
 
 A `Task` travels to the process and runs there, with a socket to the training process. Workers share
 nothing with each other: with a queue for all, a worker killed while writing would leave the reader
@@ -18,7 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.multiprocessing
@@ -41,7 +41,7 @@ class Task(Protocol):
 
 
 class Job(NamedTuple):
-    """A task, and how messages call it."""
+    """A task, and the words for it in messages."""
 
     name: str
     """The worker's name in messages, such as "worker 0 of 2"."""
@@ -63,6 +63,7 @@ class Worker:
         self._describe = job.describe
         self._status = WorkerStatus()
         self._connection, self._theirs = socket.socketpair()
+        # Every wait of the training process has a time limit; a blocking read would have none.
         self._connection.setblocking(False)
         self._method = context.get_start_method()
         ours = self._connection if self._method == "fork" else None
@@ -71,10 +72,10 @@ class Worker:
             args=(self._theirs, ours, self._status, job.task),
             name=f"jest_stream {job.name}",
         )
-        self._process.daemon = True
+        self._process.daemon = True  # multiprocessing ends it at exit, if nobody did before
 
     def start(self) -> None:
-        """Starts the process. Its owner must know it by then, to `join` it even if this fails.
+        """Starts the process. Its owner must know it before, to `join` it even if this fails.
 
         Raises:
           WorkerDiedError: if it cannot be started.
@@ -139,6 +140,7 @@ class Worker:
         """
         if self._has_process:
             self._process.join(max(deadline - time.monotonic(), 0))
+            # SIGTERM waits for the interpreter, which may hang in C code; SIGKILL does not.
             if self._process.exitcode is None:
                 self._process.kill()
                 self._process.join(_STOP_TIMEOUT_S)  # one that waits for a disk ends later
@@ -160,16 +162,14 @@ class Worker:
         return f"{self._name} (process {self._process.pid}), which {occupation},"
 
     def _check(self, cause: BaseException) -> None:
-        """Raises if the process is gone; else the error is ours."""
+        """Raises `WorkerDiedError` if the process is gone; else the error is ours."""
         self._process.join(_STOP_TIMEOUT_S)
-        if self._process.exitcode is not None:
-            self._raise_died(cause)
-
-    def _raise_died(self, cause: BaseException) -> NoReturn:
+        status = self._process.exitcode
+        if status is None:
+            return
         # The reason is guessed by how the process ended. There are five cases:
         # 1. It exited by itself. 2. A signal ended it. 3. It never ran our code: a main script
         # without a guard. 4. SIGKILL: the system's memory killer sends it. 5. SIGSEGV: a crash.
-        status = self._process.exitcode
         how, why = f"ended with status {status}", "A transform that calls exit?"
         if status < 0:
             how = f"was killed by {signal.Signals(-status).name}"
@@ -211,6 +211,7 @@ def stop_workers(workers: list[Worker], owner_pid: int) -> None:
     """Ends all workers; does nothing in a process that was forked off their owner."""
     if os.getpid() != owner_pid:
         return
+    # All are asked first and waited for then: together they have 3 s, not each of them.
     try:
         for worker in workers:
             worker.ask_to_stop()
@@ -236,6 +237,7 @@ def start_workers(workers: list[Worker], jobs: Sequence[Job]) -> None:
     if context.get_start_method() != "fork":
         _require_picklable(jobs[0].task)
     for job in jobs:
+        # In the list before it starts: an interrupt in between must not lose a running process.
         workers.append(Worker(context, job))
         workers[-1].start()
 
@@ -250,7 +252,7 @@ class ParentConnection:
 
     def __init__(self, connection: socket.socket, is_stopped: Callable[[], bool]) -> None:
         self.connection = connection
-        """To the training process."""
+        """The socket to the training process."""
         self._is_stopped = is_stopped
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
@@ -300,7 +302,7 @@ def work(
         signal.signal(number, signal.SIG_IGN)
     # Inherited objects are never collected here: their destructors may touch the GPU.
     gc.freeze()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # the workers share the cores among them
     status.begin()
     # A thread looks, since the task itself may hang, in a transform for example.
     end_with_parent()

@@ -1,4 +1,4 @@
-"""Messages between the training process and its workers: values, and errors with their tracebacks.
+"""Packs messages between the training process and its workers: values, and errors with tracebacks.
 
 In: anything that pickles, such as a block of columns. Out, in the other process: the same, with
 tensors and arrays that own their memory. Pickle protocol 5 takes their bytes out of the pickled
@@ -74,7 +74,7 @@ class Message:
             pieces += [piece, bytes(-memoryview(piece).nbytes % _ALIGNMENT)]
         self._num_parts = len(parts)
         self.num_bytes = sum(memoryview(piece).nbytes for piece in pieces)
-        """How much memory it takes."""
+        """Bytes of all pieces together."""
         self._pieces = pieces
         self._memory: io.FileIO | None = None
         if self.num_bytes > _MAX_INLINE_BYTES or not is_inline:
@@ -99,6 +99,7 @@ class Message:
                     socket.send_fds(connection, [header], [self._memory.fileno()])
                     return
                 except OSError as error:
+                    # The system limits the descriptors that are in sockets and not yet received.
                     if error.errno != errno.ETOOMANYREFS:
                         raise
                     time.sleep(0.01)  # until the other side has taken some of those on their way
@@ -109,6 +110,8 @@ class Message:
 def failure_message(error: Exception, *, position: int = 0) -> Message:
     """Returns an error as a message; as a `RuntimeError` where it cannot travel itself."""
     text = "".join(traceback.format_exception(error))
+    # An error of a library may hold a lock or a socket, or take other arguments than it keeps. It
+    # travels itself only if the same error comes out; the user may want to catch its type.
     try:
         arrived = pickle.loads(_pickled(error))  # some can be pickled, but not unpickled
         if type(arrived) is type(error) and str(arrived) == str(error):
@@ -134,6 +137,7 @@ def receive(connection: socket.socket, sentinel: int | None, timeout_s: float) -
     deadline = time.monotonic() + timeout_s
     header, memory = b"", None
     try:
+        # The descriptor comes with the header's first byte, even where the header comes in pieces.
         while len(header) < _HEADER.size:
             _wait(connection, sentinel, deadline)
             data, memories, flags, _ = socket.recv_fds(connection, _HEADER.size - len(header), 1)
@@ -203,6 +207,7 @@ def _wait(connection: socket.socket, sentinel: int | None, deadline: float) -> N
     """Returns when there is something to read; raises if there never will be."""
     watched: list[Any] = [connection] if sentinel is None else [connection, sentinel]
     ready = wait(watched, max(deadline - time.monotonic(), 0))
+    # A worker that has sent its last message and ended makes both ready: the message comes first.
     if not ready:
         raise TimeoutError
     if connection not in ready:
@@ -232,7 +237,7 @@ class _Pickler(pickle.Pickler):
     """
 
     def reducer_override(self, value: Any) -> Any:
-        """Returns how a tensor is made again; all else goes its own way.
+        """Returns how a tensor is made again; all else is pickled as usual.
 
         There are three cases:
         1. A tensor on another device, and a quantized one, travel as torch pickles them.

@@ -1,4 +1,4 @@
-"""Watches over reading: the example at hand, and the stacks of a process that hangs.
+"""Watches over workers and reads: notes the example at hand, and shows the stacks of a hang.
 
 A worker keeps its `WorkerStatus`; the training process reads it, even of a worker that is gone or
 hangs in C code, with or without the interpreter's lock. `Watchdog` watches reading in the training
@@ -30,14 +30,14 @@ _LOG = logging.getLogger("jest_stream")
 # A signal that schedulers and runtimes have no use for; SIGUSR1 and SIGUSR2 have many.
 _SHOW_STACKS = getattr(signal, "SIGRTMAX", signal.SIGUSR2)
 _ACTIVITY = struct.Struct("qqq")  # 1 once the worker runs, then the two of `Activity`
-_STACKS_AT = 4096
+_STACKS_AT = 4096  # byte of the memory at which the stacks begin
 _MAX_STACKS_BYTES = 1 << 20
 _STACKS_TIMEOUT_S = 2.0
 _QUIET_S = 0.2  # without another byte: the stacks are complete
 
 
 class Activity(NamedTuple):
-    """The example that a worker is busy with, in the numbers of its task."""
+    """Two numbers that tell the example that a worker is busy with."""
 
     number: int
     """Of the shard that is read, or of the step whose train views are made."""
@@ -46,7 +46,7 @@ class Activity(NamedTuple):
 
 
 class WorkerStatus:
-    """The example that a worker reads, and its stacks on request. Owns shared memory.
+    """Shows the example that a worker reads, and its stacks on request. Owns shared memory.
 
     The first 24 bytes hold the numbers of the example, those from 4,096 on the stacks, written by
     faulthandler. There is no lock: 24 bytes are written in one call, by one writer.
@@ -93,6 +93,8 @@ class WorkerStatus:
         """Returns the Python stacks of all threads of the worker, or why there are none."""
         if not self.has_begun:
             return "It had not begun to run Python code of ours."
+        # The handler writes stack after stack and says nothing at the end: they are complete once
+        # nothing was added for 0.2 s.
         os.kill(pid, _SHOW_STACKS)
         deadline = time.monotonic() + _STACKS_TIMEOUT_S
         text, is_quiet_at = "", deadline
@@ -151,6 +153,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         reported_at: float | None = None
+        # It looks four times within the limit, so that it is at most a quarter late. One read is
+        # reported once, however long it takes.
         while not self._is_closed.wait(min(self._timeout_s / 4, 1.0)):
             began_at = self._began_at
             if began_at is None or began_at == reported_at:

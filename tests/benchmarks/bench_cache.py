@@ -1,12 +1,12 @@
-"""What a reference cache saves: scoring from it against a live reference, and reading it alone.
+"""This benchmark scores from a reference cache and from a live reference, and reads a cache alone.
 
     python tests/benchmarks/bench_cache.py [--rounds 15] [--examples 160000] [--dimension 512]
 
 Scoring: the demo's model learns from the demo's icons, B = 1,280, b = 256; its reference, of the
 learner's size, either runs or was cached. Steps of the two alternate, so that noise of the machine
 hits both. `scoring` is the stage of that name in `metrics()`: learner and reference, or learner and
-what makes embeddings of cached rows; `data` holds reading, decoding and, with the cache, the join.
-Medians of the steps, and the median of the paired ratios.
+the conversion of cached rows into embeddings; `data` holds reading, decoding and, with the cache,
+the join. Medians of the steps, and the median of the paired ratios.
 
 Reading: examples per second of the join alone, over examples that hold nothing but their key, up to
 the stacked `[n, D]` float16 columns of both towers, in one process. From files that the system has
@@ -44,7 +44,7 @@ BLOCK_SIZE = 64
 
 
 class Keys:
-    """Shards of examples that are nothing but a key: what reading costs besides is left out."""
+    """Shards of examples that are nothing but a key, so nothing but the join takes time."""
 
     def __init__(self, num_shards: int, per_shard: int) -> None:
         self.num_shards = num_shards
@@ -67,7 +67,7 @@ class Keys:
 
 
 class Vectors(torch.nn.Module):
-    """A reference that costs nothing: what it is given are embeddings."""
+    """A reference that costs nothing: its inputs are embeddings already."""
 
     def __init__(self) -> None:
         super().__init__()

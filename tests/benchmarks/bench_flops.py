@@ -1,4 +1,4 @@
-"""What a JEST step costs over a plain one: counted as it runs, beside the formula; bf16 by time.
+"""This benchmark counts the FLOPs of a JEST step as it runs, beside the formula; bf16 is timed.
 
     python tests/benchmarks/bench_flops.py                        # ViT-S-16-alt, f = 0.8
     python tests/benchmarks/bench_flops.py --model ViT-B-16

@@ -1,12 +1,13 @@
-"""How much of what a sub-batch could be do chunks and sweeps reach? Beside a Gibbs sampler.
+"""Joint selection, in chunks and sweeps, is compared with a Gibbs sampler.
 
     python tests/benchmarks/bench_gibbs.py        # B = 5,120, b = 1,024: about ten minutes
     python tests/benchmarks/bench_gibbs.py --reference-knows-candidates --reference-steps 3000
 
-The sampler is the brute-force one that the paper's Fig. 2 measures by: it removes a random example
-of the sub-batch and draws another in its place in proportion to e^(score given the rest), again and
-again. Its sub-batches come up in proportion to e^(sum of all their pairs' scores). Two chains, from
-a uniform and from a jointly selected sub-batch, must meet. L is the mean over the sub-batch of the
+The question is how much of the learnability that a sub-batch can have they reach. The sampler is
+the brute-force one that the paper's Fig. 2 measures by: it removes a random example of the
+sub-batch and draws another in its place in proportion to e^(score given the rest), again and again.
+Its sub-batches come up in proportion to e^(sum of all their pairs' scores). Two chains, from a
+uniform and from a jointly selected sub-batch, must meet. L is the mean over the sub-batch of the
 learnability of an example and its pairs, in nats. With `--reference-knows-candidates` the reference
 is trained on the candidates too, so that it stays far ahead of the learner. Prints Markdown.
 """
@@ -93,7 +94,7 @@ def gibbs(scores: Tensor, chosen: Tensor, *, num_sweeps: int, seed: int) -> list
 
 @dataclass(frozen=True)
 class Stage:
-    """What is reached with the learner as it is after some steps."""
+    """The learnability that each way reaches with the learner after some steps."""
 
     reached: dict[Way, float]
     """L, the mean of some sub-batches."""

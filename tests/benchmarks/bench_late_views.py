@@ -1,4 +1,4 @@
-"""Examples read per second: train views of the chosen, made late, against those of all candidates.
+"""Late train views, of the chosen alone, race those of all candidates: examples read per second.
 
     python tests/benchmarks/bench_late_views.py [--sizes 64 112 224] [--workers 0 2] [--rounds 7]
 

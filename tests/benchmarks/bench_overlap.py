@@ -1,4 +1,4 @@
-"""What scoring beside training saves on a GPU: step times with it, without it, and without scoring.
+"""Scoring beside training is timed on a GPU: steps with it, without it, and without scoring.
 
     python tests/benchmarks/bench_overlap.py                       # needs CUDA
     python tests/benchmarks/bench_overlap.py --model ViT-B-16 --batch-size 128

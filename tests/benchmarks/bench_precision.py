@@ -1,4 +1,4 @@
-"""Does half precision change the choice? Overlap of sub-batches under the same noise.
+"""Sub-batches chosen in half precision are compared with those in float32, under the same noise.
 
     python tests/benchmarks/bench_precision.py      # four minutes, most of them training
 

@@ -1,4 +1,4 @@
-"""Resuming behind a million examples, against reading them again.
+"""Resuming after a million examples is timed against reading them again.
 
     python tests/benchmarks/bench_resume.py --rounds 3
 
@@ -39,7 +39,7 @@ def main() -> None:
         folder = Path(name)
         write_shards(folder, arguments.examples // NUM_SHARDS)
         num_steps = arguments.examples // SUPER_BATCH_SIZE
-        state, expected = state_behind(folder, num_steps, arguments.workers)
+        state, expected = state_after(folder, num_steps, arguments.workers)
         times: dict[str, list[float]] = {"resumed": [], "begun": [], "read again": []}
         for _ in range(arguments.rounds):
             for kind, (loaded, skipped) in {
@@ -81,8 +81,8 @@ def numbers(text: str) -> torch.Tensor:
     return torch.zeros(4)
 
 
-def state_behind(folder: Path, num_steps: int, num_workers: int) -> tuple[Any, list[str]]:
-    """Returns the state behind so many steps, and the keys of the next batch."""
+def state_after(folder: Path, num_steps: int, num_workers: int) -> tuple[Any, list[str]]:
+    """Returns the state after so many steps, and the keys of the next batch."""
     with make_dataset(folder, num_workers) as dataset:
         iterator = iter(dataset)
         for _ in islice(iterator, num_steps):

@@ -1,4 +1,4 @@
-"""How fast joint selection is, beside the `[B, B]` matrix and beside its matrix products alone.
+"""Joint selection is timed beside the `[B, B]` matrix and beside its matrix products alone.
 
     python tests/benchmarks/bench_selection.py                  # B = 5,120
     python tests/benchmarks/bench_selection.py --paper-scale    # B = 163,840: about ten minutes

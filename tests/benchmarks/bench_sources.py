@@ -1,4 +1,4 @@
-"""Samples per second of `TarSource` against webdataset and `datasets`: same shards, same decoding.
+"""`TarSource` races webdataset and `datasets`: samples per second, same shards, same decoding.
 
     python tests/benchmarks/bench_sources.py [--shards 8] [--examples 1000] [--rounds 7]
 

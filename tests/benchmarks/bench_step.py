@@ -1,4 +1,4 @@
-"""What a JEST step takes beside its parts, each measured apart, and beside what its FLOPs predict.
+"""A JEST step is timed beside its parts, each measured apart, and beside what its FLOPs predict.
 
     python tests/benchmarks/bench_step.py                            # live reference, full size
     python tests/benchmarks/bench_step.py --setting cached-quarter   # a quarter of the image tokens
@@ -164,7 +164,7 @@ class Parts:
 
 
 def random_embeddings(num_rows: int, *, seed: int) -> Embeddings:
-    """Returns unit-norm rows: what a choice takes does not depend on where they come from."""
+    """Returns unit-norm rows: the time of a choice does not depend on where they come from."""
     generator = torch.Generator().manual_seed(seed)
     image, text = (
         F.normalize(torch.randn(num_rows, DIMENSION, generator=generator), dim=1) for _ in range(2)

@@ -1,4 +1,4 @@
-"""Embeddings of real models in training, on real pairs: what the benchmarks of choices run on.
+"""The benchmarks of choices run on embeddings of real models in training, on real pairs.
 
 Trains the demo's model on the demo's icons at 16 px: a reference to the end, and a learner of
 another seed that is caught on the way. Four minutes on one core.

@@ -1,4 +1,4 @@
-"""Claim: the package ships real pairs under permissive licences, and holds its test sets back."""
+"""The package ships real pairs under permissive licences, and holds its test sets back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claim: the demo's verdict follows from its figures, whichever way they fall."""
+"""The demo's verdict follows from its figures, whichever way they fall."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claim: the demo's tokens are the same everywhere, and its model is what the adapters take."""
+"""The demo's tokens are the same everywhere, and the adapters take its model as it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claim: the demo runs end to end on its own data and writes what it found."""
+"""The demo runs end to end on its own data and writes its findings down."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every run says what it paid: counted by hand here, on real models and shards.
+"""Every run reports its true cost, which is counted by hand here, on real models and shards.
 
 pytest tests/metrics/test_accounting.py
 """
@@ -313,7 +313,7 @@ def test_counts_go_on_after_a_resume(shards: list[str], lookahead: int) -> None:
             assert {name: resumed.metrics()[name] for name in counted} == expected
 
 
-def test_a_resume_behind_the_last_selection_still_knows_what_it_cost(shards: list[str]) -> None:
+def test_a_resume_after_the_last_selection_still_knows_what_it_cost(shards: list[str]) -> None:
     options = {"selection": SelectionConfig(stop_step=2)}
     with jest(shards, vit(), **options) as dataset:
         for _ in islice(dataset, 3):

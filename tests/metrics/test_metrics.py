@@ -116,7 +116,7 @@ def test_counters_go_on_after_a_resume():
     metrics.count("steps", 5)
     metrics.count_skipped("bad_image", 2)
     state = metrics.state_dict()
-    metrics.count("steps")  # what was saved does not change
+    metrics.count("steps")  # the saved state does not change
     state = json.loads(json.dumps(state))
     resumed = Metrics()
     resumed.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""The schedule alone: real reader and batches, a selector that takes the first and notes the steps.
+"""The schedule is tested alone: real reader and batches, a selector that takes the first rows.
 
 pytest tests/pipeline/test_pipeline.py
 """

@@ -1,4 +1,4 @@
-"""A checkpoint says where a run is: json, by lane and rank, merged and dealt to any ranks.
+"""A checkpoint holds the place of a run as json, by lane and rank, and is dealt to any ranks.
 
 pytest tests/pipeline/test_run_state.py
 """

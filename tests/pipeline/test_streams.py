@@ -1,9 +1,9 @@
-"""Scoring beside training: the same batches, nothing touched too early, no wait too many.
+"""Scoring beside training gives the same batches: nothing touched too early, no wait too many.
 
     pytest tests/pipeline/test_streams.py
 
 Runs the whole dataset on `QueuedDevice`, a model of a device with streams that looks for accesses
-that nothing orders. What runs on a real one is in `test_streams_gpu.py`.
+that nothing orders. The tests on a real one are in `test_streams_gpu.py`.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ READ_BACK = "reported.synchronize()"
 # The consumer's stream waits for the choice, and so does the host before it queues anything there:
 # the former is enough for the device, the latter for the device and the host.
 ALSO = {"consumer.wait_event(self._selected)": [READ_BACK]}
-# Which scenario needs a wait, where a plain run is saved by other ones.
+# The scenario that needs a wait, where a plain run is saved by other waits.
 NEEDED_BY = {
     "self._filled.synchronize()": "broken off",
     "event.synchronize()": "resumed",
@@ -214,7 +214,7 @@ def test_any_order_that_the_waits_allow_gives_the_same_batches(
 def test_without_a_wait_some_order_gives_other_batches(
     shards: list[str], patch: Callable[[QueuedDevice | None], None], line: str
 ) -> None:
-    """The races that are reported are real: what they do to the data can be seen."""
+    """The races that are reported are real: some order of the work changes the data."""
     without = [line, *ALSO.get(line, ())]
     batches, expected, device = kept_run(shards, patch, lookahead=1, without=without)
     differs = False

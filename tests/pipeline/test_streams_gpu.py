@@ -1,4 +1,4 @@
-"""Scoring beside training on a real GPU: rules that only it can break.
+"""Scoring beside training keeps the rules that only a real GPU can break.
 
     pytest -m gpu tests/pipeline/test_streams_gpu.py
 
@@ -85,7 +85,7 @@ def test_the_sanitizer_finds_no_race() -> None:
 
 
 class Notes:
-    """What copies of a learner note down on the device; shared by all of them."""
+    """The notes that copies of a learner take on the device; shared by all of them."""
 
     def __init__(self) -> None:
         self.steps = torch.full((200,), -1.0, device=CUDA)

@@ -1,4 +1,4 @@
-"""Fixtures of all tests of the cache."""
+"""These fixtures are shared by all tests of the cache."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def zeroed(data: bytes) -> bytes:
         (zeroed, r"00002.arrow' .* is no whole Arrow file"),
         (lambda data: bytes(len(data)), "is no whole Arrow file"),
     ],
-    ids=["cut", "empty", "longer", "zeros behind the head", "zeros"],
+    ids=["cut", "empty", "longer", "zeros after the head", "zeros"],
 )
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_damaged_file_is_named(
@@ -231,7 +231,7 @@ def test_a_changed_shard_is_noticed_by_its_number_of_examples(
 ) -> None:
     fewer = [make_example(index) for index in range(PER_SHARD - 1)]
     size = Path(own_shards[0]).stat().st_size
-    for num_bytes in range(0, size, 512):  # what belongs to no example fills the rest
+    for num_bytes in range(0, size, 512):  # a member of no example fills the rest
         write_tar(Path(own_shards[0]), [*members(fewer), (".filler", bytes(num_bytes))])
         if Path(own_shards[0]).stat().st_size == size:
             break

@@ -1,4 +1,4 @@
-"""Data that are no longer what the reference embedded are noticed by what they hold.
+"""Data that changed since the reference embedded them are noticed by their content.
 
 pytest tests/reference_cache/test_changed_data.py
 """

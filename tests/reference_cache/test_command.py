@@ -1,4 +1,4 @@
-"""`jest-stream cache`: killed at any moment and started again, it makes the same files.
+"""`jest-stream cache`, killed at any moment and started again, makes the same files.
 
 pytest tests/reference_cache/test_command.py
 """

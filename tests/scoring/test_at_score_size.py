@@ -1,4 +1,4 @@
-"""The learner at the score size: the same weights, so that training there reaches them.
+"""The learner at the score size shares the learner's weights: training there reaches them.
 
 Run: pytest tests/scoring/test_at_score_size.py
 """

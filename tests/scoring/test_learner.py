@@ -258,7 +258,7 @@ def test_state_goes_through_a_checkpoint_and_back():
     buffer = io.BytesIO()
     torch.save(state, buffer)
     fill(learner, 9)
-    saved.refresh(8)  # what was saved does not change with the copy
+    saved.refresh(8)  # the saved state does not change with the copy
     buffer.seek(0)
 
     resumed = LearnerCopy(learner, refresh_every=4)

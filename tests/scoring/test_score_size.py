@@ -207,7 +207,7 @@ def test_a_refreshed_copy_equals_one_made_anew(name: str) -> None:
     anew = LearnerCopy(learner, refresh_every=1, scoring=scoring)
     pairs = zip(learner_copy.tower.module.parameters(), anew.tower.module.parameters(), strict=True)
     assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
-    # In place: what the copy holds lies where it lay.
+    # In place: the copy's tensors lie where they lay.
     assert [t.data_ptr() for t in learner_copy.tower.module.parameters()] == tensors
     assert {key: id(tensor) for key, tensor in learner.named_parameters()} == before
     assert not any(parameter.requires_grad for parameter in anew.tower.module.parameters())

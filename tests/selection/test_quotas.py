@@ -120,7 +120,7 @@ def test_a_plan_can_always_be_kept(case):
     before = [0] * len(available)
     for size, end, least, most in zip(sizes, accumulate(sizes), plan.least, plan.most, strict=True):
         assert all(low <= high for low, high in zip(least, most, strict=True))
-        # Whatever was drawn within the bounds so far, this draw can be kept within them.
+        # After any draws within the bounds so far, this draw can be kept within them.
         assert sum(now - then for now, then in zip(least, before, strict=True)) <= size
         assert all(now >= then for now, then in zip(least, before, strict=True))
         assert sum(most) >= end

@@ -34,7 +34,7 @@ def test_a_table_worked_out_by_hand():
     ("easy_reference", (False, True)),
     ("hard_learner", (True, False)),
     (WeightedScore(0.0, 3.0), (False, True)),
-    (lambda a, b: a, (True, True)),  # what a function looks at cannot be known
+    (lambda a, b: a, (True, True)),  # the inputs that a function looks at cannot be known
 ])  # fmt: skip
 def test_a_score_says_which_models_it_needs(score, expected):
     assert needs(score) == expected

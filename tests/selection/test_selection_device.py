@@ -1,4 +1,4 @@
-"""On a GPU selection can be enqueued: no value is read back, no shape depends on data.
+"""Selection can be enqueued on a GPU: no value is read back, no shape depends on data.
 
     pytest tests/selection/test_selection_device.py
 

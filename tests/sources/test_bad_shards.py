@@ -1,4 +1,4 @@
-"""`on_bad_shard="skip"`: the rest of a bad shard is left out, counted and logged; nothing else is.
+"""`on_bad_shard="skip"` leaves out the rest of a bad shard, counted and logged, and nothing else.
 
 pytest tests/sources/test_bad_shards.py
 """
@@ -143,7 +143,7 @@ def test_a_lane_of_bad_shards_only_raises_instead_of_spinning(
 
 
 class Failing:
-    """Shards of two examples; those of an odd number raise behind the first."""
+    """Shards of two examples; those of an odd number raise after the first."""
 
     num_shards = 4
     fingerprint = "failing"
@@ -283,7 +283,7 @@ def text_of(example: Example) -> str:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_rate_of_bad_examples_above_the_limit_is_an_error_behind_probation(
+def test_a_rate_of_bad_examples_above_the_limit_is_an_error_after_probation(
     tmp_path: Path, num_workers: int
 ) -> None:
     paths = [mixed(tmp_path / f"{i}.tar", 582, 18) for i in range(2)]  # 3 % of 1,200

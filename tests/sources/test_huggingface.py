@@ -1,4 +1,4 @@
-"""Repositories of the Hub: the files that `datasets` would read, strictly, at one commit.
+"""Repositories of the Hub give the files that `datasets` would read, strictly, at one commit.
 
 pytest tests/sources/test_huggingface.py
 """
@@ -108,7 +108,7 @@ def test_tars_give_what_local_tars_give(
     assert remote.num_shards == NUM_FILES
     for shard in range(NUM_FILES):
         ours, theirs = list(remote.read(shard)), list(local.read(shard))
-        assert [behind for _, behind in ours] == [behind for _, behind in theirs]
+        assert [after for _, after in ours] == [after for _, after in theirs]
         for (mine, _), (his, _) in zip(ours, theirs, strict=True):
             assert {**mine, "__shard__": ""} == {**his, "__shard__": ""}
 

@@ -86,7 +86,7 @@ def test_every_row_is_read_once_and_in_order(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTS)
-def test_reading_goes_on_behind_any_example(name: str) -> None:
+def test_reading_goes_on_after_any_example(name: str) -> None:
     source = open_source(OBJECTS[name]())
     for shard in (0, source.num_shards - 1):
         whole = list(source.read(shard))

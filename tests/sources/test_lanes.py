@@ -1,4 +1,4 @@
-"""Lanes: dealt once, the same for everybody, each example in exactly one, resumable anywhere."""
+"""Lanes are dealt once, the same for everybody, each example in exactly one, resumable anywhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A manifest says what there is; a shard that holds something else is an error with both numbers.
+"""A manifest states the contents; a shard that holds others is an error with both numbers.
 
 pytest tests/sources/test_manifest.py
 """
@@ -69,7 +69,7 @@ def test_every_form_names_the_shards_and_what_they_hold(
     assert [source.shard_name(shard) for shard in (0, 1)] == own_shards
     assert examples_of(source) == examples_of(TarSource(own_shards))
     assert source.fingerprint == TarSource(own_shards).fingerprint
-    resumed = [behind for _, behind in source.read(0)][1]
+    resumed = [after for _, after in source.read(0)][1]
     assert len(list(source.read(0, offset=resumed, index=2))) == NUM_EXAMPLES - 2
 
 
@@ -99,7 +99,7 @@ def test_another_number_of_examples_is_an_error_that_says_both(
 ) -> None:
     source = TarSource(manifest(tmp_path, {"00000.tar": promised}))
     for start in (0, 3):  # at the beginning, and resumed
-        offset = [0, *(behind for _, behind in TarSource(own_shards).read(0))][start]
+        offset = [0, *(after for _, after in TarSource(own_shards).read(0))][start]
         given = []
         with pytest.raises(ShardError, match=rf"00000.*{found}.*promises {promised}") as raised:
             for example, _ in source.read(0, offset=offset, index=start):

@@ -73,7 +73,7 @@ def test_rows_are_examples_with_encoded_images(pairs: Path, examples: list[dict[
 def test_reading_goes_on_at_any_row(pairs: Path) -> None:
     rows = source(pairs)
     whole = list(rows.read(0))
-    assert [behind for _, behind in whole] == list(range(1, 51))
+    assert [after for _, after in whole] == list(range(1, 51))
     for start in range(51):
         assert list(rows.read(0, offset=start, index=start)) == whole[start:]
 

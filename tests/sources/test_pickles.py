@@ -1,4 +1,4 @@
-"""Pickles in tables, and behind `datasets`, are bytes: no path into a batch opens one.
+"""Pickles are bytes, in tables and when read by `datasets`: no path into a batch opens one.
 
 pytest tests/sources/test_pickles.py
 """
@@ -277,7 +277,7 @@ def test_of_an_object_of_datasets(payloads: dict[str, bytes], name: str) -> None
 
 
 def harmless(kind: str) -> bytes:
-    """What `datasets` opens without complaint."""
+    """Returns a file of the kind that `datasets` opens without complaint."""
     stream = io.BytesIO()
     if kind in ("pth", "pt"):
         torch.save({"a": torch.zeros(1)}, stream)
@@ -297,7 +297,7 @@ def test_of_a_tar_streamed_by_datasets(
     kind: str,
     num_workers: int,
 ) -> None:
-    """It opens some kinds itself, without pickles: what it cannot open so is its own error.
+    """It opens some kinds itself, without pickles, and raises its own error for the others.
 
     Here the first examples are good, since it opens five when the dataset is made.
     """

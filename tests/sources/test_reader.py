@@ -29,7 +29,7 @@ from jest_stream.views.decode import Decoded
 __all__ = ["no_leaks"]
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
-LANES = 5  # which neither 2 nor 3 workers divide
+LANES = 5  # neither 2 nor 3 workers divide them evenly
 
 
 def prepare(example: Example) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def test_closing_between_any_two_blocks_changes_nothing(source: Source, num_work
     assert reader.read() is None
 
 
-def test_cursors_lie_behind_the_last_block_of_each_lane(source: Source) -> None:
+def test_cursors_lie_after_the_last_block_of_each_lane(source: Source) -> None:
     reader = open_reader(source, num_workers=2)
     assert reader.cursors == start()
     blocks = [reader.read() for _ in range(7)]
@@ -290,7 +290,7 @@ def test_any_iterable_is_read_in_workers_too(make: Callable[[Any], Any], num_wor
 
 
 def test_workers_read_ahead_while_nobody_asks(tmp_path: Path, source: Source) -> None:
-    """One turn over the lanes, and no further: what waits is bounded."""
+    """One turn over the lanes, and no further: the blocks that wait are bounded."""
 
     def note(example: Example) -> str:
         (tmp_path / example["__key__"]).touch()

@@ -1,4 +1,4 @@
-"""What hangs is named with what it was reading, and shows where: in a worker and in this process.
+"""A read that hangs is named with its place in the data and in the code, in any process.
 
 pytest tests/sources/test_stalls.py
 """
@@ -113,7 +113,7 @@ def test_a_worker_that_hangs_while_it_hands_over_large_blocks_is_reported(
     with pytest.raises(StalledError, match="in hold_the_lock"):
         while (block := reader.read()) is not None:
             blocks.append(block)
-    # What was ready arrives; of the last block the thread that sends may not have got hold.
+    # The blocks that were ready arrive; the thread that sends may not have got hold of the last.
     assert len(blocks) in (3, 4)
 
 

@@ -149,7 +149,7 @@ def test_reading_from_any_offset_gives_the_rest(tmp_path: Path, name: str) -> No
     )
     source = TarSource(write_tar(tmp_path / "x.tar", files, format=FORMATS[name]))
     whole = list(source.read(0))
-    offsets = [0, *(behind for _, behind in whole)]
+    offsets = [0, *(after for _, after in whole)]
     assert offsets == sorted(set(offsets))
     for index, offset in enumerate(offsets):
         assert list(source.read(0, offset=offset, index=index)) == whole[index:]

@@ -40,7 +40,7 @@ def bucket(request: pytest.FixtureRequest) -> str:
     server: S3Server = request.getfixturevalue("s3")
     name = server.make_bucket()
     source = TarSource(server.put(name, "first.tar", b""), storage=server.config)
-    source.close()  # what stays of the first use, such as helper threads of fsspec, is no leak
+    source.close()  # helper threads of fsspec stay after its first use and are no leak
     return name
 
 
@@ -138,7 +138,7 @@ def test_a_shard_cut(put: Put, whole: bytes, where: str) -> None:
     assert f"ends at byte {size} " in str(error)
 
 
-def test_a_shard_may_end_right_behind_its_marker(put: Put, whole: bytes) -> None:
+def test_a_shard_may_end_right_after_its_marker(put: Put, whole: bytes) -> None:
     source = put(whole[: MARKER + 1024])
     assert keys_of(source) == ["0", "1", "2"]
     source.close()
@@ -207,10 +207,10 @@ def test_a_single_empty_block_is_no_end(put: Put, whole: bytes) -> None:
 def test_joined_archives(put: Put, whole: bytes) -> None:
     keys, error = fails(put, whole + whole, ShardError)
     assert keys == ["0", "1", "2"]
-    assert "behind its end-of-archive marker" in str(error)
+    assert "after its end-of-archive marker" in str(error)
 
 
-def test_bytes_behind_the_marker(put: Put, whole: bytes) -> None:
+def test_bytes_after_the_marker(put: Put, whole: bytes) -> None:
     keys, _ = fails(put, whole[:-1] + b"x", ShardError)
     assert keys == ["0", "1", "2"]
 

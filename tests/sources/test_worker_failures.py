@@ -1,6 +1,6 @@
-"""What fails in a lane or a worker arrives from `read`, once, as itself, after what came before.
+"""A failure in a lane or a worker arrives from `read`, once, as itself, after the blocks before it.
 
-And nothing survives it: no process, no descriptor, no folder.
+Nothing survives it: no process, no descriptor, no folder.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def decode_all(example: Example) -> str:
 
 
 @pytest.mark.parametrize("num_workers", WORKERS)
-def test_a_bad_example_is_raised_behind_the_examples_before_it(
+def test_a_bad_example_is_raised_after_the_examples_before_it(
     paths: list[str], num_workers: int
 ) -> None:
     key = broken_at(paths, 2, 4, "jpg", b"no image")
@@ -111,7 +111,7 @@ def test_bad_examples_are_skipped_where_asked_and_named_with_their_place(
         for block in blocks
         if block.items is not None and block.skipped
     }
-    # Before the first example of shard 0; behind the first of the last block of shard 1.
+    # Before the first example of shard 0; after the first of the last block of shard 1.
     assert skipped == {"000001": [(0, "unreadable_text")], "000014": [(1, "unreadable_image")]}
     assert sum(block.num_examples for block in blocks) == 30
 
@@ -327,7 +327,7 @@ def test_dropping_a_reader_stops_its_workers(paths: list[str]) -> None:
 def test_blocks_leave_nothing_in_the_file_system(
     paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither while they wait nor behind a killed worker: their memory has no name."""
+    """Neither while they wait nor after a killed worker: their memory has no name."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     before = set(os.listdir("/dev/shm"))
@@ -377,5 +377,5 @@ come_to(sys.argv[1], reader.read)
 
 @pytest.mark.parametrize("end", EARLY_ENDS)
 def test_no_worker_outlives_the_interpreter(paths: list[str], end: str) -> None:
-    """With workers that wait behind full pipes."""
+    """With workers that wait for full pipes to drain."""
     assert_no_worker_outlives(SCRIPT, end, paths, num_workers=2)

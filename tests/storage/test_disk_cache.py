@@ -1,4 +1,4 @@
-"""The disk cache: bounded, whole entries only, one download for any number of processes.
+"""The disk cache is bounded, holds whole entries only, and downloads once for many processes.
 
 pytest tests/storage/test_disk_cache.py
 """

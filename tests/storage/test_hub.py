@@ -142,7 +142,7 @@ def test_a_glob_reads_a_listing_of_many_pages_to_its_end() -> None:
 def test_a_listing_that_does_not_end_is_given_up(
     fault: Fault, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jest_stream.storage.storage.MAX_BLOCK_BYTES", 0)  # waits are shorter
+    monkeypatch.setattr("jest_stream.storage.storage.MAX_SEGMENT_BYTES", 0)  # waits are shorter
     commit = "a" * 40
     contents = {
         "api/datasets/org/name": json.dumps({"id": "org/name", "sha": commit}).encode(),

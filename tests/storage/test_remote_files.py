@@ -120,7 +120,7 @@ def test_any_reads_of_any_files_give_the_right_bytes_within_the_budget() -> None
                     file.seek(generator.randrange(len(DATA) + 10))
                 start, length = file.tell(), generator.choice((1, 512, 4000, 300_000, 2_000_000))
                 assert file.read(length) == DATA[start : start + length], seed
-                # Each file may have one block of 64 KiB even where all is taken.
+                # Each file may have one segment of 64 KiB even where all is taken.
                 assert storage._resources().read_ahead.used_bytes <= limit + num_files * 65536, seed
             storage.close()
             assert all(file.closed for file in files)
@@ -287,7 +287,7 @@ def test_a_storage_in_use_works_in_a_child_process(method: str) -> None:
             theirs.close()
             assert ours.poll(30) and ours.recv() == (True, len(DATA))
             assert file.read() == DATA[10:], "the parent reads on"
-            child.join(10)
+            child.join(30)
             assert child.exitcode == 0
             child.close()
             ours.close()

@@ -1,1 +1,1 @@
-"""What the tests share: real models, servers, shards, and checks of what is left behind."""
+"""The tests share these helpers: real models, servers, shards, and checks that nothing is left."""

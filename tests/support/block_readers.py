@@ -1,4 +1,4 @@
-"""A reader of blocks, as tests of several modules open it."""
+"""Tests of several modules open their reader of blocks here."""
 
 from __future__ import annotations
 

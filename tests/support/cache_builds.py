@@ -1,4 +1,4 @@
-"""Caches by a tiny reference: shared by the tests of this folder."""
+"""The tests of reference caches share these caches, made by a tiny reference."""
 
 from __future__ import annotations
 

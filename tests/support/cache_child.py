@@ -1,4 +1,4 @@
-"""A process that uses a `DiskCache` as it is told: `python cache_child.py FOLDER LIMIT`.
+"""This process uses a `DiskCache` as it is told: `python cache_child.py FOLDER LIMIT`.
 
 Reads one JSON object per line: `{"url", "size", "pause"}`. Answers with lines: `ready`, then for
 each object `half` when half of a download is written (with "pause", it goes on at the next line),

@@ -1,4 +1,4 @@
-"""The smallest real open_clip models, untrained but seeded, and folders that hold them.
+"""These are the smallest real open_clip models, untrained but seeded, and folders that hold them.
 
 The folder is open_clip's own layout: `open_clip_config.json` and `open_clip_model.safetensors`.
 """

@@ -1,4 +1,4 @@
-"""However a training process ends, its workers end with it: what a script does, what is checked.
+"""Workers end with their training process, however it ends: the script's part, and the check.
 
 The script starts workers, then calls `come_to(sys.argv[1], read)`; `assert_no_worker_outlives` runs
 it to "end", or to one of `EARLY_ENDS`.

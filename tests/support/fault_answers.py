@@ -1,4 +1,4 @@
-"""Answers one request to the fault server: properly, then with the fault put in.
+"""A handler answers one request to the fault server: properly, then with the fault put in.
 
 Runs in a thread for each connection.
 """

@@ -1,4 +1,4 @@
-"""A web server on 127.0.0.1 that serves ranges properly, or fails as it was told to.
+"""A web server on 127.0.0.1 serves ranges properly, or fails as it was told to.
 
     from support.fault_server import FaultServer
     from support.faults import Fault

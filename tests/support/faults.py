@@ -1,4 +1,4 @@
-"""The ways in which `FaultServer` fails."""
+"""These are the ways in which `FaultServer` fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of scoring beside training on a GPU, and their benchmark, run: data and models.
+"""These data and models serve the tests of scoring beside training on a GPU, and their benchmark.
 
 `python tests/support/gpu_streams.py` runs a short stream on the GPU; under TORCH_CUDA_SANITIZER=1
 that is the search for races.

@@ -1,8 +1,8 @@
-"""A Hugging Face Hub on 127.0.0.1 for tests: datasets, commits, access rights, and faults on order.
+"""A Hugging Face Hub on 127.0.0.1 has datasets, commits, access rights, and faults on order.
 
 `HubServer()` is a context manager. `put(repository, files)` makes a commit and moves `main` to it;
 older commits stay. Files are served as the Hub does: small ones itself, large ones by a redirect to
-a signed address on another host name. What was asked for is in `requests`.
+a signed address on another host name. `requests` lists the requests so far.
 
 Reach it in process by `StorageConfig(options={"hf": {"endpoint": server.url}})`; `datasets` and
 huggingface_hub by `server.environment(home)`, set before they are imported.
@@ -41,7 +41,7 @@ class Request(NamedTuple):
 
 @dataclass
 class Fault:
-    """What goes wrong, how often, and with which requests."""
+    """A fault to serve: its kind, how often, and to which requests."""
 
     match: str
     """Regular expression, searched in the path."""

@@ -1,11 +1,11 @@
-"""What must not survive a test: processes, threads, descriptors.
+"""No process, thread or descriptor may survive a test that uses these checks.
 
     from support.leaks import no_leaks
 
     pytestmark = pytest.mark.usefixtures("no_leaks")   # for every test of a module
 
-or `with nothing_left_behind():` around a part of one. What ends a moment later, on its own, is
-waited for.
+or `with nothing_left_behind():` around a part of one. Those that end a moment later, by
+themselves, are waited for.
 """
 
 from __future__ import annotations

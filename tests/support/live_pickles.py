@@ -1,4 +1,4 @@
-"""Pickles of every kind of file that can hold one, and a dataset whose examples are all decoded.
+"""Pickles lie in every kind of file that can hold one; the dataset here decodes all examples.
 
 A pickle that is opened creates a file, the canary.
 """

@@ -1,4 +1,4 @@
-"""The smallest real two-tower models, the views they take, and a dataset of them."""
+"""These are the smallest real two-tower models, the views they take, and a dataset of them."""
 
 from __future__ import annotations
 

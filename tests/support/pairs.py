@@ -1,4 +1,4 @@
-"""A source of one's own, in memory, and what the middle of the package needs to read from it."""
+"""A source in memory, as users write them, feeds the tests of the middle of the package."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""A model of a device with streams, on the CPU: it looks for missing waits.
+"""`QueuedDevice` models a device with streams, on the CPU, and looks for missing waits.
 
     device = QueuedDevice()
     with device.watched():
         ...            # ops on tensors of the device are queued on the current stream
 
-What is run is real torch code on real tensors; each op is computed at once, noted down with the
-memory that it reads and writes, and put behind what is ordered before it: its stream, the events
-that the stream waited for, and what the host had done and waited for. `races` lists accesses to one
-memory that nothing orders, the reuse of freed memory included: allocators hand a block out again on
-the stream that it was allocated on. `replay` runs all of it again in another order that the waits
+It runs real torch code on real tensors; each op is computed at once, noted down with the memory
+that it reads and writes, and put after the work that is ordered before it: its stream's, the events
+that the stream waited for, and the host's own work and waits. `races` lists accesses to one memory
+that nothing orders, the reuse of freed memory included: allocators hand a block out again on the
+stream that it was allocated on. `replay` runs all of it again in another order that the waits
 allow, as a device might.
 
 The device has no values for the host: `host_reads` lists every place where one was asked for.
@@ -72,7 +72,7 @@ class QueuedEvent:
 
     def synchronize(self) -> None:
         if not self._device.skips():
-            self._device.order(HOST, behind=self)
+            self._device.order(HOST, after=self)
 
     def elapsed_time(self, end_event: QueuedEvent) -> float:
         if not (self.query() and end_event.query()):
@@ -89,7 +89,7 @@ class QueuedStream:
 
     def wait_event(self, event: QueuedEvent) -> None:
         if not self._device.skips():
-            self._device.order(self.name, behind=event)
+            self._device.order(self.name, after=event)
 
     def record_event(self) -> QueuedEvent:
         device = self._device
@@ -124,7 +124,7 @@ class QueuedDevice:
         self._current = self.training
         self._num_streams = 0
 
-    # What a backend does.
+    # The part of a backend.
 
     def stream(self) -> QueuedStream:
         pair, place = divmod(self._num_streams, 2)  # as rings make them
@@ -160,7 +160,7 @@ class QueuedDevice:
         self._track(tensor, f"buffer {self.num_buffers}", self._current.name)
         return tensor
 
-    # What a test does.
+    # The part of a test.
 
     def put(self, *modules: torch.nn.Module) -> None:
         """Has the modules' tensors lie on the device, allocated on the current stream."""
@@ -179,16 +179,16 @@ class QueuedDevice:
     def replay(self, seed: int) -> None:
         """Computes everything again, in a random order that the waits allow.
 
-        One stream is far ahead of the others at times, far behind at others.
+        One stream is far ahead of the others at times, and late at others.
         """
         rng = random.Random(seed)
         for storage, content in self._first.values():
             torch.empty(0, dtype=torch.uint8).set_(storage).copy_(content)
         left = {id(node): len({id(each) for each in node.before}) for node in self.nodes}
-        behind: dict[int, list[Node]] = {}
+        followers: dict[int, list[Node]] = {}
         for node in self.nodes:
             for other in {id(each): each for each in node.before}.values():
-                behind.setdefault(id(other), []).append(node)
+                followers.setdefault(id(other), []).append(node)
         ready = [node for node in self.nodes if not left[id(node)]]
         favour = {name: rng.random() for name in self.clocks}
         done = 0
@@ -200,13 +200,13 @@ class QueuedDevice:
             done += 1
             if node.call is not None:
                 _run_again(*node.call)
-            for other in behind.get(id(node), ()):
+            for other in followers.get(id(node), ()):
                 left[id(other)] -= 1
                 if not left[id(other)]:
                     ready.append(other)
         assert done == len(self.nodes)
 
-    # What streams, events and modes do.
+    # Called by streams, events and modes.
 
     def skips(self) -> bool:
         """Returns whether the wait that is made two frames up is to be left out."""
@@ -217,7 +217,7 @@ class QueuedDevice:
         return is_mutated
 
     def tick(self, stream: str, *also: Node, call: Any = None) -> Node:
-        """Moves a stream on, behind itself and what the host has done."""
+        """Moves a stream on, after its own work and the host's so far."""
         clock = self.clocks[stream]
         _join(clock, self.clocks[HOST])
         clock[stream] = clock.get(stream, 0) + 1
@@ -228,11 +228,11 @@ class QueuedDevice:
             self.nodes.append(node)
         return node
 
-    def order(self, stream: str, *, behind: QueuedEvent) -> None:
-        """Has the stream, or the host, go on only behind the event."""
+    def order(self, stream: str, *, after: QueuedEvent) -> None:
+        """Has the stream, or the host, go on only after the event."""
         self.log.append((stream, "waits"))
-        _join(self.clocks[stream], behind.clock)
-        self.tick(stream, behind.node)
+        _join(self.clocks[stream], after.clock)
+        self.tick(stream, after.node)
 
     def is_here(self, tensor: Tensor) -> bool:
         """Returns whether a tensor lies on the device."""

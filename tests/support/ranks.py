@@ -1,8 +1,8 @@
-"""Real ranks for tests: processes that meet over gloo.
+"""`on_ranks` runs a test's work on real ranks: processes that meet over gloo.
 
     first, second = on_ranks(2, tmp_path, work, shards)  # what work(shards) returned on each
 
-They are forked, so that none of them has to import torch again. What is raised on one is raised
+They are forked, so that none of them has to import torch again. An error on one is raised
 here, and nothing may survive on any.
 """
 

@@ -1,4 +1,4 @@
-"""Helpers for tests of remote storage: settings that give up soon, patterned data, leak checks.
+"""Tests of remote storage share these: settings that give up soon, patterned data, leak checks.
 
 `nothing_survives` is a fixture for whole modules; import it there.
 """

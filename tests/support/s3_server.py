@@ -1,4 +1,4 @@
-"""A real S3 server for tests: SeaweedFS on 127.0.0.1, started once, killed and restarted at will.
+"""A real S3 server, SeaweedFS on 127.0.0.1, is started once, killed and restarted at will.
 
 `s3` is a fixture for the whole session; import it in `conftest.py`. Objects live in buckets that a
 test makes for itself, so that tests do not see each other's.

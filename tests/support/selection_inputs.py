@@ -1,4 +1,4 @@
-"""Inputs for the tests of selection: embeddings at random, and embeddings with given logits."""
+"""Tests of selection take their embeddings from here: random ones, and ones with given logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real shards for tests: small drawn pictures with captions that say what is on them.
+"""Tests read real shards: small drawn pictures with captions that say what is on them.
 
 `write_shards(folder)` has webdataset write tar files, `write_tar` writes any members at all.
 Everything is seeded: the same arguments give the same bytes.

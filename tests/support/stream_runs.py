@@ -1,7 +1,7 @@
-"""Runs of the whole dataset beside training: plain ones, and those that are awkward for streams.
+"""Scenarios run the whole dataset beside training: plain ones, and some awkward for streams.
 
 Each scenario takes shards and a `QueuedDevice`, or None for the CPU, and returns what the batches
-held. What it returns must be the same on both.
+held. The result must be the same on both.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small two-tower models with the image towers of open_clip, timm and transformers.
+"""Small two-tower models take the image towers of open_clip, timm and transformers.
 
 Real architectures, random weights. All take images of 64 px, but for timm's, which have their own.
 """

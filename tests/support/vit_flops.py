@@ -1,6 +1,6 @@
-"""FLOPs of a CLIP with two transformers, counted by hand; and of JEST steps, counted for real.
+"""FLOPs of a CLIP with two transformers are counted by hand; those of JEST steps as they run.
 
-A multiply-add is two. Shared by `reporting/test_cost_formula.py` and `benchmarks/bench_flops.py`.
+A multiply-add is two. Shared by `metrics/test_cost_formula.py` and `benchmarks/bench_flops.py`.
 """
 
 from __future__ import annotations

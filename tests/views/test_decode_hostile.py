@@ -1,4 +1,4 @@
-"""Hostile members: bombs under a real memory limit, and pickles, on every path into a batch.
+"""Hostile members, bombs and pickles, end in errors under a real memory limit, on every path.
 
 pytest tests/views/test_decode_hostile.py
 """
@@ -71,7 +71,7 @@ def npy(shape: tuple[int, ...]) -> bytes:
     return stream.getvalue()
 
 
-#                                     what is raised
+# Name: suffix, bytes, and the error and reason raised.
 BOMBS: dict[str, tuple[str, bytes, str]] = {
     "png": ("png", png(16_000, 11_000), "UnsafeExampleError unsafe_image"),
     "webp": ("webp", webp(16_000, 11_000), "UnsafeExampleError unsafe_image"),

@@ -1,4 +1,4 @@
-"""Train views made ahead of time: the same with any number of workers, and nothing left behind.
+"""Train views made ahead of time are the same with any workers, and leave nothing behind.
 
 pytest tests/views/test_late.py
 """

@@ -1,4 +1,4 @@
-"""What worker processes send arrives whole, or is an error that leaves nothing open.
+"""Data of worker processes arrive whole, or are an error that leaves nothing open.
 
 pytest tests/workers/test_transport.py
 """

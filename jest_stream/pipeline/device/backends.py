@@ -1,4 +1,4 @@
-"""Protocols for a device that queues its work: the few calls that scoring beside training makes.
+"""Lists the few calls that scoring makes of a device that queues its work.
 
 `streams` works by these calls alone: a test replaces the device by a model of one, which reports
 every access that no wait orders.

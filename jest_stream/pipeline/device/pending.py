@@ -1,4 +1,4 @@
-"""Selections that the device may still be computing, for users on the device and on the host.
+"""Holds a selection that the device may still be computing, for users on device and host.
 
 A `Selection` on the scoring device goes in; its rows of any columns come out. `Packing` puts its
 tensors into one row of bytes: one copy brings all of them to the host. Runs in the training thread.
