@@ -5,6 +5,8 @@ pytest tests/pipeline/test_models.py
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -168,9 +170,14 @@ def test_a_learner_moved_before_the_first_batch_is_found_where_it_is_then() -> N
 
 
 def test_released_models_are_let_go_of() -> None:
-    models = Models(LEARNABILITY, LEARNER, REFERENCE)
+    learner = TinyTwoTower()
+    alive = weakref.ref(learner)
+    models = Models(LEARNABILITY, learner, REFERENCE)
     models.release()
-    assert [models.learner, models.reference, models.home, models.trained] == [None] * 4
+    del learner
+    gc.collect()
+    assert alive() is None
+    assert [models.learner, models.reference, models.trained] == [None] * 3
 
 
 def views(**given: Any) -> ViewConfig:
