@@ -123,6 +123,19 @@ def test_every_module_begins_with_a_verb(path: Path) -> None:
     assert re.fullmatch(r"[A-Za-z]+s,?", verb), f"{name_of(path)} begins with {' '.join(first)!r}"
 
 
+@pytest.mark.parametrize("path", PACKAGE_MODULES, ids=name_of)
+def test_no_function_or_class_begins_with_a_subordinate_clause(path: Path) -> None:
+    """ "Tells whether the time is up" is a sentence, "Whether the time is up" is none."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+    wrong = [
+        f"{name_of(path)}:{node.lineno}: {text[:60]}"
+        for node in nodes
+        if (text := ast.get_docstring(node) or "").startswith(("Whether ", "Where ", "How "))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_the_rules_see_what_they_should() -> None:
     """The three rules find these, and only these."""
     bad = ["What is read.", "Reads.\n\nWhich of them.", "Args:\n  a: who asks.", "- What else."]

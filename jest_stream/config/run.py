@@ -81,7 +81,7 @@ class StreamConfig:
 
     @property
     def skips(self) -> bool:
-        """Whether examples may be left out, which makes their number unknown beforehand."""
+        """Tells whether examples may be left out, which makes their number unknown beforehand."""
         return "skip" in (self.on_bad_example, self.on_bad_shard)
 
 

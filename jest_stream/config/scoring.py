@@ -51,5 +51,5 @@ class ScoringConfig:
 
     @property
     def changes_tokens(self) -> bool:
-        """Whether an image becomes fewer tokens than an image of its size in training."""
+        """Tells whether an image becomes fewer tokens than an image of its size in training."""
         return self.patch_size is not None or self.token_fraction < 1

@@ -68,7 +68,7 @@ class Accounting:
 
     @property
     def is_training_estimated(self) -> bool:
-        """Whether a training step is taken to cost three forward passes."""
+        """Tells whether a training step is taken to cost three forward passes."""
         return self._training_flops is None
 
     def count_scored(self, model: Literal["learner", "reference"], image: Rows, text: Rows) -> None:

@@ -102,12 +102,12 @@ class SuperBatchReader:
 
     @property
     def position(self) -> Position:
-        """Where the next super-batch to be read starts."""
+        """Tells where the next super-batch to be read starts."""
         return Position(dict(self._cursors), self._next_lane)
 
     @property
     def is_open(self) -> bool:
-        """Whether lanes were opened since the last `go_to`."""
+        """Tells whether lanes were opened since the last `go_to`."""
         return self._reader is not None
 
     def go_to(self, position: Position) -> None:

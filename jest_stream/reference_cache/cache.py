@@ -195,7 +195,7 @@ class ReferenceCache:
 
     @property
     def is_by_key(self) -> bool:
-        """Whether its source has no shards, so that examples are matched by key alone."""
+        """Tells whether its source has no shards, so that examples are matched by key alone."""
         return self.manifest.header.part_size is not None
 
     @property
@@ -215,7 +215,7 @@ class ReferenceCache:
 
     @property
     def has_bias(self) -> bool:
-        """Whether the reference has a logit bias, as those made for the sigmoid loss do."""
+        """Tells whether the reference has a logit bias, as those made for the sigmoid loss do."""
         return self.manifest.header.logit_bias is not None
 
     @property
@@ -362,6 +362,6 @@ def _incomplete(storage: Storage, folder: str, names: Sequence[str]) -> Incomple
 
 
 def _is_address(source: Any) -> bool:
-    """Whether a source is read by `storage`."""
+    """Tells whether a source is read by `storage`."""
     first = source[0] if isinstance(source, list | tuple) and source else source
     return isinstance(first, str | os.PathLike)

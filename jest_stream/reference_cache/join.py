@@ -35,7 +35,7 @@ class EmbeddingStore(Protocol):
 
     @property
     def is_by_key(self) -> bool:
-        """Whether its source has no shards, so that examples are matched by key alone."""
+        """Tells whether its source has no shards, so that examples are matched by key alone."""
 
     @property
     def shards(self) -> Sequence[ShardRecord]:

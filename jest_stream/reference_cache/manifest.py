@@ -97,7 +97,7 @@ class ShardRecord:
 
     @property
     def num_examples(self) -> int:
-        """How many examples are cached."""
+        """The number of cached examples."""
         return sum(part.num_examples for part in self.parts)
 
 
@@ -110,7 +110,7 @@ class Manifest:
 
     @property
     def num_examples(self) -> int:
-        """How many examples are cached."""
+        """The number of cached examples."""
         return sum(shard.num_examples for shard in self.shards)
 
     @property

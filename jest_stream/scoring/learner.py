@@ -96,7 +96,7 @@ class LearnerCopy(FrozenModel):
 
     @property
     def home(self) -> torch.device:
-        """Where the learner is now."""
+        """Tells where the learner is now."""
         return two_tower(self._learner).device
 
     def is_due(self, step: int) -> bool:

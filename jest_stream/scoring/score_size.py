@@ -53,7 +53,7 @@ class ScoreSize:
 
     @property
     def is_changed(self) -> bool:
-        """Whether the model is another than it was before `fit`."""
+        """Tells whether the model is another than it was before `fit`."""
         return self.takes is not None
 
     @contextmanager

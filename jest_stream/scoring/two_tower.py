@@ -67,7 +67,7 @@ class TwoTower:
 
     @property
     def has_bias(self) -> bool:
-        """Whether the module has a logit bias, as those made for the sigmoid loss do."""
+        """Tells whether the module has a logit bias, as those made for the sigmoid loss do."""
         return getattr(self.module, "logit_bias", None) is not None
 
     @property

@@ -56,7 +56,7 @@ class Groups:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How many of each group a sub-batch holds. Each list of groups is G + 1 long."""
+    """Bounds the examples of each group in a sub-batch. Each list of groups is G + 1 long."""
 
     asked: tuple[list[int], list[int]]
     """The least and the most that the quotas ask for in the whole sub-batch."""

@@ -329,7 +329,7 @@ def _is_string(type_: Any) -> bool:
 
 
 def _is_metadata(type_: Any) -> bool:
-    """Whether every value of the type is plain: numbers, strings, lists and structs of these."""
+    """Tells whether every value is plain: numbers, strings, lists and structs of these."""
     name = str(type_)
     if _is_struct(type_):
         return all(_is_metadata(field.type) for field in type_)

@@ -131,7 +131,7 @@ def _example(item: Any, index: int) -> Example:
 
 
 def _is_indexed(iterable: Any) -> bool:
-    """Whether position i can be read at once: sequences and map-style datasets."""
+    """Tells whether position i can be read at once: sequences and map-style datasets."""
     has_index = hasattr(iterable, "__len__") and hasattr(iterable, "__getitem__")
     return has_index and (isinstance(iterable, Sequence) or not hasattr(iterable, "__iter__"))
 

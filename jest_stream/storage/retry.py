@@ -73,7 +73,7 @@ class RetryBudget:
 
     @property
     def is_over(self) -> bool:
-        """Whether the time is up."""
+        """Tells whether the time is up."""
         return self._left_s() <= 0
 
     def pause_after(self, failure: AttemptFailed, offset: int = 0) -> float:

@@ -217,7 +217,7 @@ def _steps_of(transform: Any) -> list[Transform] | None:
 
 
 def _is(step: Any, names: frozenset[str]) -> bool:
-    """Whether a step is of a known library, by one of these names."""
+    """Tells whether a step is of a known library, by one of these names."""
     kind = step if hasattr(step, "__qualname__") else type(step)  # a function, or an object
     module = str(getattr(kind, "__module__", ""))
     return getattr(kind, "__name__", "") in names and module.startswith(_LIBRARIES)

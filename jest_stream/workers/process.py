@@ -259,7 +259,7 @@ class ParentConnection:
 
     @property
     def wants_more(self) -> bool:
-        """Whether the worker is to go on."""
+        """Tells whether the worker is to go on."""
         return not self._is_stopped()
 
     def wait(self) -> None:

@@ -71,7 +71,7 @@ class WorkerStatus:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the worker has ever run."""
+        """Tells whether the worker has ever run."""
         return len(os.pread(self._memory.fileno(), 1, 0)) > 0
 
     @property
